@@ -1,0 +1,266 @@
+"""The GTPO trainer: plugs `gtpo.shaping` into TRL's GRPO loss through the one seam TRL and Unsloth share.
+
+Import this module after the backend: `trl.GRPOTrainer` is Unsloth's generated class once Unsloth has patched TRL. It
+knows no recipes; `UnslothGTPOTrainer` takes TRL's arguments, and the constants below are read when they are used, so
+that `override_constants` (or an assignment from a notebook) counts at any time.
+"""
+
+import copy
+import json
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
+import torch
+import trl
+from torch import Tensor
+from trl.trainer.utils import split_tensor_dict
+
+from gtpo import shaping
+from gtpo.nonfinite import SkipNonFiniteSteps
+
+logger = logging.getLogger(__name__)
+
+ENT_THRESHOLD = 0.7  # "ln 2" of the paper's gate, in nats
+ENT_SCALE = 0.1  # gamma, the weight of the entropy penalty
+W_RAW = 2.0  # lambda on the conflict tokens of completions with A > 0
+PAD_ID = 128004  # changes no weight: the completion mask decides what is padding
+EPS = 1e-6  # the released code's log guard; only the released functions read it
+torch_compile_options = {
+    "epilogue_fusion": True,
+    "max_autotune": False,
+    "shape_padding": True,
+    "trace.enabled": False,
+    "triton.cudagraphs": False,
+}
+
+CONSTANTS = ("ENT_THRESHOLD", "ENT_SCALE", "W_RAW", "PAD_ID", "EPS", "torch_compile_options")
+STATE_FILE = "gtpo_state.json"
+
+
+def override_constants(values: Mapping[str, object]) -> None:
+    """Set this module's constants from `values` (any case; None leaves one as it is), cast to their current types.
+
+    A mapping is laid over the current one. Raises ValueError for a name that is no constant or a value that cannot be
+    cast. Says `[GTPO] Set NAME = value` for each constant set.
+    """
+    names = {name.lower(): name for name in CONSTANTS}
+    for key, value in values.items():
+        if key.lower() not in names:
+            raise ValueError(f"gtpo_runtime.{key}: there is no such constant; use one of {', '.join(names)}")
+        name = names[key.lower()]
+        if value is None:
+            continue
+        current = globals()[name]
+        try:
+            globals()[name] = {**current, **value} if isinstance(current, dict) else type(current)(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"gtpo_runtime.{key}: {value!r} is not a valid {type(current).__name__}") from error
+        logger.info("[GTPO] Set %s = %s", name, globals()[name])
+
+
+class UnslothGTPOTrainer(trl.GRPOTrainer):
+    """GRPO with conflict-aware, entropy-controlled token advantages (GTPO, arXiv 2508.03772).
+
+    The only changes with respect to the parent: each completion token carries a weight lambda decided from its group,
+    and the loss's per-token factor is delta_i (A_i - gamma <H>_i) lambda_{i,t} / A_i instead of an entropy mask. The
+    parent multiplies that factor by A_i and the ratio, so its clipping still sees the sign of A_i; where A_i = 0 it
+    multiplies by -1. Override `token_weights` or `keep` for an ablation.
+
+    Logs `gtpo/completion_entropy`, `gtpo/initial_entropy` (nats), `gtpo/frac_filtered`, `gtpo/frac_conflict_tokens`,
+    `gtpo/frac_conflict_groups` and `gtpo/skipped_steps` (optimizer steps skipped so far, non-finite gradients).
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        refuse_conflicting_options(self.args)
+        # Both parents ask `get_high_entropy_mask` for a per-token factor when this is below 1 (trl 1.13.0
+        # `_compute_loss`, unsloth_zoo 2026.10.7 `grpo_accumulated_loss`); the value itself is never used.
+        self.args = copy.copy(self.args)  # the caller's arguments stay as they were
+        self.args.top_entropy_quantile = self.top_entropy_quantile = 0.5
+        self.initial_entropy: float | None = None  # <H>_ini, nats; None until measured
+        self.non_finite = SkipNonFiniteSteps(self)
+        self._micro_batch: Mapping[str, Tensor] = {}
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # what the hook saw: <H>_i, kept, not empty
+        self._shape_tokens: Callable | None = None
+        self.add_callback(self.non_finite)
+        self._say_what_surprises()
+
+    # ---- lambda: decided where groups are whole, carried by TRL through its shuffle and split
+
+    def token_weights(self, rollout: dict[str, Tensor]) -> Tensor:
+        """lambda (N, T) for whole groups of all processes: N rows, `num_generations` after each other per group.
+
+        `rollout` holds `completion_ids`, `completion_mask` (real tokens), `prefix`, `suffix` (the conflict runs), all
+        (N, T), and `advantages` (N,).
+        """
+        return shaping.token_weights(rollout["prefix"] | rollout["suffix"], rollout["advantages"], W_RAW)
+
+    def keep(self, completion_entropy: Tensor) -> Tensor:
+        """delta_i as bool (B,): which completions the entropy filter keeps."""
+        return shaping.entropy_filter(completion_entropy, self.initial_entropy, ENT_THRESHOLD)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # (N, rewards)
+        # One reward that cannot judge leaves the completion unjudged as a whole: TRL then sets its advantage to 0.
+        rewards_per_func[rewards_per_func.isnan().any(dim=1)] = torch.nan
+        self._rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).sum(dim=1)  # (N,)
+        return rewards_per_func
+
+    def _generate_and_score_completions(self, inputs):
+        rollout = super()._generate_and_score_completions(inputs)
+        groups = self._whole_groups(rollout)
+        rows, width = rollout["completion_ids"].shape
+        mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        rollout["advantages"] = groups["advantages"][mine]
+        rollout["token_weights"] = self.token_weights(groups)[mine, :width]  # (B, T)
+        rollout["judged"] = ~self._rewards.isnan()[mine]  # (B,)
+        self._log_conflicts(groups)
+        if self.model.training and self.initial_entropy is None and self.state.global_step == 0:
+            self.initial_entropy = self._measure_initial_entropy(rollout)
+        return rollout
+
+    def _whole_groups(self, rollout: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The rollout of all processes, with rounding removed from its advantages and its conflict runs marked."""
+        mask = rollout["completion_mask"]
+        if "tool_mask" in rollout:
+            mask = mask * rollout["tool_mask"]
+        gather = self.accelerator.gather
+        columns = {  # (N, T): the longest T of all processes
+            name: gather(self.accelerator.pad_across_processes(tensor.contiguous(), dim=1))
+            for name, tensor in (("completion_ids", rollout["completion_ids"]), ("completion_mask", mask))
+        }
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        advantages = gather(rollout["advantages"]).view(-1, size)  # (groups, G)
+        # A float32 group mean leaves rounding behind where all rewards are equal; it must not count as a sign.
+        largest = self._rewards.nan_to_num(0.0).abs().view(-1, size).amax(dim=1, keepdim=True).clamp(min=1.0)
+        advantages = torch.where(advantages.abs() < 1e-6 * largest, 0.0, advantages)
+        runs = [
+            shaping.conflict_runs(ids, real, group_advantages)
+            for ids, real, group_advantages in zip(
+                columns["completion_ids"].split(size), columns["completion_mask"].split(size), advantages, strict=True
+            )
+        ]
+        prefix, suffix = (torch.cat(side) for side in zip(*runs, strict=True))
+        return {**columns, "advantages": advantages.flatten(), "prefix": prefix, "suffix": suffix}
+
+    # ---- delta and gamma: decided inside the loss, the only place where entropies exist
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = self._parent_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.non_finite.saw(loss)
+        self._log_entropies()
+        return loss
+
+    def _parent_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._micro_batch, self._seen = inputs, None
+        signs = _nonzero(inputs["advantages"])
+        loss = super().compute_loss(model, {**inputs, "advantages": signs}, return_outputs, num_items_in_batch)
+        if self._seen is None:
+            # Unsloth has a second, slow loss without the seam: it would train GRPO in disguise.
+            raise RuntimeError("The parent's loss never asked get_high_entropy_mask for GTPO's factor; this trainer "
+                               "works with the pinned trl and unsloth_zoo (requirements.txt).")
+        return loss
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """TRL's hook for a per-token loss factor, (B, W): here GTPO's shaping; `threshold` is ignored."""
+        if self._shape_tokens is None:
+            on_cuda = entropies.device.type == "cuda"
+            compiled = torch.compile(_shape_tokens, dynamic=True, options=torch_compile_options) if on_cuda else None
+            self._shape_tokens = compiled or _shape_tokens
+        batch = self._micro_batch
+        factor, entropy, kept = self._shape_tokens(
+            entropies, mask, batch["advantages"], batch["judged"], batch["token_weights"], self.keep, ENT_SCALE
+        )
+        self._seen = entropy, kept, mask.bool().any(dim=1)
+        return factor
+
+    @torch.no_grad()
+    def _measure_initial_entropy(self, rollout: dict[str, Tensor]) -> float | None:
+        """<H>_ini: the mean <H>_i in nats over the first rollout of all processes, empty completions left out."""
+        metrics, self._metrics = self._metrics, {mode: defaultdict(list) for mode in self._metrics}  # log nothing
+        total = torch.zeros(2, device=self.accelerator.device)  # sum of <H>_i, completions
+        for micro_batch in split_tensor_dict(rollout, self.args.steps_per_generation):
+            with self.compute_loss_context_manager():
+                self._parent_loss(self.model, micro_batch)
+            entropy, _, real = self._seen
+            total += torch.stack([entropy[real].sum(), real.sum()])
+        self._metrics = metrics
+        total, count = self.accelerator.reduce(total, reduction="sum").tolist()
+        return total / count if count else None
+
+    # ---- what a person sees, and what a checkpoint keeps
+
+    def _log_conflicts(self, groups: dict[str, Tensor]) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        conflicts = groups["prefix"] | groups["suffix"]
+        real = groups["completion_mask"].sum().clamp(min=1)
+        in_conflict = conflicts.any(dim=1).view(-1, size).any(dim=1)
+        metrics["gtpo/frac_conflict_tokens"].append((conflicts.sum() / real).item())
+        metrics["gtpo/frac_conflict_groups"].append(in_conflict.float().mean().item())
+
+    def _log_entropies(self) -> None:
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        entropy, kept, real = self._seen
+        sums = torch.stack([entropy[real].sum(), (~kept & real).sum(), real.sum()])
+        entropy_sum, filtered, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if count:
+            metrics["gtpo/completion_entropy"].append(entropy_sum / count)
+            metrics["gtpo/frac_filtered"].append(filtered / count)
+        if self.initial_entropy is not None:
+            metrics["gtpo/initial_entropy"].append(self.initial_entropy)
+        metrics["gtpo/skipped_steps"].append(float(self.non_finite.skipped))
+
+    def _say_what_surprises(self) -> None:
+        pad_id = getattr(self.processing_class, "pad_token_id", None)
+        if PAD_ID != pad_id:
+            logger.warning("[GTPO] PAD_ID = %s differs from the tokenizer's pad id %s: nothing changes, the completion "
+                           "mask decides what is padding", PAD_ID, pad_id)
+        papers = {"loss_type": "grpo", "scale_rewards": "none", "beta": 0.0}
+        for option, value in papers.items():
+            if getattr(self.args, option) != value:
+                logger.warning("[GTPO] %s = %s is not the paper's objective (%s)", option,
+                               getattr(self.args, option), value)
+        if self.accelerator.device.type == "cpu":
+            logger.info("[GTPO] torch_compile_options are unused on a CPU")
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
+                json.dump({"initial_entropy": self.initial_entropy, "skipped_steps": self.non_finite.skipped}, file)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = checkpoint and os.path.join(checkpoint, STATE_FILE)
+        if path and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                state = json.load(file)
+            self.initial_entropy, self.non_finite.skipped = state["initial_entropy"], state["skipped_steps"]
+
+
+def refuse_conflicting_options(arguments: trl.GRPOConfig) -> None:
+    """Raises ValueError if `arguments` use what GTPO's factor would corrupt: the entropy mask, its bonus, or Liger."""
+    for option, allowed in (
+        ("top_entropy_quantile", 1.0), ("entropy_coef", 0.0), ("use_adaptive_entropy", False), ("use_liger_kernel", False)
+    ):
+        value = getattr(arguments, option)
+        if value != allowed:
+            raise ValueError(f"training.{option}: {value} does not go with GTPO, which uses TRL's entropy mask for its "
+                             f"own factor; leave it at {allowed}, or train with custom_trainer.original")
+
+
+def _shape_tokens(entropies, mask, advantages, judged, token_weights, keep, scale):
+    """The loss factor delta_i (A_i - gamma <H>_i) lambda_{i,t} / A_i, (B, W), with <H>_i and delta_i, both (B,)."""
+    entropy = shaping.mean_entropy(entropies, mask)
+    kept = keep(entropy)
+    coefficient = shaping.shaped_advantages(advantages, entropy, kept & judged, scale) / _nonzero(advantages)
+    return coefficient.unsqueeze(1) * shaping.to_loss_columns(token_weights, mask), entropy, kept
+
+
+def _nonzero(advantages: Tensor) -> Tensor:
+    """What the parent multiplies with: A_i, or -1 where A_i = 0 (a pure entropy penalty is a negative advantage)."""
+    return torch.where(advantages == 0, -1.0, advantages)

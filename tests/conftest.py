@@ -1,0 +1,29 @@
+"""Fixtures shared by all tests. Everything runs offline, on a CPU."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real GSM8K and MATH files, found through GTPO_SHARED (default ../shared); skips where they are absent."""
+    folder = Path(os.environ.get("GTPO_SHARED", ROOT.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no GSM8K and MATH files under {folder}: set GTPO_SHARED to the folder that holds data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory) -> str:
+    """A tiny model and its tokenizer on disk."""
+    import tiny
+
+    return tiny.save_tiny_policy(tmp_path_factory.mktemp("tiny-policy"))

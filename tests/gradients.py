@@ -1,0 +1,183 @@
+"""One optimizer step of a real trainer on the tiny policy, held against the float64 objective.
+
+`python tests/gradients.py unsloth` does so with the trainer Unsloth generates, in a process of its own because Unsloth
+replaces trl.GRPOTrainer; tests call `compare` and read the figures.
+"""
+
+import copy
+import json
+import os
+import sys
+import types
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
+
+
+def patch_unsloth() -> None:
+    """Import Unsloth without a GPU and let it generate its GRPO trainer."""
+    os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1", UNSLOTH_FORCE_FLOAT32="1")
+    import unsloth
+
+    del os.environ["UNSLOTH_ALLOW_CPU"]
+    unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
+
+
+def letters_reward(completions, **kwargs) -> list[float]:
+    """Something to disagree about: the share of vowels, in tenths, of each completion."""
+    return [round(10 * sum(c in "aeiou" for c in text) / max(len(text), 1)) / 10 for text in completions]
+
+
+def make_trainer(class_path: str, folder: str, *, pad: str = "~", peaked: float = 1.0, reward=letters_reward, **options):
+    """A trainer of `class_path` on the tiny policy and eight prompts of unequal length; `options` go to GRPOConfig."""
+    import datasets
+    import trl
+
+    import tiny
+    from gtpo.cli import load_object
+
+    trainer_class = load_object(class_path)
+    tokenizer = tiny.tiny_tokenizer(pad=pad, alphabet="abcdefgh \n:u")
+    model = tiny.with_lora(tiny.tiny_model(tokenizer))
+    model.base_model.model.lm_head.weight.data *= peaked
+    model.for_training = model.for_inference = lambda *args, **kwargs: None  # what Unsloth's trainer calls
+    never = [i for i in {0, tokenizer.pad_token_id} if i != tokenizer.eos_token_id]
+    arguments = trl.GRPOConfig(**{
+        "output_dir": folder, "use_cpu": True, "bf16": False, "fp16": False, "report_to": "none", "seed": 3,
+        "loss_type": "grpo", "scale_rewards": "none", "beta": 0.0, "temperature": 0.9, "learning_rate": 1e-2,
+        "num_generations": 4, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 1,
+        "max_completion_length": 7, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "warmup_steps": 0,
+        "optim": "sgd", "weight_decay": 0.0, "logging_steps": 1, "save_strategy": "no",
+        "gradient_checkpointing": False, "disable_tqdm": True, "generation_kwargs": {"suppress_tokens": never},
+        **options,
+    })
+    prompts = ["a", "bcd", "ab ab ab", "hg", "fedcba", "c" * 11, "abcabcabcabca", "e"]
+    trainer = trainer_class(
+        model=model, args=arguments, processing_class=tokenizer, reward_funcs=[reward],
+        train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+    )
+    return trainer
+
+
+def watch(trainer) -> dict:
+    """Record the rollouts and, at each optimizer step, the gradients that the trainer is about to apply."""
+    from transformers import TrainerCallback
+
+    seen = {"rollouts": [], "gradients": [], "logs": []}
+    generate = trainer._generate_and_score_completions
+
+    def recorded(self, inputs):
+        rollout = generate(inputs)
+        seen["rollouts"].append({k: v.clone() for k, v in rollout.items() if hasattr(v, "clone")})
+        return rollout
+
+    class Record(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen["gradients"].append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen["logs"].append(dict(logs))
+
+    trainer._generate_and_score_completions = types.MethodType(recorded, trainer)
+    trainer.add_callback(Record())
+    return seen
+
+
+def float64_copy(model):
+    """`model` in float64, free of the wrapped `forward`s that Accelerate and Unsloth leave on it (bound to the original)."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        module.__dict__.pop("forward", None)
+    return model.double()
+
+
+def oracle_gradients(model, rollout, *, temperature, num_generations, weight, scale, threshold, initial, drop_id=None):
+    """d(-J)/d(LoRA) in float64, each row run alone and without padding. `drop_id`: an id that counts nowhere."""
+    import torch
+
+    import reference
+
+    model = float64_copy(model)
+    model.zero_grad()
+    total = 0.0
+    groups = len(rollout["advantages"]) // num_generations
+    for start in range(0, len(rollout["advantages"]), num_generations):
+        log_probs, ids, counted = [], [], []
+        for i in range(start, start + num_generations):
+            prompt = rollout["prompt_ids"][i][rollout["prompt_mask"][i].bool()]
+            completion = rollout["completion_ids"][i][rollout["completion_mask"][i].bool()]
+            logits = model(input_ids=torch.cat([prompt, completion]).unsqueeze(0)).logits[0]
+            log_probs.append((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
+            ids.append(completion.tolist())
+            counted.append([int(token != drop_id) for token in ids[-1]])
+        advantages = rollout["advantages"][start : start + num_generations].double().tolist()
+        total = total + reference.loss(
+            log_probs, ids, [[1] * len(row) for row in ids], advantages, counted=counted,
+            weight=weight, scale=scale, threshold=threshold, initial=initial,
+        ) / groups
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, total.item()
+
+
+def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
+    """The mean over completions of their mean token entropy, in float64."""
+    import torch
+
+    import reference
+
+    model = float64_copy(model)
+    means = []
+    for i in range(len(rollout["advantages"])):
+        prompt = rollout["prompt_ids"][i][rollout["prompt_mask"][i].bool()]
+        completion = rollout["completion_ids"][i][rollout["completion_mask"][i].bool()]
+        with torch.no_grad():
+            logits = model(input_ids=torch.cat([prompt, completion]).unsqueeze(0)).logits[0]
+        entropy = reference.entropy((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
+        real = completion != drop_id if drop_id is not None else torch.ones_like(completion, dtype=torch.bool)
+        if real.any():
+            means.append(entropy[real].mean().item())
+    return sum(means) / len(means)
+
+
+def relative_error(found: dict, expected: dict) -> float:
+    import torch
+
+    found = torch.cat([found[name].double().flatten() for name in expected])
+    expected = torch.cat([expected[name].flatten() for name in expected])
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: float = 1.0, unsloth: bool = False,
+            **options) -> dict:
+    """Figures of one GTPO step against float64: relative gradient error, initial entropy, and how much was exercised."""
+    trainer = make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", folder, pad=pad, peaked=peaked, **options)
+    from gtpo import gtpo_training
+
+    gtpo_training.ENT_THRESHOLD = threshold
+    before = copy.deepcopy(trainer.model)
+    seen = watch(trainer)
+    trainer.train()
+    rollout = seen["rollouts"][0]
+    temperature = trainer.args.temperature
+    # Unsloth's mask leaves every pad id out, so an end token that is also the pad token does not count there.
+    drop_id = trainer.processing_class.pad_token_id if unsloth and pad == "^" else None
+    initial = initial_entropy(before, rollout, temperature=temperature, drop_id=drop_id)
+    expected, loss = oracle_gradients(
+        before, rollout, temperature=temperature, num_generations=trainer.num_generations, drop_id=drop_id,
+        weight=gtpo_training.W_RAW, scale=gtpo_training.ENT_SCALE, threshold=threshold, initial=initial,
+    )
+    logs = seen["logs"][0]
+    return {
+        "class": str(type(trainer).__mro__[1]), "gradient_error": relative_error(seen["gradients"][0], expected),
+        "initial_entropy": trainer.initial_entropy, "initial_entropy_float64": initial,
+        "filtered": logs["gtpo/frac_filtered"], "conflicts": logs["gtpo/frac_conflict_tokens"],
+        "groups": len(rollout["advantages"]) // trainer.num_generations, "loss": logs["loss"], "loss_float64": loss,
+        "prompt_lengths": rollout["prompt_mask"].sum(1).unique().tolist(),
+        "lengths": rollout["completion_mask"].sum(1).unique().tolist(),
+        "signs": rollout["advantages"].sign().unique().tolist(),
+    }
+
+
+if __name__ == "__main__":
+    patch_unsloth()
+    print("FIGURES " + json.dumps([compare(os.getcwd(), unsloth=True, **case) for case in json.loads(sys.argv[1])]))
