@@ -1,0 +1,131 @@
+"""Translate a recipe's `training` section into `trl.GRPOConfig`; nobody else knows both vocabularies."""
+
+import dataclasses
+import logging
+from typing import NamedTuple
+
+from gtpo.recipe import Recipe, RecipeError
+from gtpo.sections import DocumentedTraining
+from gtpo.trl_options import grpo_options
+
+logger = logging.getLogger(__name__)
+
+NEEDS_GPU = ("8bit", "4bit", "paged", "bnb", "32bit")  # how transformers names bitsandbytes' optimizers
+
+
+class BatchPlan(NamedTuple):
+    """How many completions and prompts one optimizer step sees."""
+
+    per_device: int  # completions per device and micro-batch, after raising
+    requested: int
+    steps_per_generation: int
+    prompts_per_step: float  # over all devices and accumulation steps
+
+
+def batch_plan(recipe: Recipe, processes: int = 1) -> BatchPlan:
+    """The batch that holds whole groups: completions per device x processes x steps per generation, a multiple of G.
+
+    The per-device batch is raised to the next value for which that holds, never lowered. Raises RecipeError where
+    training.generation_batch_size fixes the product at one that does not fit.
+    """
+    training, size = recipe.training, recipe.training.num_generations
+    requested, given = training.per_device_train_batch_size, training.trl_options()
+    rollout = given.get("generation_batch_size")
+    if rollout is not None:
+        if given.get("steps_per_generation") is not None:
+            raise RecipeError("training.generation_batch_size: given together with training.steps_per_generation, "
+                              "which follows from it; keep one")
+        if rollout % (requested * processes) or rollout % size:
+            raise RecipeError(f"training.generation_batch_size: {rollout} must be a multiple of num_generations ({size}) "
+                              f"and of the completions of all devices ({requested * processes})")
+        steps, per_device = rollout // (requested * processes), requested
+    else:
+        steps = given.get("steps_per_generation") or training.gradient_accumulation_steps
+        per_device = next(n for n in range(requested, requested + size) if n * processes * steps % size == 0)
+    completions = per_device * processes * training.gradient_accumulation_steps
+    return BatchPlan(per_device, requested, steps, completions / size)
+
+
+def steps(recipe: Recipe, plan: BatchPlan, rows: int | None) -> str | None:
+    """How many optimizer steps a run takes, as far as it can be known: from max_steps, or from the rows of a local file."""
+    training = recipe.training
+    if (training.trl_options().get("max_steps") or -1) > 0:
+        return str(training.max_steps)
+    if rows is None:
+        return None
+    rollout = plan.prompts_per_step * plan.steps_per_generation / training.gradient_accumulation_steps  # prompts
+    per_epoch = rows // rollout * plan.steps_per_generation * training.num_iterations / training.gradient_accumulation_steps
+    return f"about {per_epoch * training.num_train_epochs:.0f} ({rows} rows, before the length filter)"
+
+
+def say_batch_plan(recipe: Recipe, plan: BatchPlan) -> None:
+    """One line if the batch was raised: from what to what, and what it means in prompts."""
+    size = recipe.training.num_generations
+    if plan.per_device != plan.requested:
+        logger.warning(
+            "training.per_device_train_batch_size raised from %d to %d completions: a group of %d generations must fit, "
+            "so one step trains on %g prompt%s x %d generations",
+            plan.requested, plan.per_device, size, plan.prompts_per_step, "" if plan.prompts_per_step == 1 else "s", size,
+        )
+
+
+def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, use_vllm: bool = False):
+    """TRL's arguments for `recipe`, every value that matters stated; raises RecipeError for what this machine lacks."""
+    import torch
+    import trl
+
+    training, plan = recipe.training, batch_plan(recipe, processes)
+    say_batch_plan(recipe, plan)
+    documented = {name: getattr(training, name) for name in DocumentedTraining.model_fields if name in grpo_options()}
+    options = {
+        **_trl_defaults(), **documented, **_precision(training),
+        "output_dir": output_dir, "run_name": recipe.run_name, "seed": recipe.model.random_seed,
+        "optim": _optimizer(recipe), "warmup_steps": training.warmup_ratio,  # below 1 it is read as the ratio
+        "per_device_train_batch_size": plan.per_device,
+        "max_completion_length": recipe.max_completion_length,
+        "use_cpu": not torch.accelerator.is_available(), "use_vllm": use_vllm,
+        "vllm_gpu_memory_utilization": recipe.model.gpu_memory_utilization,
+        "trust_remote_code": recipe.model.trust_remote_code, "project": recipe.wandb.project,
+        **training.trl_options(),
+    }
+    try:
+        return trl.GRPOConfig(**options)
+    except ValueError as error:
+        raise RecipeError(f"training: TRL refuses this section ({' '.join(str(error).split())})") from error
+
+
+def _trl_defaults() -> dict:
+    """TRL's own defaults: Unsloth's generated configuration class has others (2 accumulation steps, for one)."""
+    import trl
+
+    own = next(c for c in trl.GRPOConfig.__mro__ if c.__module__ == "trl.trainer.grpo_config")
+    return {
+        f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        for f in dataclasses.fields(own) if f.init
+    }
+
+
+def _precision(training) -> dict[str, bool]:
+    """bf16 where the device has it, else fp16, float32 on a CPU; a given training.bf16 or fp16 decides instead."""
+    import torch
+
+    given = training.trl_options()
+    if given.get("bf16") is not None or given.get("fp16") is not None:
+        return {"bf16": bool(given.get("bf16")), "fp16": bool(given.get("fp16"))}
+    if not torch.cuda.is_available():
+        return {"bf16": False, "fp16": False}
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return {"bf16": bf16, "fp16": not bf16}
+
+
+def _optimizer(recipe: Recipe) -> str:
+    import torch
+
+    key = "optim" if "optim" in recipe.training.model_fields_set else "optimizer"
+    name = getattr(recipe.training, key)
+    if torch.cuda.is_available() or not any(part in name for part in NEEDS_GPU):
+        return name
+    if recipe.model.backend != "auto":
+        raise RecipeError(f"training.{key}: {name} needs an NVIDIA GPU; use adamw_torch")
+    logger.warning("training.%s: %s needs an NVIDIA GPU; adamw_torch is used instead", key, name)
+    return "adamw_torch"

@@ -1,0 +1,192 @@
+"""Turn a dataset into problems: rows with `prompt` (system and user message) and `answer` (formatted reference).
+
+A dataset of one's own needs no code here: `dataset.path` with column names, or `dataset.name: my_module.load`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gtpo.answers import boxed_answer, format_reference, gsm8k_answer
+from gtpo.recipe import RecipeError
+from gtpo.sections import DatasetSection
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+
+
+class Source(NamedTuple):
+    """Where a known dataset lives and how its rows read."""
+
+    hub_name: str
+    subsets: list[str]
+    question_column: str
+    answer_column: str
+    reference: Callable[[str], str]  # text of the answer column -> formatted reference
+
+
+def gsm8k_reference(text: str) -> str:
+    """GSM8K's worked solution, which ends in `#### answer`, as a formatted reference."""
+    return format_reference(text.rpartition("####")[0].strip(), gsm8k_answer(text))
+
+
+def math_reference(text: str) -> str:
+    """A MATH solution, whose last box holds the answer, as a formatted reference."""
+    return format_reference(text.strip(), boxed_answer(text))
+
+
+def any_reference(text: str) -> str:
+    """The answer of one's own data: after `####`, in the last box, or the whole text."""
+    if "####" in text:
+        return gsm8k_reference(text)
+    return math_reference(text) if "\\boxed" in text else format_reference("", text.strip())
+
+
+MATH_SUBSETS = ["algebra", "geometry", "counting_and_probability", "number_theory", "intermediate_algebra", "prealgebra",
+                "precalculus"]
+DATASETS = {
+    "gsm8k": Source("openai/gsm8k", ["main"], "question", "answer", gsm8k_reference),
+    "hendrycks_math": Source("EleutherAI/hendrycks_math", MATH_SUBSETS, "problem", "solution", math_reference),
+    "file": Source("", [], "question", "answer", any_reference),
+}
+
+
+def check_source(section: DatasetSection) -> None:
+    """A short look at where the dataset is, before anything heavy is loaded; raises RecipeError."""
+    if section.path is not None:
+        _files(section)
+    elif section.kind in DATASETS:
+        from gtpo.hub import look_up
+
+        look_up("dataset.name", DATASETS[section.kind].hub_name, kind="dataset", instead="local files through dataset.path")
+
+
+def count_rows(section: DatasetSection) -> int | None:
+    """Rows in the local files of the split; None where only loading would tell."""
+    if section.path is None or "[" in section.split:
+        return None
+    files = [file for part in _files(section) for file in part]
+    if any(file.suffix == ".json" for file in files):
+        return None
+    return sum(_parquet_rows(file) if file.suffix == ".parquet" else _lines(file) for file in files)
+
+
+def _lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
+def _parquet_rows(file: Path) -> int:
+    from pyarrow.parquet import read_metadata
+
+    return read_metadata(file).num_rows
+
+
+def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, seed: int, *, shuffle: bool = True,
+                  chat_template_kwargs: dict | None = None, load_object: Callable[[str], Any] | None = None):
+    """The dataset as problems, without prompts longer than `max_prompt_length` tokens, shuffled with `seed`.
+
+    Prompts are counted after the chat template, with the opening of the answer; how many were dropped is always said.
+    Raises RecipeError for missing files, columns or splits, and if nothing is left. `load_object` finds the function of
+    a dotted `dataset.name`.
+    """
+    import datasets
+
+    rows, source = _load_rows(section, load_object)
+    question = section.question_column or source.question_column
+    answer = section.answer_column or source.answer_column
+    if missing := [column for column in (question, answer) if column not in rows.column_names]:
+        raise RecipeError(f"dataset: no column {' or '.join(map(repr, missing))}; this dataset has "
+                          f"{', '.join(rows.column_names)} (set dataset.question_column and dataset.answer_column)")
+    datasets.disable_progress_bars()  # three bars that flash by; the hub's downloads above keep theirs
+    filled = rows.filter(lambda row: row[question] is not None and row[answer] is not None, load_from_cache_file=False)
+    if len(filled) < len(rows):
+        logger.warning("[GTPO] Dataset: %d rows without question or answer left out", len(rows) - len(filled))
+    system = [{"role": "system", "content": section.system_instruction}] if section.system_instruction else []
+
+    def as_problem(row: dict) -> dict:
+        prompt = [*system, {"role": "user", "content": str(row[question])}]
+        tokens = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {}))
+        return {"prompt": prompt, "answer": source.reference(str(row[answer])), "prompt_length": len(tokens)}
+
+    problems = filled.map(as_problem, remove_columns=rows.column_names, load_from_cache_file=False)
+    fitting = problems.filter(lambda length: length <= max_prompt_length, input_columns="prompt_length", load_from_cache_file=False)
+    logger.info("[GTPO] Dataset: %d problems; %d of %d dropped, longer than %d prompt tokens",
+                len(fitting), len(problems) - len(fitting), len(problems), max_prompt_length)
+    if not len(fitting):
+        shortest = min(problems["prompt_length"], default=None)
+        raise RecipeError(
+            "dataset: it has no rows with a question and an answer" if shortest is None else
+            f"training.max_prompt_length: {max_prompt_length} drops all {len(problems)} prompts; the shortest has {shortest} "
+            "tokens after the chat template")
+    fitting = fitting.remove_columns("prompt_length")
+    return fitting.shuffle(seed=seed) if shuffle else fitting
+
+
+def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
+    import datasets
+
+    if section.kind == "function":
+        made = load_object(section.name)(**{"split": section.split} if "split" in section.model_fields_set else {})
+        if not isinstance(made, datasets.Dataset):
+            if not isinstance(made, Iterable):
+                raise RecipeError(f"dataset.name: {section.name!r} returned {type(made).__name__}; return rows (a "
+                                  "datasets.Dataset, or a list of dicts)")
+            made = datasets.Dataset.from_list(list(made))
+        return made, DATASETS["file"]
+    source = DATASETS[section.kind]
+    try:
+        if section.path is not None:
+            base = section.split.split("[")[0]
+            parts = [
+                datasets.load_dataset("parquet" if files[0].suffix == ".parquet" else "json",
+                                      data_files={base: [str(f) for f in files]}, split=section.split)
+                for files in _files(section)
+            ]
+        else:
+            parts = [datasets.load_dataset(source.hub_name, subset, split=section.split)
+                     for subset in _subsets(section, source)]
+    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise RecipeError(f"dataset: {section.path or source.hub_name!r} cannot be read ({str(cause).splitlines()[0]})") from error
+    return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0], source
+
+
+def _subsets(section: DatasetSection, source: Source) -> list[str]:
+    """Which configurations to load; GSM8K takes `subset` alone, so that a recipe's MATH subsets do no harm."""
+    if section.subset:
+        return [section.subset]
+    chosen = section.subsets if section.kind == "hendrycks_math" and section.subsets else source.subsets
+    if section.kind == "hendrycks_math" and (unknown := [s for s in chosen if s not in MATH_SUBSETS]):
+        raise RecipeError(f"dataset.subsets: {', '.join(unknown)} is not known; use some of {', '.join(MATH_SUBSETS)}")
+    return chosen
+
+
+def _files(section: DatasetSection) -> list[list[Path]]:
+    """The local files of the split, one list per subset; raises RecipeError that says what exists."""
+    path, split = Path(section.path), section.split.split("[")[0]
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise RecipeError(f"dataset.path: {section.path!r} is not one of {', '.join(SUFFIXES)}")
+        return [[path]]
+    if not path.is_dir():
+        raise RecipeError(f"dataset.path: there is no file or folder {section.path!r}")
+    source = DATASETS.get(section.kind, DATASETS["file"])
+    named = _subsets(section, source)
+    folders = [path / name for name in named if (path / name).is_dir()] if named else []
+    if named and section.kind == "hendrycks_math" and len(folders) < len(named) and folders:
+        absent = [name for name in named if not (path / name).is_dir()]
+        raise RecipeError(f"dataset.path: {section.path!r} has no folder {', '.join(absent)}; it has "
+                          f"{', '.join(sorted(f.name for f in path.iterdir() if f.is_dir()))}")
+    found = []
+    for folder in folders or [path]:
+        files = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and f.stem.split("-")[0].split(".")[0] == split)
+        if not files:
+            there = sorted({f.stem.split("-")[0].split(".")[0] for f in folder.iterdir() if f.suffix in SUFFIXES})
+            raise RecipeError(f"dataset.split: there is no {split!r} in {str(folder)!r}; it has "
+                              f"{', '.join(there) or 'no ' + ', '.join(SUFFIXES) + ' files'}")
+        found.append(files)
+    return found

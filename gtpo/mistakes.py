@@ -1,0 +1,69 @@
+"""A recipe's mistakes as sentences: where, what was given, what would work."""
+
+import difflib
+
+from pydantic import ValidationError
+from ruamel.yaml.error import MarkedYAMLError
+
+from gtpo.recipe import Recipe
+from gtpo.schema import all_keys
+from gtpo.sections import Section
+
+EXPECTED = {
+    "int_parsing": "a whole number", "int_from_float": "a whole number", "int_type": "a whole number",
+    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false",
+    "list_type": "a list", "dict_type": "a mapping", "model_type": "a section with keys of its own", "string_type": "text",
+}
+
+
+def sentences(error: ValidationError, recipe_file: str, overrides: dict[tuple[str, ...], object]) -> list[str]:
+    """One sentence per key that pydantic refused, with where its value came from; `overrides` are those of the flags."""
+    told: dict[str, str] = {}
+    expected: dict[str, list[str]] = {}
+    for problem in error.errors():
+        path = _key_path(problem["loc"])
+        key = ".".join(path)
+        on_flags = any(path[: len(flag)] == flag[: len(path)] for flag in overrides)
+        source = "on the command line" if on_flags else f"in {recipe_file}"
+        match problem["type"]:
+            case "default_factory_not_called":  # a default taken from a neighbour that is itself wrong
+                continue
+            case "extra_forbidden":
+                told[key] = f"{key}: unknown key {source}{nearest(key, all_keys())}"
+            case "missing":
+                told[key] = f"{key}: missing; set it in {recipe_file} or with --{key}"
+            case "value_error":  # our own rules; those across keys name the key themselves
+                text = str(problem["ctx"]["error"])
+                told[text] = text if ":" in text.split(" ")[0] else f"{key}: {text}"
+            case kind:
+                expected.setdefault(key, []).append(EXPECTED.get(kind, problem["msg"].removeprefix("Input should be ")))
+                choices = " or ".join(dict.fromkeys(expected[key]))
+                told[key] = f"{key}: {problem['input']!r} {source} is not valid; it should be {choices}"
+    return list(told.values())
+
+
+def nearest(key: str, known: list[str], prefix: str = "") -> str:
+    """A clause that names the known key most like `key`: by its whole path, else by its last part."""
+    by_last_part = {name.split(".")[-1]: name for name in known}
+    close = difflib.get_close_matches(key, known, 1, 0.75)
+    close = close or [by_last_part[n] for n in difflib.get_close_matches(key.split(".")[-1], by_last_part, 1, 0.7)]
+    return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists the known ones"
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, MarkedYAMLError):
+        return " ".join(str(part) for part in (error.context, error.problem) if part)
+    return " ".join(str(error).split())
+
+
+def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """An error's location up to the key, without the union members and list places that pydantic adds to it."""
+    section: type | None = Recipe
+    path = []
+    for part in location:
+        path.append(str(part))
+        info = section.model_fields.get(part)
+        section = info.annotation if info else None
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            break
+    return tuple(path)

@@ -1,0 +1,228 @@
+"""The sections of a recipe: every key with its type, default, bounds and one sentence. Nothing heavy is imported here.
+
+Field names are the documented YAML keys; the string under a field is its help. `training` accepts every option of the
+installed `trl.GRPOConfig` by its own name as well. Rules across sections are in `gtpo/recipe.py`.
+"""
+
+import logging
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
+
+from gtpo.trl_options import grpo_options
+
+logger = logging.getLogger(__name__)
+
+DATASET_ALIASES = {
+    "gsm8k": "gsm8k", "openai/gsm8k": "gsm8k",
+    "hendrycks_math": "hendrycks_math", "math": "hendrycks_math", "EleutherAI/hendrycks_math": "hendrycks_math",
+}
+DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, protected_namespaces=()
+    )
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _first_number(value: Any) -> Any:
+    """`8/12` means 8, with a warning."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(/\s*\d+\s*)+", value):
+        first = value.split("/")[0].strip()
+        logger.warning("training.num_generations: %r names several numbers; the first, %s, is used", value, first)
+        return first
+    return value
+
+
+def _dotted(value: str) -> str:
+    if not DOTTED_PATH.fullmatch(value):
+        raise ValueError("use a dotted path such as package.module.name or package.module:name")
+    return value
+
+
+Texts = Annotated[list[str], BeforeValidator(_listed)]
+DottedPath = Annotated[str, BeforeValidator(_dotted)]
+
+
+class ModelSection(Section):
+    model_name: str
+    """Base model: a hub name, or a local folder."""
+    backend: Literal["auto", "unsloth", "transformers"] = "auto"
+    """What loads the model: auto is Unsloth where CUDA and the package are present, else transformers + peft."""
+    max_seq_length: int = Field(5500, ge=2)
+    """Prompt and completion together, in tokens."""
+    max_prompt_length: int = Field(default_factory=lambda data: data["max_seq_length"], ge=1)
+    """An upper bound on training.max_prompt_length, in tokens; it filters nothing."""
+    lora_rank: int = Field(128, ge=1)
+    """Rank of the LoRA adapter."""
+    lora_alpha: int | float = Field(default_factory=lambda data: data["lora_rank"], gt=0)
+    """LoRA scaling; the default is the rank."""
+    target_modules: Texts = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    """Layers that get LoRA weights."""
+    load_in_4bit: bool = True
+    """Load the base model in 4 bits (bitsandbytes; needs a GPU)."""
+    fast_inference: Literal["auto"] | bool = "auto"
+    """Generate with vLLM (Unsloth only): auto is yes where vLLM is installed."""
+    gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
+    """Share of GPU memory given to vLLM."""
+    random_seed: int = Field(3407, ge=0, lt=2**32)
+    """Seed of every random generator: adapter, data order, sampling."""
+    chat_template: str | None = None
+    """Jinja chat template, text or file, for base models that have none."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+
+
+class DatasetSection(Section):
+    name: str | None = None
+    """gsm8k, hendrycks_math (alias math), or a dotted path to a function that returns rows; may be left out with path."""
+    path: str | None = None
+    """A local jsonl, json or parquet file, or a folder in the hub's layout, instead of the hub."""
+    subset: str | None = None
+    """One configuration of the dataset (GSM8K: main)."""
+    subsets: Texts | None = None
+    """Hendrycks MATH: which of its subsets; all seven by default."""
+    split: str = "train"
+    """Which split to train on; slices such as train[:100] work."""
+    system_instruction: str | None = (
+        "You are a helpful assistant for solving math problems. Given a question, first think step by step between "
+        "<reasoning> and </reasoning>. Then, give the final answer between <answer> and </answer>."
+    )
+    """System message of every prompt; null for none."""
+    question_column: str | None = None
+    """Column that holds the question; by default the dataset's own (question, or problem for MATH)."""
+    answer_column: str | None = None
+    """Column that holds the answer; by default the dataset's own (answer, or solution for MATH)."""
+
+    @property
+    def kind(self) -> str:
+        """gsm8k, hendrycks_math, function (a dotted path) or file."""
+        return DATASET_ALIASES.get(self.name, "function") if self.name else "file"
+
+    @model_validator(mode="after")
+    def names_a_dataset(self):
+        if self.name is None and self.path is None:
+            raise ValueError("nothing to train on; set dataset.name (gsm8k, hendrycks_math, my_module.load) or dataset.path")
+        if self.kind == "function" and not DOTTED_PATH.fullmatch(self.name):
+            raise ValueError(f"dataset.name: {self.name!r} is not known; use gsm8k, hendrycks_math, or a dotted path "
+                             "such as my_data.load")
+        return self
+
+
+Trackers = Literal["none", "wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune",
+                   "azure_ml", "codecarbon", "dagshub", "dvclive", "flyte", "kubeflow"]
+
+
+class DocumentedTraining(Section):
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Longer prompts (tokens after the chat template) are dropped; half of model.max_seq_length by default."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak learning rate."""
+    warmup_ratio: float = Field(0.005, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    lr_scheduler_type: grpo_options()["lr_scheduler_type"].type = "cosine"
+    """How the learning rate falls after the warm-up."""
+    optimizer: grpo_options()["optim"].type = "paged_adamw_8bit"
+    """Optimizer; the 8-bit and paged ones need a GPU."""
+    adam_beta1: float = Field(0.999999, ge=0, lt=1)
+    """Adam's decay of the gradient mean."""
+    adam_beta2: float = Field(0.999999, ge=0, lt=1)
+    """Adam's decay of the squared gradient."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(0.1, ge=0)
+    """Gradients are clipped to this norm; 0 for no clipping."""
+    num_generations: Annotated[int, BeforeValidator(_first_number)] = 8
+    """Completions per prompt, the group size G."""
+    per_device_train_batch_size: int = Field(1, ge=1)
+    """Completions per device and micro-batch; raised (and said) where groups would not fit."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Micro-batches per optimizer step."""
+    num_train_epochs: int | float = Field(1, gt=0)
+    """Passes over the problems; training.max_steps, if set, wins."""
+    num_iterations: int = Field(1, ge=1)
+    """Optimizer passes over each rollout (TRL's)."""
+    logging_steps: int | float = Field(1, gt=0)
+    """Steps between two log lines."""
+    save_steps: int | float = Field(500, gt=0)
+    """Steps between two checkpoints."""
+    report_to: Annotated[list[Trackers], BeforeValidator(_listed)] = ["wandb"]
+    """Trackers: wandb, tensorboard, trackio or none."""
+    beta: float = Field(0.0, ge=0)
+    """Weight of a KL penalty. GTPO has none, so that no reference model is needed."""
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = "grpo"
+    """How token losses are averaged; grpo is the paper's 1/G and 1/|o_i| (TRL's own default is dapo)."""
+    scale_rewards: Literal["none", "group", "batch"] | bool = "none"
+    """Division of advantages by a standard deviation; the paper divides by none (TRL's own default is group)."""
+
+    @field_validator("num_generations")
+    @classmethod
+    def a_group_has_two(cls, value: int) -> int:
+        if value < 2:
+            raise ValueError(f"{value} leaves no group to compare; use 2 or more")
+        return value
+
+    def trl_options(self) -> dict[str, Any]:
+        """The given options that only TRL knows, by TRL's names."""
+        return {name: getattr(self, name) for name in self.model_fields_set - DocumentedTraining.model_fields.keys()}
+
+
+TrainingSection = create_model(
+    "TrainingSection",
+    __base__=DocumentedTraining,
+    **{name: (option.type, Field(default=None, description=option.help))
+       for name, option in grpo_options().items() if name not in DocumentedTraining.model_fields},
+)
+
+
+class TrainerSection(Section):
+    class_path: DottedPath = "gtpo.gtpo_training.UnslothGTPOTrainer"
+    """The trainer, by dotted path."""
+    reward_funcs: Annotated[list[DottedPath], BeforeValidator(_listed), Field(min_length=1)] = ["reward_math.final_reward"]
+    """Reward functions, by dotted path; weights: training.reward_weights."""
+
+
+class RuntimeSection(Section):
+    ent_threshold: float = Field(0.7, ge=0)
+    """The entropy filter's threshold in nats (the paper's ln 2)."""
+    ent_scale: float = Field(0.1, ge=0)
+    """gamma, the weight of the entropy penalty."""
+    w_raw: float = Field(2.0, ge=0)
+    """lambda on the conflict tokens of completions with a positive advantage."""
+    pad_id: int | None = None
+    """Padding id; null for the tokenizer's. It changes no weight: the completion mask decides."""
+    eps: float = Field(1e-6, gt=0)
+    """The released code's log guard; only custom_trainer.released knows it."""
+    torch_compile_options: dict[str, bool | int | float | str] = {}
+    """Options of torch.compile on CUDA, laid over the trainer's own."""
+
+
+class EvaluationSection(Section):
+    path: str | None = None
+    """Held-out problems, like dataset.path; evaluated before and after training."""
+    split: str | None = None
+    """Held-out split of the training dataset, for instance test."""
+    limit: int = Field(200, ge=1)
+    """How many held-out problems, from the first."""
+    batch_size: int = Field(32, ge=1)
+    """Completions generated at a time."""
+
+
+class WandbSection(Section):
+    project: str = "gtpo"
+    """Weights & Biases project."""
+    entity: str | None = None
+    """Weights & Biases user or team; null for your default."""
+
+
+def _text(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+EnvMap = dict[str, Annotated[str, BeforeValidator(_text)]]

@@ -1,0 +1,30 @@
+"""What a person sees while a run trains: a progress bar, and one readable line per logging step."""
+
+from transformers.trainer_callback import ProgressCallback
+
+COLUMNS = (  # metric, label, format; a metric that a trainer does not log leaves its column out
+    ("reward", "reward", "{:.2f}"),
+    ("reward/formatting_avg", "format", "{:.2f}"),
+    ("reward/correctness_avg", "correct", "{:.2f}"),
+    ("gtpo/completion_entropy", "entropy", "{:.3f}"),
+    ("gtpo/frac_conflict_tokens", "conflict", "{:.0%}"),
+    ("gtpo/frac_filtered", "filtered", "{:.0%}"),
+    ("frac_reward_zero_std", "no signal", "{:.0%}"),
+    ("completions/mean_length", "length", "{:.0f}"),
+    ("completions/clipped_ratio", "truncated", "{:.0%}"),
+    ("step_time", "s/step", "{:.1f}"),
+)
+
+
+class ConsoleLine(ProgressCallback):
+    """transformers' progress bar, with one line of the metrics that matter in place of all of them."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and self.training_bar is not None and "reward" in (logs or {}):
+            self.training_bar.write(readable(state.global_step, logs))
+
+
+def readable(step: int, logs: dict) -> str:
+    """`step 12  reward 9.40  format 7.10 ...`: the known metrics among `logs`, in a fixed order."""
+    return "  ".join([f"step {step:>4}", *(
+        f"{label} {shape.format(float(logs[name]))}" for name, label, shape in COLUMNS if logs.get(name) is not None)])

@@ -1,0 +1,202 @@
+"""Train LoRA adapters with GTPO: `python train_model.py [config.yaml] [--section.key value ...]`.
+
+Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists every key. Exit code 2: the recipe or the
+machine cannot do it, and nothing was written.
+"""
+
+import logging
+import logging.handlers
+import os
+import sys
+from pathlib import Path
+
+from gtpo import cli
+from gtpo.recipe import Recipe, RecipeError
+
+logger = logging.getLogger("gtpo")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    command = cli.parse(sys.argv[1:] if argv is None else argv)
+    early = _log_to_console()
+    try:
+        if "help" in command.switches:
+            from gtpo.schema import help_text
+
+            print(help_text())
+        elif "version" in command.switches:
+            from gtpo.runs import versions
+
+            print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        else:
+            recipe = cli.make_recipe(command)
+            os.environ.update(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
+            if "dry_run" in command.switches:
+                _print_plan(recipe)
+            else:
+                train(recipe, overwrite="overwrite" in command.switches, early_log=early)
+    except RecipeError as error:
+        for sentence in str(error).splitlines():
+            print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handlers.MemoryHandler | None = None) -> Path:
+    """Train as `recipe` says and return the run directory; `recipe.env` must already be set."""
+    from gtpo import backends, data, runs
+    from gtpo.arguments import training_arguments
+
+    run_dir = Path(recipe.output_dir())
+    runs.check_free(run_dir, overwrite=overwrite)
+    data.check_source(recipe.dataset)
+    backends.check_model(recipe.model)
+    runs.prepare_trackers(recipe, run_dir)
+
+    backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
+    _seed_everything(recipe)
+    tokenizer = backends.load_tokenizer(recipe.model, backend)
+    problems = _load_problems(recipe, recipe.dataset, tokenizer)
+    held_out = _load_held_out(recipe, tokenizer)
+    policy = backends.load_policy(recipe.model, tokenizer, backend)
+
+    trainer_class = _load("trainer.class_path", recipe.trainer.class_path)  # only now: it binds to the patched TRL
+    rewards = [_load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
+    _override_constants(recipe, policy.tokenizer)
+    arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
+    trainer = _make_trainer(trainer_class, policy, rewards, arguments, problems)
+
+    runs.create(run_dir, recipe, overwrite=overwrite, early_log=early_log)
+    before = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "before.jsonl")
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    policy.save_adapter(run_dir)
+    trainer.save_state()
+    after = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "after.jsonl")
+
+    if held_out:
+        print(f"Before, {before.problems} held-out problems: {before}")
+        print(f"After,  {after.problems} held-out problems: {after}")
+    print(f"Run directory: {run_dir}")
+    return run_dir
+
+
+def _seed_everything(recipe: Recipe) -> None:
+    from transformers import enable_full_determinism, set_seed
+
+    given = recipe.training.trl_options()
+    seed = given.get("seed", recipe.model.random_seed)
+    (enable_full_determinism if given.get("full_determinism") else set_seed)(seed)
+
+
+def _load_problems(recipe: Recipe, section, tokenizer, *, shuffle: bool = True):
+    from gtpo.data import load_problems
+
+    return load_problems(
+        section, tokenizer, recipe.max_prompt_length, recipe.model.random_seed, shuffle=shuffle,
+        chat_template_kwargs=recipe.training.chat_template_kwargs, load_object=cli.load_object,
+    )
+
+
+def _load_held_out(recipe: Recipe, tokenizer):
+    """The first problems of `evaluation`'s file or split, unshuffled; None where the recipe names neither."""
+    section = recipe.evaluation
+    if section.path is None and section.split is None:
+        return None
+    changes = {"split": section.split or recipe.dataset.split}
+    if section.path is not None:
+        changes["path"] = section.path
+    problems = _load_problems(recipe, recipe.dataset.model_copy(update=changes), tokenizer, shuffle=False)
+    return problems.select(range(min(section.limit, len(problems))))
+
+
+def _load(key: str, dotted: str):
+    try:
+        found = cli.load_object(dotted)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"{key}: {dotted!r} cannot be imported ({error})") from error
+    if not callable(found):
+        raise RecipeError(f"{key}: {dotted!r} is {type(found).__name__}, which cannot be called; name a function or class")
+    return found
+
+
+def _override_constants(recipe: Recipe, tokenizer) -> None:
+    from gtpo.gtpo_training import override_constants
+
+    constants = recipe.gtpo_runtime.model_dump()
+    if constants["pad_id"] is None:
+        constants["pad_id"] = tokenizer.pad_token_id
+    override_constants(constants)
+
+
+def _make_trainer(trainer_class, policy, rewards, arguments, problems):
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    from gtpo.watch import ConsoleLine
+
+    try:
+        trainer = trainer_class(model=policy.model, reward_funcs=rewards, args=arguments, train_dataset=problems,
+                                processing_class=policy.tokenizer)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ConsoleLine())
+    return trainer
+
+
+def _evaluate(recipe: Recipe, policy, problems, file: Path):
+    from gtpo.evaluation import evaluate
+
+    return evaluate(policy, problems, max_completion_length=recipe.max_completion_length, file=file,
+                    batch_size=recipe.evaluation.batch_size, chat_template_kwargs=recipe.training.chat_template_kwargs)
+
+
+def _print_plan(recipe: Recipe) -> None:
+    """The resolved recipe on stdout, as YAML that can be fed back in; what it would do on stderr."""
+    from gtpo.arguments import batch_plan, say_batch_plan, steps
+    from gtpo.data import count_rows
+
+    values, secrets = recipe.saved()
+    cli.to_yaml(values, sys.stdout)
+    sys.stdout.flush()
+    plan = batch_plan(recipe, _processes())
+    say_batch_plan(recipe, plan)
+    total = steps(recipe, plan, count_rows(recipe.dataset))
+    lines = [
+        f"{plan.prompts_per_step:g} prompt{'' if plan.prompts_per_step == 1 else 's'} x {recipe.training.num_generations} generations per optimizer step"
+        + (f" ({_processes()} processes)" if _processes() > 1 else ""),
+        f"steps: {total or 'known when the dataset is loaded'}",
+        f"max_completion_length: {recipe.max_completion_length} tokens, after prompts of at most {recipe.max_prompt_length}",
+        f"run directory: {recipe.output_dir()}{' (exists already)' if os.path.exists(recipe.output_dir()) else ''}",
+    ]
+    if secrets:
+        lines.append(f"left out of the recipe above: {', '.join(secrets)}")
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _log_to_console() -> logging.handlers.MemoryHandler:
+    """Messages to stderr; they are kept for the log file too, which exists only once the run directory does."""
+    root = logging.getLogger()
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    early = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    for handler in root.handlers[:]:
+        if getattr(handler, "of_gtpo", False):  # main was called before in this process
+            root.removeHandler(handler)
+    for handler in (console, early):
+        handler.of_gtpo = True
+        root.addHandler(handler)
+    logging.getLogger("gtpo").setLevel(logging.INFO)
+    return early
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader of --help went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
