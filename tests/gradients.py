@@ -1,7 +1,7 @@
 """One optimizer step of a real trainer on the tiny policy, held against the float64 objective.
 
-`python tests/gradients.py unsloth` does so with the trainer Unsloth generates, in a process of its own because Unsloth
-replaces trl.GRPOTrainer; tests call `compare` and read the figures.
+`python tests/gradients.py '[{}]'` does so, for each case of a JSON list, with the trainer Unsloth generates, in a process of
+its own because Unsloth replaces trl.GRPOTrainer; tests call `compare` and read the figures.
 """
 
 import copy
@@ -147,13 +147,33 @@ def relative_error(found: dict, expected: dict) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def two_steps(folder: str, class_path: str, **options) -> tuple[dict, dict]:
+    """LoRA weights and log lines after two steps of `class_path` with w_raw 1, ent_scale 0 and the gate off."""
+    trainer = make_trainer(class_path, folder, **{"max_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0, **options})
+    from gtpo import gtpo_training
+
+    saved = {name: getattr(gtpo_training, name) for name in ("W_RAW", "ENT_SCALE", "ENT_THRESHOLD")}
+    vars(gtpo_training).update(W_RAW=1.0, ENT_SCALE=0.0, ENT_THRESHOLD=float("inf"))
+    seen = watch(trainer)
+    trainer.train()
+    vars(gtpo_training).update(saved)
+    return {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}, seen["logs"]
+
+
+def distance_from_grpo(folder: str, **options) -> float:
+    """Largest difference of any LoRA weight between GRPO and GTPO without lambda, gate and penalty, after two steps."""
+    grpo, _ = two_steps(folder, "custom_trainer.original.UnslothGRPOTrainer", **options)
+    gtpo, _ = two_steps(folder, "ablations.WithoutTokenWeights", **options)
+    return max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo)
+
+
 def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: float = 1.0, unsloth: bool = False,
             **options) -> dict:
     """Figures of one GTPO step against float64: relative gradient error, initial entropy, and how much was exercised."""
     trainer = make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", folder, pad=pad, peaked=peaked, **options)
     from gtpo import gtpo_training
 
-    gtpo_training.ENT_THRESHOLD = threshold
+    gtpo_training.ENT_THRESHOLD = threshold  # each case states it
     before = copy.deepcopy(trainer.model)
     seen = watch(trainer)
     trainer.train()
@@ -180,4 +200,5 @@ def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: floa
 
 if __name__ == "__main__":
     patch_unsloth()
-    print("FIGURES " + json.dumps([compare(os.getcwd(), unsloth=True, **case) for case in json.loads(sys.argv[1])]))
+    figures = [compare(os.getcwd(), unsloth=True, **case) for case in json.loads(sys.argv[1])]
+    print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd())}))

@@ -1,0 +1,252 @@
+"""The GTPO trainer on TRL's own GRPOTrainer, with a tiny real policy on a CPU."""
+
+import copy
+import json
+import logging
+
+import gradients
+import pytest
+import torch
+import trl
+from transformers import TrainerCallback
+
+from gtpo import gtpo_training
+
+CLASS = "gtpo.gtpo_training.UnslothGTPOTrainer"
+
+
+@pytest.fixture(autouse=True)
+def constants_as_they_were():
+    saved = {name: copy.copy(getattr(gtpo_training, name)) for name in gtpo_training.CONSTANTS}
+    yield
+    vars(gtpo_training).update(saved)
+
+
+@pytest.mark.parametrize("case", [
+    {},
+    {"peaked": 4.0, "threshold": 0.5},
+    {"pad": "^"},
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},  # groups spread over micro-batches
+    {"num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+], ids=["several groups, accumulation", "the gate on", "padding is the end token", "split groups", "larger groups"])
+def test_gradients_agree_with_the_float64_objective(tmp_path, case):
+    found = gradients.compare(str(tmp_path), **case)
+    assert found["gradient_error"] < 1e-5
+    assert found["loss"] == pytest.approx(found["loss_float64"], abs=1e-6)
+    assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
+    assert found["conflicts"] > 0 and len(found["prompt_lengths"]) > 1 and {-1.0, 1.0} <= set(found["signs"])
+    assert found["filtered"] > 0 or "threshold" not in case
+
+
+def test_without_lambda_gate_and_penalty_a_step_is_grpos(tmp_path):
+    assert gradients.distance_from_grpo(str(tmp_path)) < 1e-6
+
+
+def test_with_lambda_a_step_is_not_grpos(tmp_path):
+    grpo, _ = gradients.two_steps(str(tmp_path), "custom_trainer.original.UnslothGRPOTrainer")
+    gtpo, _ = gradients.two_steps(str(tmp_path), CLASS)
+    assert max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo) > 1e-5
+
+
+def test_several_iterations_use_the_parents_ratio_and_clip_by_the_advantages_sign(tmp_path):
+    options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 5e-2, "epsilon": 0.05}
+    grpo, logs = gradients.two_steps(str(tmp_path), "custom_trainer.original.UnslothGRPOTrainer", **options)
+    gtpo, our_logs = gradients.two_steps(str(tmp_path), "ablations.WithoutTokenWeights", **options)
+    assert max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo) < 1e-6
+    assert logs[1]["clip_ratio/region_mean"] > 0  # clipping did happen
+    assert our_logs[1]["clip_ratio/region_mean"] == pytest.approx(logs[1]["clip_ratio/region_mean"])
+
+
+def test_initial_entropy_does_not_depend_on_the_micro_batch_size_and_is_measured_once(tmp_path):
+    found = []
+    for size, accumulation in ((16, 1), (4, 4), (2, 8)):
+        trainer = gradients.make_trainer(CLASS, str(tmp_path), per_device_train_batch_size=size,
+                                         gradient_accumulation_steps=accumulation, max_steps=2)
+        seen = gradients.watch(trainer)
+        trainer.train()
+        found.append(trainer.initial_entropy)
+        assert [logs["gtpo/initial_entropy"] for logs in seen["logs"][:2]] == [trainer.initial_entropy] * 2
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+def test_the_measuring_pass_logs_nothing_of_its_own(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path))
+    seen = gradients.watch(trainer)
+    trainer.train()
+    assert seen["logs"][0]["gtpo/completion_entropy"] == pytest.approx(trainer.initial_entropy, rel=1e-6)
+
+
+def unjudging(completions, **kwargs):
+    """A reward that cannot judge every third completion."""
+    rewards = gradients.letters_reward(completions)
+    return [None if i % 3 == 0 else reward for i, reward in enumerate(rewards)]
+
+
+def test_a_completion_that_one_reward_cannot_judge_gets_no_advantage_and_no_penalty(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), reward=unjudging)
+    trainer.reward_funcs.append(gradients.letters_reward)  # the second reward judges everything
+    trainer.reward_func_names.append("letters_reward")
+    trainer.reward_processing_classes.append(None)
+    trainer.reward_weights = torch.ones(2)
+    seen = gradients.watch(trainer)
+    factors = []
+    hook = trainer.get_high_entropy_mask
+    trainer.get_high_entropy_mask = lambda *a: factors.append((trainer._micro_batch["judged"], hook(*a))) or factors[-1][1]
+    trainer.train()
+    rollout = seen["rollouts"][0]
+    unjudged = torch.arange(16) % 3 == 0
+    assert torch.equal(rollout["judged"], ~unjudged)
+    assert (rollout["advantages"][unjudged] == 0).all() and (rollout["advantages"][~unjudged] != 0).any()
+    for judged, factor in factors[-2:]:  # before them, the pass that measures the initial entropy
+        assert (factor[~judged] == 0).all() and (factor[judged] != 0).any()
+
+
+def nearly_equal(completions, **kwargs):
+    """Rewards whose float32 group mean leaves rounding behind."""
+    return [0.1 + 0.2] * len(completions)
+
+
+def test_rounding_in_the_group_mean_is_no_sign(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), reward=nearly_equal, num_generations=7,
+                                     per_device_train_batch_size=14, gradient_accumulation_steps=1)
+    seen = gradients.watch(trainer)
+    trainer.train()
+    rollout = seen["rollouts"][0]
+    assert (rollout["advantages"] == 0).all() and (rollout["token_weights"] == 1).all()
+    assert seen["gradients"] and all(g.isfinite().all() for g in seen["gradients"][0].values())
+
+
+def test_a_group_without_signal_still_feels_the_entropy_penalty(tmp_path):
+    gtpo_training.ENT_THRESHOLD = 100.0
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), reward=nearly_equal)
+    seen = gradients.watch(trainer)
+    trainer.train()
+    assert any(g.abs().max() > 0 for g in seen["gradients"][0].values())
+    gtpo_training.ENT_SCALE = 0.0
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), reward=nearly_equal)
+    seen = gradients.watch(trainer)
+    trainer.train()
+    assert all((g == 0).all() for g in seen["gradients"][0].values())
+
+
+def test_a_non_finite_loss_skips_the_step_counts_it_and_says_so(tmp_path, caplog):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), max_steps=3, optim="adamw_torch", weight_decay=0.1)
+    seen = gradients.watch(trainer)
+    parent, poisoned = trainer._parent_loss, []
+
+    def sometimes_nan(model, inputs, *args, **kwargs):
+        loss = parent(model, inputs, *args, **kwargs)
+        if trainer.state.global_step == 1 and torch.is_grad_enabled() and not poisoned:
+            poisoned.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+            return loss * float("nan")
+        return loss
+
+    trainer._parent_loss = sometimes_nan
+    after = []
+
+    class WeightsAfterEachStep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            after.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
+
+    trainer.add_callback(WeightsAfterEachStep())
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert all(torch.equal(after[1][n], poisoned[0][n]) for n in poisoned[0])  # no update, no decay
+    assert any(not torch.equal(after[2][n], after[1][n]) for n in after[1])  # and training goes on
+    assert [logs["gtpo/skipped_steps"] for logs in seen["logs"][:3]] == [0, 0, 1]
+    assert trainer.non_finite.skipped == 1 and "Step 2 skipped" in caplog.text
+
+
+def test_every_checkpoint_keeps_the_initial_entropy_and_a_resumed_run_does_not_measure_again(tmp_path):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), **options)
+    trainer.train()
+    state = json.loads((tmp_path / "checkpoint-1" / gtpo_training.STATE_FILE).read_text())
+    assert state == {"initial_entropy": trainer.initial_entropy, "skipped_steps": 0}
+    resumed = gradients.make_trainer(CLASS, str(tmp_path), **options)
+    resumed._measure_initial_entropy = lambda rollout: pytest.fail("measured again")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.initial_entropy == trainer.initial_entropy
+
+
+@pytest.mark.parametrize("option, value", [
+    ("top_entropy_quantile", 0.2), ("entropy_coef", 0.01), ("use_adaptive_entropy", True), ("use_liger_kernel", True)])
+def test_options_that_gtpo_would_corrupt_are_refused(option, value):
+    arguments = trl.GRPOConfig(output_dir="x", use_cpu=True, bf16=False)
+    setattr(arguments, option, value)
+    with pytest.raises(ValueError, match=f"training.{option}: .*does not go with GTPO"):
+        gtpo_training.refuse_conflicting_options(arguments)
+
+
+def test_the_callers_arguments_stay_as_they_were(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path))
+    assert trainer.args.top_entropy_quantile < 1
+    again = gradients.make_trainer(CLASS, str(tmp_path), top_entropy_quantile=1.0)
+    assert again.args is not trainer.args
+
+
+def test_a_parent_that_never_calls_the_hook_cannot_train_grpo_in_disguise(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path))
+    trainer.top_entropy_quantile = 1.0  # what TRL's loss looks at
+    with pytest.raises(RuntimeError, match="never asked get_high_entropy_mask"):
+        trainer.train()
+
+
+def test_constants_are_cast_set_and_said(caplog):
+    with caplog.at_level(logging.INFO):
+        gtpo_training.override_constants({"ent_threshold": "0.5", "PAD_ID": 7.0, "w_raw": None,
+                                          "torch_compile_options": {"max_autotune": True}})
+    assert gtpo_training.ENT_THRESHOLD == 0.5 and gtpo_training.PAD_ID == 7 and isinstance(gtpo_training.PAD_ID, int)
+    assert gtpo_training.W_RAW == 2.0
+    assert gtpo_training.torch_compile_options["max_autotune"] and gtpo_training.torch_compile_options["shape_padding"]
+    assert "[GTPO] Set ENT_THRESHOLD = 0.5" in caplog.text and "[GTPO] Set PAD_ID = 7" in caplog.text
+
+
+@pytest.mark.parametrize("values, message", [({"ent_treshold": 1}, "there is no such constant"), ({"w_raw": "big"}, "is not a valid float")])
+def test_a_constant_that_cannot_be_set_says_why(values, message):
+    with pytest.raises(ValueError, match=message):
+        gtpo_training.override_constants(values)
+
+
+def test_a_constant_changed_between_steps_counts(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path))
+    seen = gradients.watch(trainer)
+    gtpo_training.W_RAW = 5.0
+    trainer.train()
+    assert 5.0 in seen["rollouts"][0]["token_weights"].unique().tolist()
+
+
+def test_a_foreign_pad_id_is_said_once_and_changes_nothing(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = gradients.make_trainer(CLASS, str(tmp_path))
+        seen = gradients.watch(trainer)
+        trainer.train()
+    assert caplog.text.count("PAD_ID = 128004 differs") == 1
+    caplog.clear()
+    gtpo_training.PAD_ID = trainer.processing_class.pad_token_id
+    with caplog.at_level(logging.WARNING):
+        again = gradients.make_trainer(CLASS, str(tmp_path))
+        seen_again = gradients.watch(again)
+        again.train()
+    assert "PAD_ID" not in caplog.text
+    assert all(torch.equal(seen["gradients"][0][n], seen_again["gradients"][0][n]) for n in seen["gradients"][0])
+
+
+def test_the_hooks_arithmetic_compiles_with_the_runtime_options():
+    compiled = torch.compile(gtpo_training._shape_tokens, dynamic=True, options=gtpo_training.torch_compile_options)
+    entropies, mask = torch.rand(4, 9), (torch.rand(4, 9) > 0.2).int()
+    inputs = (entropies, mask, torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([True, True, True, False]), torch.rand(4, 6))
+
+    def keep(entropy):
+        return entropy <= 0.6
+
+    for found, expected in zip(compiled(*inputs, keep, 0.1), gtpo_training._shape_tokens(*inputs, keep, 0.1), strict=True):
+        assert torch.allclose(found, expected)
+
+
+def test_three_steps_change_the_lora_weights_and_nothing_else(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), max_steps=3, optim="adamw_torch")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_" in name}

@@ -1,0 +1,53 @@
+"""The trainer that Unsloth generates, on a CPU: the same tiny policy, the same float64 objective."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("unsloth") is None,
+    reason="unsloth is not installed; make test installs it from requirements-unsloth-cpu.txt",
+)
+
+CASES = {
+    "several groups, accumulation": {},
+    "the gate on, a peaked policy": {"peaked": 4.0, "threshold": 0.5},
+    "padding is the end token": {"pad": "^"},
+    "one group, one micro-batch": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory) -> dict:
+    """What tests/gradients.py prints in a process of its own: importing Unsloth replaces trl's trainers."""
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tests/gradients.py"), json.dumps(list(CASES.values()))],
+        cwd=tmp_path_factory.mktemp("unsloth"), capture_output=True, text=True, timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    line = next(line for line in run.stdout.splitlines() if line.startswith("FIGURES "))
+    return json.loads(line.removeprefix("FIGURES "))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=list(CASES))
+def test_gradients_agree_with_the_float64_objective(figures, case):
+    found = figures["cases"][case]
+    assert "UnslothGRPOTrainer" in found["class"]
+    assert found["gradient_error"] < 1e-5
+    assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
+    assert found["conflicts"] > 0
+
+
+def test_the_cases_exercise_unequal_prompts_several_groups_and_the_gate(figures):
+    several, gated, _, one = figures["cases"]
+    assert len(several["prompt_lengths"]) > 1 and len(several["lengths"]) > 1
+    assert several["groups"] == 4 and one["groups"] == 1
+    assert gated["filtered"] > 0
+
+
+def test_without_lambda_gate_and_penalty_a_step_is_grpos(figures):
+    assert figures["distance_from_grpo"] < 1e-6
