@@ -1,6 +1,7 @@
 """A recipe's mistakes as sentences: where, what was given, what would work."""
 
 import difflib
+import re
 
 from pydantic import ValidationError
 from ruamel.yaml.error import MarkedYAMLError
@@ -37,8 +38,8 @@ def sentences(error: ValidationError, recipe_file: str, overrides: dict[tuple[st
                 told[text] = text if ":" in text.split(" ")[0] else f"{key}: {text}"
             case kind:
                 expected.setdefault(key, []).append(EXPECTED.get(kind, problem["msg"].removeprefix("Input should be ")))
-                choices = " or ".join(dict.fromkeys(expected[key]))
-                told[key] = f"{key}: {problem['input']!r} {source} is not valid; it should be {choices}"
+                clause = _nearest_choice(problem) or f"it should be {' or '.join(dict.fromkeys(expected[key]))}"
+                told[key] = f"{key}: {problem['input']!r} {source} is not valid; {clause}"
     return list(told.values())
 
 
@@ -48,6 +49,13 @@ def nearest(key: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(key, known, 1, 0.75)
     close = close or [by_last_part[n] for n in difflib.get_close_matches(key.split(".")[-1], by_last_part, 1, 0.7)]
     return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists the known ones"
+
+
+def _nearest_choice(problem: dict) -> str | None:
+    """The nearest of many choices, in place of a list too long to read."""
+    choices = re.findall(r"'([^']*)'", problem.get("ctx", {}).get("expected", ""))
+    close = difflib.get_close_matches(str(problem["input"]), choices, 1) if len(choices) > 5 else []
+    return f"did you mean {close[0]!r}?" if close else None
 
 
 def one_line(error: Exception) -> str:

@@ -76,7 +76,8 @@ def leaves(section: type[Section] = Recipe, prefix: tuple[str, ...] = ()):
 
 
 def all_keys() -> list[str]:
-    return [".".join(path) for path, _, _ in leaves()]
+    """Every key path, and the sections by themselves."""
+    return [*Recipe.model_fields, *(".".join(path) for path, _, section in leaves() if section)]
 
 
 def _default(info) -> str:
