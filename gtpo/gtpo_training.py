@@ -8,9 +8,9 @@ that `override_constants` (or an assignment from a notebook) counts at any time.
 import copy
 import json
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 import trl
@@ -18,7 +18,9 @@ from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
 from gtpo import shaping
+from gtpo.groups import conflict_fractions, whole_groups
 from gtpo.nonfinite import SkipNonFiniteSteps
+from gtpo.options import refuse_conflicting_options, say_other_objectives
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +30,7 @@ W_RAW = 2.0  # lambda on the conflict tokens of completions with A > 0
 PAD_ID = 128004  # changes no weight: the completion mask decides what is padding
 EPS = 1e-6  # the released code's log guard; only the released functions read it
 torch_compile_options = {
-    "epilogue_fusion": True,
-    "max_autotune": False,
-    "shape_padding": True,
-    "trace.enabled": False,
+    "epilogue_fusion": True, "max_autotune": False, "shape_padding": True, "trace.enabled": False,
     "triton.cudagraphs": False,
 }
 
@@ -81,7 +80,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         self.args.top_entropy_quantile = self.top_entropy_quantile = 0.5
         self.initial_entropy: float | None = None  # <H>_ini, nats; None until measured
         self.non_finite = SkipNonFiniteSteps(self)
-        self._micro_batch: Mapping[str, Tensor] = {}
+        self._micro_batch: Mapping[str, Tensor] = {}  # what the hook needs beside its arguments
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # what the hook saw: <H>_i, kept, not empty
         self._shape_tokens: Callable | None = None
         self.add_callback(self.non_finite)
@@ -110,40 +109,18 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         rollout = super()._generate_and_score_completions(inputs)
-        groups = self._whole_groups(rollout)
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        groups = whole_groups(rollout, self._rewards, size, self.accelerator)
         rows, width = rollout["completion_ids"].shape
         mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
         rollout["advantages"] = groups["advantages"][mine]
         rollout["token_weights"] = self.token_weights(groups)[mine, :width]  # (B, T)
         rollout["judged"] = ~self._rewards.isnan()[mine]  # (B,)
-        self._log_conflicts(groups)
+        for name, value in zip(("tokens", "groups"), conflict_fractions(groups, size), strict=True):
+            self._mode_metrics()[f"gtpo/frac_conflict_{name}"].append(value)
         if self.model.training and self.initial_entropy is None and self.state.global_step == 0:
             self.initial_entropy = self._measure_initial_entropy(rollout)
         return rollout
-
-    def _whole_groups(self, rollout: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The rollout of all processes, with rounding removed from its advantages and its conflict runs marked."""
-        mask = rollout["completion_mask"]
-        if "tool_mask" in rollout:
-            mask = mask * rollout["tool_mask"]
-        gather = self.accelerator.gather
-        columns = {  # (N, T): the longest T of all processes
-            name: gather(self.accelerator.pad_across_processes(tensor.contiguous(), dim=1))
-            for name, tensor in (("completion_ids", rollout["completion_ids"]), ("completion_mask", mask))
-        }
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        advantages = gather(rollout["advantages"]).view(-1, size)  # (groups, G)
-        # A float32 group mean leaves rounding behind where all rewards are equal; it must not count as a sign.
-        largest = self._rewards.nan_to_num(0.0).abs().view(-1, size).amax(dim=1, keepdim=True).clamp(min=1.0)
-        advantages = torch.where(advantages.abs() < 1e-6 * largest, 0.0, advantages)
-        runs = [
-            shaping.conflict_runs(ids, real, group_advantages)
-            for ids, real, group_advantages in zip(
-                columns["completion_ids"].split(size), columns["completion_mask"].split(size), advantages, strict=True
-            )
-        ]
-        prefix, suffix = (torch.cat(side) for side in zip(*runs, strict=True))
-        return {**columns, "advantages": advantages.flatten(), "prefix": prefix, "suffix": suffix}
 
     # ---- delta and gamma: decided inside the loss, the only place where entropies exist
 
@@ -155,20 +132,19 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     def _parent_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._micro_batch, self._seen = inputs, None
-        signs = _nonzero(inputs["advantages"])
-        loss = super().compute_loss(model, {**inputs, "advantages": signs}, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "advantages": _nonzero(inputs["advantages"])}
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._seen is None:
             # Unsloth has a second, slow loss without the seam: it would train GRPO in disguise.
-            raise RuntimeError("The parent's loss never asked get_high_entropy_mask for GTPO's factor; this trainer "
-                               "works with the pinned trl and unsloth_zoo (requirements.txt).")
+            raise RuntimeError("The parent's loss never asked get_high_entropy_mask for GTPO's factor; use the pinned libraries")
         return loss
 
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """TRL's hook for a per-token loss factor, (B, W): here GTPO's shaping; `threshold` is ignored."""
         if self._shape_tokens is None:
             on_cuda = entropies.device.type == "cuda"
-            compiled = torch.compile(_shape_tokens, dynamic=True, options=torch_compile_options) if on_cuda else None
-            self._shape_tokens = compiled or _shape_tokens
+            compile_ = torch.compile(dynamic=True, options=torch_compile_options) if on_cuda else lambda function: function
+            self._shape_tokens = compile_(_shape_tokens)
         batch = self._micro_batch
         factor, entropy, kept = self._shape_tokens(
             entropies, mask, batch["advantages"], batch["judged"], batch["token_weights"], self.keep, ENT_SCALE
@@ -192,19 +168,13 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     # ---- what a person sees, and what a checkpoint keeps
 
-    def _log_conflicts(self, groups: dict[str, Tensor]) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        size = self.num_generations if self.model.training else self.num_generations_eval
-        conflicts = groups["prefix"] | groups["suffix"]
-        real = groups["completion_mask"].sum().clamp(min=1)
-        in_conflict = conflicts.any(dim=1).view(-1, size).any(dim=1)
-        metrics["gtpo/frac_conflict_tokens"].append((conflicts.sum() / real).item())
-        metrics["gtpo/frac_conflict_groups"].append(in_conflict.float().mean().item())
+    def _mode_metrics(self) -> dict[str, list[float]]:
+        return self._metrics["train" if self.model.training else "eval"]
 
     def _log_entropies(self) -> None:
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._mode_metrics()
         entropy, kept, real = self._seen
-        sums = torch.stack([entropy[real].sum(), (~kept & real).sum(), real.sum()])
+        sums = torch.stack([entropy[real].sum(), (~kept & real).sum(), real.sum()])  # one wait for the device
         entropy_sum, filtered, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if count:
             metrics["gtpo/completion_entropy"].append(entropy_sum / count)
@@ -218,39 +188,23 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         if PAD_ID != pad_id:
             logger.warning("[GTPO] PAD_ID = %s differs from the tokenizer's pad id %s: nothing changes, the completion "
                            "mask decides what is padding", PAD_ID, pad_id)
-        papers = {"loss_type": "grpo", "scale_rewards": "none", "beta": 0.0}
-        for option, value in papers.items():
-            if getattr(self.args, option) != value:
-                logger.warning("[GTPO] %s = %s is not the paper's objective (%s)", option,
-                               getattr(self.args, option), value)
+        say_other_objectives(self.args)
         if self.accelerator.device.type == "cpu":
             logger.info("[GTPO] torch_compile_options are unused on a CPU")
 
     def _save_checkpoint(self, model, trial):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            with open(os.path.join(folder, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump({"initial_entropy": self.initial_entropy, "skipped_steps": self.non_finite.skipped}, file)
+            folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            state = {"initial_entropy": self.initial_entropy, "skipped_steps": self.non_finite.skipped}
+            (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
-        path = checkpoint and os.path.join(checkpoint, STATE_FILE)
-        if path and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                state = json.load(file)
+        path = checkpoint and Path(checkpoint, STATE_FILE)
+        if path and path.exists():
+            state = json.loads(path.read_text(encoding="utf-8"))
             self.initial_entropy, self.non_finite.skipped = state["initial_entropy"], state["skipped_steps"]
-
-
-def refuse_conflicting_options(arguments: trl.GRPOConfig) -> None:
-    """Raises ValueError if `arguments` use what GTPO's factor would corrupt: the entropy mask, its bonus, or Liger."""
-    for option, allowed in (
-        ("top_entropy_quantile", 1.0), ("entropy_coef", 0.0), ("use_adaptive_entropy", False), ("use_liger_kernel", False)
-    ):
-        value = getattr(arguments, option)
-        if value != allowed:
-            raise ValueError(f"training.{option}: {value} does not go with GTPO, which uses TRL's entropy mask for its "
-                             f"own factor; leave it at {allowed}, or train with custom_trainer.original")
 
 
 def _shape_tokens(entropies, mask, advantages, judged, token_weights, keep, scale):

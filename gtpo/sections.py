@@ -1,14 +1,13 @@
 """The sections of a recipe: every key with its type, default, bounds and one sentence. Nothing heavy is imported here.
 
-Field names are the documented YAML keys; the string under a field is its help. `training` accepts every option of the
-installed `trl.GRPOConfig` by its own name as well. Rules across sections are in `gtpo/recipe.py`.
+The string under a field is its help. `training` also accepts every option of the installed `trl.GRPOConfig`.
 """
 
 import logging
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from gtpo.trl_options import grpo_options
 
@@ -18,6 +17,8 @@ DATASET_ALIASES = {
     "gsm8k": "gsm8k", "openai/gsm8k": "gsm8k",
     "hendrycks_math": "hendrycks_math", "math": "hendrycks_math", "EleutherAI/hendrycks_math": "hendrycks_math",
 }
+SYSTEM_INSTRUCTION = ("You are a helpful assistant for solving math problems. Given a question, first think step by step between "
+                      "<reasoning> and </reasoning>. Then, give the final answer between <answer> and </answer>.")
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
 
 
@@ -37,6 +38,12 @@ def _first_number(value: Any) -> Any:
         first = value.split("/")[0].strip()
         logger.warning("training.num_generations: %r names several numbers; the first, %s, is used", value, first)
         return first
+    return value
+
+
+def _two_or_more(value: int) -> int:
+    if value < 2:
+        raise ValueError(f"{value} leaves no group to compare; use 2 or more")
     return value
 
 
@@ -90,10 +97,7 @@ class DatasetSection(Section):
     """Hendrycks MATH: which of its subsets; all seven by default."""
     split: str = "train"
     """Which split to train on; slices such as train[:100] work."""
-    system_instruction: str | None = (
-        "You are a helpful assistant for solving math problems. Given a question, first think step by step between "
-        "<reasoning> and </reasoning>. Then, give the final answer between <answer> and </answer>."
-    )
+    system_instruction: str | None = SYSTEM_INSTRUCTION
     """System message of every prompt; null for none."""
     question_column: str | None = None
     """Column that holds the question; by default the dataset's own (question, or problem for MATH)."""
@@ -102,7 +106,7 @@ class DatasetSection(Section):
 
     @property
     def kind(self) -> str:
-        """gsm8k, hendrycks_math, function (a dotted path) or file."""
+        """Which of gtpo.data's sources: gsm8k, hendrycks_math, function (a dotted path) or file."""
         return DATASET_ALIASES.get(self.name, "function") if self.name else "file"
 
     @model_validator(mode="after")
@@ -115,8 +119,7 @@ class DatasetSection(Section):
         return self
 
 
-Trackers = Literal["none", "wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune",
-                   "azure_ml", "codecarbon", "dagshub", "dvclive", "flyte", "kubeflow"]
+Trackers = Literal["none", "wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune"]
 
 
 class DocumentedTraining(Section):
@@ -138,7 +141,7 @@ class DocumentedTraining(Section):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(0.1, ge=0)
     """Gradients are clipped to this norm; 0 for no clipping."""
-    num_generations: Annotated[int, BeforeValidator(_first_number)] = 8
+    num_generations: Annotated[int, BeforeValidator(_first_number), AfterValidator(_two_or_more)] = 8
     """Completions per prompt, the group size G."""
     per_device_train_batch_size: int = Field(1, ge=1)
     """Completions per device and micro-batch; raised (and said) where groups would not fit."""
@@ -161,12 +164,6 @@ class DocumentedTraining(Section):
     scale_rewards: Literal["none", "group", "batch"] | bool = "none"
     """Division of advantages by a standard deviation; the paper divides by none (TRL's own default is group)."""
 
-    @field_validator("num_generations")
-    @classmethod
-    def a_group_has_two(cls, value: int) -> int:
-        if value < 2:
-            raise ValueError(f"{value} leaves no group to compare; use 2 or more")
-        return value
 
     def trl_options(self) -> dict[str, Any]:
         """The given options that only TRL knows, by TRL's names."""
@@ -174,8 +171,7 @@ class DocumentedTraining(Section):
 
 
 TrainingSection = create_model(
-    "TrainingSection",
-    __base__=DocumentedTraining,
+    "TrainingSection", __base__=DocumentedTraining,
     **{name: (option.type, Field(default=None, description=option.help))
        for name, option in grpo_options().items() if name not in DocumentedTraining.model_fields},
 )
@@ -221,8 +217,4 @@ class WandbSection(Section):
     """Weights & Biases user or team; null for your default."""
 
 
-def _text(value: Any) -> Any:
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-EnvMap = dict[str, Annotated[str, BeforeValidator(_text)]]
+EnvMap = dict[str, Annotated[str, BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value)]]

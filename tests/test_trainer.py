@@ -11,6 +11,7 @@ import trl
 from transformers import TrainerCallback
 
 from gtpo import gtpo_training
+from gtpo.options import refuse_conflicting_options
 
 CLASS = "gtpo.gtpo_training.UnslothGTPOTrainer"
 
@@ -175,7 +176,7 @@ def test_options_that_gtpo_would_corrupt_are_refused(option, value):
     arguments = trl.GRPOConfig(output_dir="x", use_cpu=True, bf16=False)
     setattr(arguments, option, value)
     with pytest.raises(ValueError, match=f"training.{option}: .*does not go with GTPO"):
-        gtpo_training.refuse_conflicting_options(arguments)
+        refuse_conflicting_options(arguments)
 
 
 def test_the_callers_arguments_stay_as_they_were(tmp_path):

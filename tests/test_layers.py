@@ -1,0 +1,64 @@
+"""Imports point down: the table of house rules, held against the imports in the sources."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside functions
+    "trl_options": set(), "sections": {"trl_options"}, "recipe": {"sections"}, "schema": {"recipe", "sections", "trl_options"},
+    "mistakes": {"recipe", "schema", "sections"}, "dotted_paths": set(),
+    "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections"},
+    "answers": {"verifier"}, "verifier": set(),
+    "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": set(),
+    "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "backends": {"hub", "recipe", "sections"},
+    "arguments": {"recipe", "sections", "trl_options"}, "evaluation": {"answers"}, "watch": set(),
+    "runs": {"cli", "recipe"},
+    "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
+}
+HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify"}
+LIGHT = {"trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
+         "backends", "arguments", "evaluation", "runs", "hub"}
+
+
+def imports(path, top_level_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules():
+    return sorted(path for path in (ROOT / "gtpo").glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.stem)
+def test_a_module_imports_only_what_lies_below_it(path):
+    ours = {name.split(".")[1] for name in imports(path, top_level_only=False) if name.startswith("gtpo.")}
+    ours &= {p.stem for p in modules()}
+    assert ours <= MAY_IMPORT[path.stem]
+
+
+@pytest.mark.parametrize("path", [p for p in modules() if p.stem in LIGHT] + [ROOT / "train_model.py", ROOT / "reward_math.py"],
+                         ids=lambda p: p.stem)
+def test_nothing_heavy_is_imported_before_it_is_needed(path):
+    assert not {name.split(".")[0] for name in imports(path, top_level_only=True)} & HEAVY
+
+
+def test_rewards_import_neither_torch_nor_a_tracker():
+    assert not {name.split(".")[0] for name in imports(ROOT / "reward_math.py", top_level_only=False)} & HEAVY
+
+
+def test_trainers_know_no_recipe():
+    for path in (ROOT / "gtpo/gtpo_training.py", *(ROOT / "custom_trainer").glob("*.py")):
+        assert not {name for name in imports(path, top_level_only=False) if "recipe" in name or "cli" in name}, path.name
+
+
+def test_no_file_of_the_product_is_longer_than_220_lines():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("gtpo/*.py"), *ROOT.glob("custom_trainer/*.py"), *ROOT.glob("demo/*.py")]:
+        assert len(path.read_text().splitlines()) <= 220, path.name
