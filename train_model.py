@@ -137,8 +137,8 @@ def _make_trainer(trainer_class, policy, rewards, arguments, problems):
     try:
         trainer = trainer_class(model=policy.model, reward_funcs=rewards, args=arguments, train_dataset=problems,
                                 processing_class=policy.tokenizer)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
+    except (ValueError, ImportError, NotImplementedError) as error:  # what TRL says of options that do not fit
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ConsoleLine())

@@ -171,6 +171,8 @@ def _files(section: DatasetSection) -> list[list[Path]]:
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise RecipeError(f"dataset.path: {section.path!r} is not one of {', '.join(SUFFIXES)}")
+        if not path.stat().st_size:
+            raise RecipeError(f"dataset.path: {section.path!r} is empty; give a file with at least one row")
         return [[path]]
     if not path.is_dir():
         raise RecipeError(f"dataset.path: there is no file or folder {section.path!r}")

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import gtpo
@@ -32,9 +33,11 @@ def check_free(run_dir: Path, *, overwrite: bool) -> None:
         if not (run_dir / "recipe.yaml").is_file():
             raise RecipeError(f"run_name: {run_dir} is no run directory of ours (it has no recipe.yaml) and will not be "
                               "overwritten; choose another with --run-name, or remove it")
-    parent = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
-        raise RecipeError(f"output_root: {parent} cannot be written to; choose another output_root")
+    parent = next(p for p in run_dir.absolute().parents if p.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise RecipeError(f"output_root: {parent} cannot be written to ({error.strerror}); choose another output_root") from None
     if len(os.fsencode(run_dir.name)) > 255:
         raise RecipeError("run_name: the name of the run directory would be longer than 255 bytes; use a shorter one")
 

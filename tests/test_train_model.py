@@ -1,0 +1,274 @@
+"""The main job, end to end on a CPU: recipe in, trained adapter out; and every way it refuses."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+import tiny
+from conftest import ROOT
+
+import train_model
+from gtpo import cli
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder; recipes and models are named from the repository."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_ENTITY", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def demo_flags(*more: str) -> list[str]:
+    """recipes/demo.yaml from another folder, two short steps without evaluation."""
+    return [str(ROOT / "recipes/demo.yaml"), "--model-name", str(ROOT / "demo/model"),
+            "--dataset.path", str(ROOT / "demo/data/train.jsonl"), "--evaluation.path", "null",
+            "--training.max_steps", "2", "--training.per_device_train_batch_size", "8", "--training.save_steps", "1", *more]
+
+
+def run_dir(here, name="demo"):
+    (found,) = (here / "runs").glob(f"{name}_adam1-*")
+    return found
+
+
+def history(folder) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(here, capsys):
+    assert train_model.main(demo_flags()) == 0
+    folder = run_dir(here)
+    assert capsys.readouterr().out.strip().endswith(f"Run directory: {folder.relative_to(here)}")
+    assert folder.name == "demo_adam1-0.9_adam2-0.999_wd-0.0_gen8_acc-1_wu0.05_len96_lr0.003_BetaKL0.0"
+    for name in ("recipe.yaml", "versions.json", "train.log", "trainer_state.json", "adapter_model.safetensors",
+                 "adapter_config.json", "tokenizer.json", "checkpoint-1/gtpo_state.json", "checkpoint-2/optimizer.pt"):
+        assert (folder / name).is_file(), name
+
+    saved = cli.read_recipe([str(folder / "recipe.yaml")])
+    assert saved == cli.read_recipe(demo_flags())
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["trl"] and versions["commit"] != "" and versions["python"]
+    log = (folder / "train.log").read_text()
+    for line in ("[GTPO] Backend: transformers + peft on CPU", "[GTPO] Set ENT_THRESHOLD = 0.7", "[GTPO] Set PAD_ID = 467",
+                 "2000 problems; 0 of 2000 dropped", "torch_compile_options are unused on a CPU"):
+        assert line in log, line
+
+    metrics = history(folder)[0]
+    for name in ("gtpo/completion_entropy", "gtpo/initial_entropy", "gtpo/frac_filtered", "gtpo/frac_conflict_tokens",
+                 "gtpo/frac_conflict_groups", "reward/formatting_avg", "reward/correctness_avg", "reward/total_avg", "reward"):
+        assert isinstance(metrics[name], float), name
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(ROOT / "demo/model")
+    ids = AutoTokenizer.from_pretrained(folder)("How many are left?", return_tensors="pt")["input_ids"]
+    before = base(ids).logits.detach()
+    trained = PeftModel.from_pretrained(base, folder)
+    assert not torch.equal(trained(ids).logits, before)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(here):
+    weights = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert train_model.main(demo_flags("--run-name", name, "--model.random_seed", seed)) == 0
+        weights.append((run_dir(here, name) / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
+    assert train_model.main(demo_flags("--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "20")) == 0
+    out = capsys.readouterr().out
+    assert "Before, 20 held-out problems: accuracy " in out and "After,  20 held-out problems: accuracy " in out
+    for name in ("before", "after"):
+        rows = [json.loads(line) for line in (run_dir(here) / f"evaluation/{name}.jsonl").read_text().splitlines()]
+        assert len(rows) == 20 and {"prompt", "completion", "reference", "correct", "well_formed"} == set(rows[0])
+
+
+def test_the_grpo_baseline_trains_by_its_dotted_path(here):
+    assert train_model.main(demo_flags("--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer")) == 0
+    assert "gtpo/completion_entropy" not in history(run_dir(here))[0]
+
+
+@pytest.mark.parametrize("dataset", ["gsm8k", "hendrycks_math"])
+def test_real_rows_train_through_dataset_path(here, shared_data, dataset):
+    more = ["--dataset-subset", "algebra", "geometry"] if dataset == "hendrycks_math" else []
+    assert train_model.main(demo_flags(
+        "--dataset-name", dataset, "--dataset.path", str(shared_data / dataset), "--dataset.split", "train[:40]", *more,
+        "--model.max_seq_length", "432", "--model.max_prompt_length", "400", "--training.max_prompt_length", "400")) == 0
+    folder = run_dir(here)
+    assert "dropped, longer than 400 prompt tokens" in (folder / "train.log").read_text()
+    assert (folder / "checkpoint-2").is_dir() and (folder / "adapter_model.safetensors").is_file()
+    assert len([row for row in history(folder) if "reward" in row]) == 2
+
+
+def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(here / "no-netrc"))
+    assert train_model.main(demo_flags("--training.report_to", "wandb", "--wandb.project", "a-project", "--wandb.entity", "us")) == 0
+    assert os.environ.pop("WANDB_MODE") == "offline"
+    folder = run_dir(here)
+    assert "wandb: no login found, so this run is kept offline" in (folder / "train.log").read_text()
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    records = wandb_records(file)
+    assert [r.run.project for r in records if r.HasField("run")][0] == "a-project"
+    assert [r.run.display_name for r in records if r.HasField("run")][0] == "demo"
+    logged = {"/".join(item.nested_key) or item.key for r in records if r.HasField("history") for item in r.history.item}
+    assert {"train/gtpo/completion_entropy", "train/reward/total_avg", "train/reward"} <= logged
+
+
+def wandb_records(file) -> list:
+    """The records of an offline run: a 7-byte header, then LevelDB's log format, 32 KiB blocks of (crc, length, type, data)."""
+    import wandb
+    from wandb.proto import wandb_internal_pb2
+
+    wandb.finish()
+    data, place, pieces, records = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        left = 32768 - place % 32768
+        if left < 7:  # too small for a record: padding
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        pieces += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # a whole record, or its last piece
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pieces)
+            records.append(record)
+            pieces = b""
+    return records
+
+
+# ---- what needs nothing heavy
+
+
+def in_a_fresh_process(here, *flags: str) -> subprocess.CompletedProcess:
+    """main() in a process that then says which heavy modules were imported, and what the GPU variable is."""
+    program = ("import os, sys; sys.path.insert(0, sys.argv.pop(1)); import train_model; code = train_model.main(sys.argv[1:]); "
+               "print('HEAVY', sorted({'torch', 'transformers', 'trl', 'datasets', 'wandb'} & sys.modules.keys()), "
+               "os.environ.get('CUDA_VISIBLE_DEVICES'), file=sys.stderr); sys.exit(code)")
+    return subprocess.run([sys.executable, "-c", program, str(ROOT), *flags], cwd=here, capture_output=True, text=True, timeout=120)
+
+
+def test_help_lists_every_key_and_imports_nothing_heavy(here):
+    run = in_a_fresh_process(here, "--help")
+    assert run.returncode == 0 and "HEAVY [] None" in run.stderr
+    for text in ("--training.learning_rate  (float; 1e-06)", "Peak learning rate.", "--model-name", "--dry-run",
+                 "--training.temperature  (float; 1.0)", "--gtpo_runtime.ent_threshold  (float; 0.7)", "--env"):
+        assert text in run.stdout, text
+
+
+def test_a_dry_run_prints_a_recipe_that_can_be_fed_back_and_the_plan(here):
+    documented = str(ROOT / "tests/recipes/documented.yaml")
+    run = in_a_fresh_process(here, documented, "--dry-run", "--cuda", "3", "--env.HF_TOKEN", "secret-token")
+    assert run.returncode == 0 and "HEAVY [] 3" in run.stderr  # set, and nothing imported before it
+    (here / "again.yaml").write_text(run.stdout)
+    assert cli.read_recipe(["again.yaml"]) == cli.read_recipe([documented, "--cuda", "3"])
+    assert "secret-token" not in run.stdout + run.stderr and "left out of the recipe above: HF_TOKEN" in run.stderr
+    for text in ("1 prompt x 8 generations per optimizer step", "max_completion_length: 1500 tokens", "raised from 1 to 8",
+                 "run directory: ./GTPO_LLAMA8B_MATH_adam1-0.999999"):
+        assert text in run.stderr, text
+    assert [p.name for p in here.iterdir()] == ["again.yaml"]
+
+
+def test_a_dry_run_knows_the_steps_where_a_local_file_or_max_steps_tells(here):
+    run = in_a_fresh_process(here, *demo_flags("--training.max_steps", "-1", "--dry-run"))
+    assert "steps: about 2000 (2000 rows, before the length filter)" in run.stderr
+    assert "steps: 2\n" in in_a_fresh_process(here, *demo_flags("--dry-run")).stderr
+
+
+def test_version_prints_ours_and_the_libraries(here):
+    run = in_a_fresh_process(here, "--version")
+    assert run.returncode == 0 and "HEAVY []" in run.stderr
+    assert run.stdout.startswith("gtpo ") and "\ntrl 1." in run.stdout and "\nvllm " in run.stdout
+
+
+# ---- refusals: exit code 2, one sentence, no traceback, nothing on disk
+
+
+def refusal(here, capsys, *flags: str) -> str:
+    assert train_model.main(demo_flags(*flags)) == 2
+    assert not (here / "runs").exists()
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    return error[0]
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--dataset.path", "nowhere.jsonl"], "error: dataset.path: there is no file or folder 'nowhere.jsonl'"),
+    (["--training.max_prompt_length", "3"], "error: training.max_prompt_length: 3 drops all 2000 prompts; the shortest has"),
+    (["--model-name", "./nowhere"], "error: model.model_name: there is no folder './nowhere'"),
+    (["--model-name", str(ROOT / "recipes")], "has no config.json; give a model saved by transformers"),
+    (["--model-name", "some/model"], "'some/model' is not in the local cache and HF_HUB_OFFLINE is set; use a local folder"),
+    (["--model.backend", "unsloth"], "error: model.backend: unsloth cannot be used here, no NVIDIA GPU is visible; use transformers or auto"),
+    (["--model.load_in_4bit", "true"], "error: model.load_in_4bit: true needs an NVIDIA GPU; use false"),
+    (["--training.optimizer", "paged_adamw_8bit"], "error: training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; use adamw_torch"),
+    (["--model.target_modules", "no_proj"], "error: model.target_modules: ['no_proj'] does not fit this model"),
+    (["--model.max_seq_length", "100000"], "error: model.max_seq_length: 100000 is more than the 8192 tokens of context"),
+    (["--trainer.reward_funcs", "os.environ"], "error: trainer.reward_funcs: 'os.environ' is _Environ, which cannot be called"),
+    (["--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer", "--training.use_liger_kernel"], "error: training: Liger is required"),
+    (["--output_root", "/proc"], "error: output_root: /proc cannot be written to"),
+])
+def test_what_cannot_work_is_refused_in_one_sentence(here, capsys, flags, sentence):
+    assert sentence in refusal(here, capsys, *flags)
+
+
+def test_a_missing_network_is_noticed_after_a_short_look(here, capsys, monkeypatch):
+    import huggingface_hub
+    import httpx
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+    def no_network(self, *args, **kwargs):
+        raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
+    assert "'some/model' is not in the local cache and the hub cannot be reached (ConnectError)" in refusal(
+        here, capsys, "--model-name", "some/model")
+
+
+def test_a_model_without_chat_template_is_refused_unless_the_recipe_gives_one(here, capsys):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = None
+    tiny.tiny_model(tokenizer).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    assert "has no chat template (it is a base model); set model.chat_template" in refusal(here, capsys, "--model-name", "./base")
+    (here / "chat.jinja").write_text(tiny.CHAT_TEMPLATE)
+    assert train_model.main(demo_flags("--model-name", "./base", "--model.chat_template", "chat.jinja", "--model.max_seq_length", "400",
+                                       "--training.max_prompt_length", "390")) == 0
+
+
+def test_a_model_too_large_for_a_cpu_is_refused(here, capsys, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 500_000})())
+    assert "GiB free; use a smaller model, or a machine with an NVIDIA GPU" in refusal(here, capsys, "--model.backend", "auto")
+
+
+def test_an_existing_run_is_refused_kept_and_overwritten_only_on_request(here, capsys):
+    assert train_model.main(demo_flags()) == 0
+    marker = run_dir(here) / "marker"
+    marker.touch()
+    capsys.readouterr()
+    assert train_model.main(demo_flags()) == 2
+    assert "exists already; choose another with --run-name, or replace it with --overwrite" in capsys.readouterr().err
+    assert train_model.main(demo_flags("--overwrite", "--training.max_prompt_length", "3")) == 2
+    assert marker.exists()  # a refused run has not touched it
+    assert train_model.main(demo_flags("--overwrite")) == 0
+    assert not marker.exists()
+
+
+def test_a_folder_that_is_no_run_is_never_overwritten(here, capsys):
+    folder = here / cli.read_recipe(demo_flags()).output_dir()
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").touch()
+    assert train_model.main(demo_flags("--overwrite")) == 2
+    assert "is no run directory of ours" in capsys.readouterr().err and (folder / "thesis.tex").exists()
