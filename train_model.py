@@ -4,6 +4,7 @@ Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists eve
 machine cannot do it, and nothing was written.
 """
 
+import contextlib
 import logging
 import logging.handlers
 import os
@@ -138,6 +139,8 @@ def _make_trainer(trainer_class, policy, rewards, arguments, problems):
         trainer = trainer_class(model=policy.model, reward_funcs=rewards, args=arguments, train_dataset=problems,
                                 processing_class=policy.tokenizer)
     except (ValueError, ImportError, NotImplementedError) as error:  # what TRL says of options that do not fit
+        with contextlib.suppress(OSError):
+            os.removedirs(arguments.output_dir)  # which TRL has made already; it stays if anything is in it
         raise RecipeError(f"training: {' '.join(str(error).split())}") from error
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)

@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -125,25 +126,40 @@ def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypat
 
 
 def wandb_records(file) -> list:
-    """The records of an offline run: a 7-byte header, then LevelDB's log format, 32 KiB blocks of (crc, length, type, data)."""
+    """The records of an offline run, once its last one is on disk: wandb's own process writes it."""
     import wandb
-    from wandb.proto import wandb_internal_pb2
 
     wandb.finish()
-    data, place, pieces, records = file.read_bytes(), 7, b"", []
+    for _ in range(200):
+        records = parsed(file.read_bytes())
+        if records and records[-1].HasField("exit"):
+            return records
+        time.sleep(0.1)
+    pytest.fail("wandb never finished its offline run")
+
+
+def parsed(data: bytes) -> list:
+    """A 7-byte header, then LevelDB's log format: 32 KiB blocks of (crc, length, type, bytes)."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    place, piece, records = 7, b"", []
     while place + 7 <= len(data):
         left = 32768 - place % 32768
         if left < 7:  # too small for a record: padding
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
-        pieces += data[place + 7 : place + 7 + length]
+        piece += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or its last piece
             record = wandb_internal_pb2.Record()
-            record.ParseFromString(pieces)
+            try:
+                record.ParseFromString(piece)
+            except DecodeError:  # not yet written to its end
+                break
             records.append(record)
-            pieces = b""
+            piece = b""
     return records
 
 
