@@ -1,9 +1,9 @@
 """Answers: finding them, scoring the format, and telling the same from the different."""
 
 import json
+import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -30,8 +30,8 @@ def in_time(function, *arguments, seconds=60):
 
 
 def draw(tags: str) -> str:
-    """R r A a stand for the opening and closing tags of the reasoning and the answer."""
-    names = {"R": "<reasoning>", "r": "</reasoning>", "A": "<answer>", "a": "</answer>"}
+    """[ and ] stand for the tags of the reasoning, ( and ) for those of the answer."""
+    names = {"[": "<reasoning>", "]": "</reasoning>", "(": "<answer>", ")": "</answer>"}
     return "".join(names.get(letter, letter) for letter in tags)
 
 
@@ -87,8 +87,8 @@ def test_a_boxed_answer_is_the_last_closed_box_with_its_braces_balanced(text, an
 
 
 @pytest.mark.parametrize(("tags", "answer"), [
-    ("RxrA 5 a", "5"), ("A5a\n ", "5"), ("Aa", ""), ("think A5", None), ("5a", None), ("A5a.", None), ("A4aA5a", None),
-    ("A5aa", None), ("a5A", None), ("", None),
+    ("[x]( 5 )", "5"), ("(5)\n ", "5"), ("()", ""), ("think (5", None), ("5)", None), ("(5).", None), ("(4)(5)", None),
+    ("(5))", None), (")5(", None), ("", None),
 ])  # fmt: skip
 def test_a_final_answer_is_the_content_of_the_one_block_that_ends_the_text(tags, answer):
     assert final_answer(draw(tags)) == answer
@@ -104,15 +104,15 @@ def test_a_reference_is_written_to_the_letter_and_read_back():
 # Scoring the format
 
 SCORES = [
-    ("RxrA5a", 10), ("well, Rxr\nA5a\n\n", 10), ("Rxr between A5a", 10), ("RrAa", 10),  # text before and between is fine
-    ("", 0), ("5", 0), ("R", 0), ("x r y", 0), ("aA", 0), ("rR", 0),
-    ("Rxr", 1), ("A5a", 1), ("Rxr 5", 1),  # one block, no trace of the other
-    ("RxrA5", 1.5), ("Rxr5a", 1.5), ("rA5a", 1.5), ("RA5a", 1.5),  # a trace of the other
-    ("RxrA5a bye", 1.5), ("RxrA5aa", 1.5), ("RxrA5aaa", 1.5), ("RxrA4aA5a", 1.5),  # the answer must be one, and the end
-    ("RxrRyrA5a", 1.5), ("RRxrA5a", 1.5), ("RRxrrA5a", 1.5),  # two reasoning blocks; the answer is well formed
-    ("RxA5ar", 1.5), ("RxA5ary", 1.5),  # an answer inside the reasoning does not end the text
-    ("ARxr5a", 3), ("RxA5ra", 3),  # reasoning in the answer, and overlap: each by itself is well formed
-    ("RxrRyrA4aA5a", 0), ("RRrrAAaa", 0),
+    ("[x](5)", 10), ("well, [x]\n(5)\n\n", 10), ("[x] between (5)", 10), ("[]()", 10),  # text before and between
+    ("", 0), ("5", 0), ("[", 0), ("x ] y", 0), (")(", 0), ("][", 0),
+    ("[x]", 1), ("(5)", 1), ("[x] 5", 1),  # one block, no trace of the other
+    ("[x](5", 1.5), ("[x]5)", 1.5), ("](5)", 1.5), ("[(5)", 1.5),  # a trace of the other
+    ("[x](5) bye", 1.5), ("[x](5))", 1.5), ("[x](5)))", 1.5), ("[x](4)(5)", 1.5),  # the answer must be one, and the end
+    ("[x][y](5)", 1.5), ("[[x](5)", 1.5), ("[[x]](5)", 1.5),  # two reasoning blocks; the answer is well formed
+    ("[x(5)]", 1.5), ("[x(5)]y", 1.5),  # an answer inside the reasoning does not end the text
+    ("([x]5)", 3), ("[x(5])", 3),  # reasoning in the answer, and overlap: each by itself is well formed
+    ("[x][y](4)(5)", 0), ("[[]](())", 0),
 ]  # fmt: skip
 
 
@@ -123,26 +123,27 @@ def test_the_format_score_is_10_only_for_one_reasoning_block_and_then_one_answer
 
 def slow_format_score(text: str) -> float:
     """The rule, literally."""
-    reasonings = [m.start() for m in re.finditer("<reasoning>", text)], [m.end() for m in re.finditer("</reasoning>", text)]
-    finals = [m.start() for m in re.finditer("<answer>", text)], [m.end() for m in re.finditer("</answer>", text)]
-    good_reasoning = [len(ends) for ends in reasonings] == [1, 1] and reasonings[0] < reasonings[1]
-    good_answer = [len(ends) for ends in finals] == [1, 1] and finals[0] < finals[1] and text[finals[1][0] :].strip() == ""
-    if good_reasoning and good_answer and reasonings[1][0] <= finals[0][0]:
+    r_starts, r_ends, a_starts, a_ends = ([found.span() for found in re.finditer(tag, text)] for tag in (
+        "<reasoning>", "</reasoning>", "<answer>", "</answer>"))  # fmt: skip
+    reasoning = len(r_starts) == len(r_ends) == 1 and r_starts < r_ends
+    answer = len(a_starts) == len(a_ends) == 1 and a_starts < a_ends and text[a_ends[0][1] :].strip() == ""
+    if reasoning and answer and r_ends < a_starts:
         return 10
-    return good_reasoning * (1.5 if any(finals) else 1) + good_answer * (1.5 if any(reasonings) else 1)
+    return reasoning * (1.5 if a_starts or a_ends else 1) + answer * (1.5 if r_starts or r_ends else 1)
 
 
 def test_the_format_score_agrees_with_the_literal_rule_on_random_texts():
     dice = random.Random(0)
     for _ in range(20_000):
-        tags = "".join(dice.choices("RrAax \n", k=dice.randrange(9)))
+        tags = "".join(dice.choices("[]()x \n", k=dice.randrange(9)))
         assert format_score(draw(tags)) == slow_format_score(draw(tags)), tags
 
 
 @pytest.mark.parametrize("text", [
-    draw("R") * MANY, draw("A") * MANY, draw("Ra") * MANY, draw("RxrA") + draw("a") * MANY, "<" * MANY * 5, " " * MANY * 5,
-    r"\boxed{" * MANY, r"\boxed " * MANY, r"\boxed" * MANY, r"\boxed{}" * MANY, "{" * MANY * 5, "}" * MANY * 5,
-    "\\" * MANY * 5, r"\boxed{" + "{" * MANY + "}" * MANY, "#" * MANY * 5, "### " * MANY, "9" * MANY * 5,
+    draw("[") * MANY, draw("(") * MANY, draw("[)") * MANY, draw("[x](") + draw(")") * MANY, "<" * MANY * 5,
+    " " * MANY * 5, r"\boxed{" * MANY, r"\boxed " * MANY, r"\boxed" * MANY, r"\boxed{}" * MANY, "{" * MANY * 5,
+    "}" * MANY * 5, "\\" * MANY * 5, r"\boxed{" + "{" * MANY + "}" * MANY, "#" * MANY * 5, "### " * MANY,
+    "9" * MANY * 5,
 ], ids=lambda text: repr(text[:12]))  # fmt: skip
 def test_a_million_characters_of_anything_are_read_at_once(text):
     def read(text):
@@ -179,30 +180,32 @@ SAME = [
     ("1.5\\sqrt3", "\\frac{3\\sqrt{3}}{2}"), ("0.75\\pi", "\\frac 34 π"), ("-5i+6", "6 - 5i"), ("3:4", "3/4"),
     ("(1, 2)", "(1,2)"), ("(0.75, 5)", "\\left(\\frac34,5\\right)"), ("2,1", "1, 2"), ("\\{2,1\\}", "1,2"),
     ("5 and 6", "6, 5"), ("2,3,4", "2, 3, \\text{ and } 4"), ("x=\\pm 3", "3,-3"), ("D, A", "\\text{A,D}"),
-    ("(-∞, 5)", "\\left(-\\infty,5\\right)"), ("x \\ge 0", "[0,\\infty)"), ("[0,\\infty)", "x \\ge 0"), ("x > 2", "2 < x"),
+    ("(-∞, 5)", "\\left(-\\infty,5\\right)"), ("x \\ge 0", "[0,\\infty)"), ("[0,\\infty)", "x \\ge 0"),
     ("\\begin{bmatrix}1\\\\2\\end{bmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}."), ("4x-5y=-50", "5y-4x=50"),
+    ("x > 2", "2 < x"),
 ]  # fmt: skip
 
 DIFFERENT = [
     # plain numbers: no substring, no tolerance, no lists taken for thousands
     ("12", "2"), ("12", "120"), ("2", "12"), ("1 or 2 or 3", "2"), ("-5", "5"), ("5.004", "5"), ("0.333333", "1/3"),
     ("0.0000000001", "0"), ("1.0000000000000000001", "1"), ("100000000000000000001", "100000000000000000000"),
-    ("10^{-30}", "0"), ("1,2,3", "123"), ("1,2", "12"), ("1,2", "1.2"), ("10,00", "1000"), ("1.000", "1000"), ("1 2", "12"),
-    ("1 2", "3"), ("1, 200", "1200"), ("(1,200)", "1200"), ("5/0", "5"), ("\\frac{1}{2}3", "1/23"), ("1e3", "13"),
-    ("5 million", "5"), ("5 million", "5 billion"), ("5 thousand", "5"),
+    ("10^{-30}", "0"), ("1,2,3", "123"), ("1,2", "12"), ("1,2", "1.2"), ("10,00", "1000"), ("1.000", "1000"),
+    ("1 2", "12"), ("1 2", "3"), ("1, 200", "1200"), ("(1,200)", "1200"), ("5/0", "5"), ("\\frac{1}{2}3", "1/23"),
+    ("1e3", "13"), ("5 million", "5"), ("5 million", "5 billion"), ("5 thousand", "5"),
     # several answers, and none
-    ("4 or 5", "5"), ("4, 5", "5"), ("\\boxed{4} \\boxed{5}", "5"), ("4} \\boxed{5", "5"), ("5 apples and 6 pears", "5"),
-    ("not 5", "5"), ("C. 5", "5"), ("", "5"), ("\\boxed{}", "5"), ("$", "5"),
+    ("4 or 5", "5"), ("4, 5", "5"), ("\\boxed{4} \\boxed{5}", "5"), ("4} \\boxed{5", "5"),
+    ("5 apples and 6 pears", "5"), ("not 5", "5"), ("C. 5", "5"), ("", "5"), ("\\boxed{}", "5"), ("$", "5"),
     # units
     ("50%", "0.5"), ("1", "100%"), ("5 cm", "5 m"), ("5 hours", "5 minutes"), ("5 cents", "\\$5"), ("3 a.m.", "3 p.m."),
-    ("5x", "5"), ("3c", "3"), ("5 pi", "5"), ("5 squared", "5"), ("2 thirds", "2"), ("2516_8", "2516"), ("2516_7", "2516_8"),
+    ("5x", "5"), ("3c", "3"), ("5 pi", "5"), ("5 squared", "5"), ("2 thirds", "2"), ("2516_8", "2516"),
+    ("2516_7", "2516_8"),
     # words
     ("Monday", "Sunday"), ("neither", "either"), ("ECBAD", "ABCDE"), ("A", "B"), ("two", "2"), ("half", "2"),
     ("2:06 PM", "\\text{1:03 PM}"), ("June 21", "June 20"), ("A,C", "\\text{A,D}"),
     # expressions
     ("x=5", "y=5"), ("x^2", "2x"), ("6.0000001", "3!"), ("5.0000001\\sqrt2", "5\\sqrt2"), ("(5.0000001, 2)", "(5,2)"),
-    ("3.14", "\\pi"), ("1.4142136", "\\sqrt2"), ("(2,1)", "(1,2)"), ("(1,1)", "(4,4)"), ("[1,2]", "(1,2)"), ("1,2", "[1,2]"),
-    ("x > 5", "x < 5"), ("x > 5", "x \\ge 5"), ("\\infty", "-\\infty"), ("i", "-i"), ("5,6,7", "5,6"),
+    ("3.14", "\\pi"), ("1.4142136", "\\sqrt2"), ("(2,1)", "(1,2)"), ("(1,1)", "(4,4)"), ("[1,2]", "(1,2)"),
+    ("1,2", "[1,2]"), ("x > 5", "x < 5"), ("x > 5", "x \\ge 5"), ("\\infty", "-\\infty"), ("i", "-i"), ("5,6,7", "5,6"),
     ("\\begin{pmatrix}2\\\\1\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
 ]  # fmt: skip
 
@@ -238,7 +241,7 @@ def test_numbers_are_compared_exactly_in_all_their_spellings(no_math_verify):
         spellings = [f"{number}", f"{number:,}", f"{number}.0", f"${number:,}$", f"{number} apples", f"{2 * number}/2",
                      f"\\frac{{{number}}}{{1}}", f"{number}e0", f"\\boxed{{{number}}}", f"{number:,}\\%"]  # fmt: skip
         one, other = dice.choice(spellings), dice.choice(spellings)
-        if not (one.endswith("apples") and other.endswith("%")) and not (one.endswith("%") and other.endswith("apples")):
+        if {one[-1], other[-1]} != {"s", "%"}:  # apples are no percent
             assert same_answer(one, other), (one, other)
         assert not same_answer(one, str(number + dice.choice([-1, 1]))), one
         assert not same_answer(f"{number}.{'0' * dice.randrange(20)}1", one), one
@@ -250,14 +253,16 @@ def test_decimals_and_fractions_agree_with_exact_arithmetic(no_math_verify):
         top, places = dice.randrange(10**6), dice.randrange(1, 6)
         decimal = f"{top // 10**places}.{top % 10**places:0{places}d}"
         other = Fraction(top + dice.choice([0, 0, 1]), 10**places)
-        assert same_answer(decimal, f"\\frac{{{other.numerator}}}{{{other.denominator}}}") == (Fraction(decimal) == other)
+        fraction = rf"\frac{{{other.numerator}}}{{{other.denominator}}}"
+        assert same_answer(decimal, fraction) == (Fraction(decimal) == other)
 
 
 # Hostile texts
 
 MONSTERS = ["9^{9^{9}}", "$9^{9^{9}}$", "9^9^9", "2^{2^{2^{2^{2}}}}", "9^{9999999}", "999999!", "(9!)!!", "1e999999999",
-            "{" * 500, "}" * 500, "(" * 500, "\\sqrt{" * 90 + "2" + "}" * 90, "\\boxed{" * 50, "\\frac" * 100, "9" * 5_000,
-            "\x00", "\ud800", "$" * 99, "\\" * 99, "\u2028", "1" + "0" * 599, "a," * 290, "-" * 599 + "1"]  # fmt: skip
+            "{" * 500, "}" * 500, "(" * 500, "\\sqrt{" * 90 + "2" + "}" * 90, "\\boxed{" * 50, "\\frac" * 100,
+            "9" * 5_000, "\x00", "\ud800", "$" * 99, "\\" * 99, "\u2028", "1" + "0" * 599, "a," * 290,
+            "-" * 599 + "1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("monster", MONSTERS, ids=lambda text: ascii(text[:12]))
@@ -276,10 +281,16 @@ def test_what_takes_too_long_is_not_the_same_and_the_next_question_is_answered()
     assert same_answer("x+1", "1+x")
 
 
+PIECES = r"""
+    \frac \boxed{ \fbox \text{ \left \right \! \, \\ \{ \} { } ( ) [ ] ^ _ $ \$ % \% , . : ; / + - = ! 0 1 5 12 000
+    x pi e i cm million and or ½ − ° \sqrt \pi \circ #### <answer> </answer> <reasoning> \begin{pmatrix} & \end{pmatrix}
+"""
+
+
 def test_random_texts_never_raise_and_never_escape_the_box(monkeypatch):
     asked = []
     monkeypatch.setattr(answers, "equal_expressions", lambda *texts: bool(asked.append(texts)))
-    dice, pieces = random.Random(0), r"\frac \boxed{ \fbox \text{ \left \right \! \, \\ \{ \} { } ( ) [ ] ^ _ $ \$ % \% , . : ; / + - = ! 0 1 5 12 000 x pi e i cm million and or ½ − ° \sqrt \pi \circ #### <answer> </answer> <reasoning> \begin{pmatrix} & \end{pmatrix}".split() + [" ", "\n", "\x00", "\ud800", "٣"]  # noqa: E501  # fmt: skip
+    dice, pieces = random.Random(0), [*PIECES.split(), " ", "\n", "\x00", "\ud800", "\u0663"]
     for _ in range(5_000):
         one, other = ("".join(dice.choices(pieces, k=dice.randrange(12))) for _ in range(2))
         assert same_answer(one, other) in (True, False)
@@ -305,8 +316,10 @@ def test_it_works_from_many_threads_at_once():
         results[number] = same_answer(f"({number} + x)^2", f"x^2 + {2 * number}x + {number**2 + number % 2}")
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(2, 18)]
-    [thread.start() for thread in threads]
-    [thread.join(60) for thread in threads]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
     assert results == {number: number % 2 == 0 for number in range(2, 18)}
 
 
@@ -317,7 +330,7 @@ def test_a_child_that_was_killed_from_outside_is_replaced():
     assert same_answer("a+b+2", "2+b+a")
 
 
-def test_after_an_interrupt_no_reply_is_taken_for_that_to_the_next_question(monkeypatch):
+def test_after_an_interrupt_no_reply_is_taken_for_that_to_the_next_question():
     class Interrupted:
         def __init__(self, child):
             self.poll, self.kill, self.communicate, self.stdin, self.stdout = (
@@ -327,7 +340,7 @@ def test_after_an_interrupt_no_reply_is_taken_for_that_to_the_next_question(monk
             raise KeyboardInterrupt
 
     assert same_answer("c+1", "1+c")
-    monkeypatch.setattr(verifier, "_child", Interrupted(verifier._child))
+    verifier._child = Interrupted(verifier._child)
     with pytest.raises(KeyboardInterrupt):
         same_answer("c+2", "2+c")
     assert not same_answer("c+3", "3+2c")
@@ -362,11 +375,11 @@ def test_it_works_from_a_command_from_standard_input_and_from_a_script_without_m
         assert (finished.stdout, finished.stderr, finished.returncode) == ("True False\n", "", 0)
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_gets_a_child_of_its_own():
-    fork = "import os\npid = os.fork()\n" + QUESTION + "if pid: os.waitpid(pid, 0)\n"
-    finished = run("-c", QUESTION + fork)
-    assert (finished.stdout.split(), finished.returncode) == (["True", "False"] * 3, 0)
+    after_the_fork = "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0)\n" + QUESTION.replace("1", "3")
+    finished = run("-c", QUESTION + after_the_fork)
+    assert (finished.stdout.splitlines(), finished.returncode) == (["True False"] * 3, 0)
 
 
 def test_importing_it_loads_nothing_heavy():

@@ -1,0 +1,220 @@
+r"""Find the final answer in a text, score the text's format, and decide whether two answers are the same.
+
+A completion should end like the references that `format_reference` makes:
+
+    <reasoning>
+    6 * 3 = 18
+    </reasoning>
+    <answer>18</answer>
+
+Nothing here raises or hangs on any text, from any thread; the time is linear in its length. What a correct answer is
+worth is decided in `reward_math.py`.
+"""
+
+import re
+from fractions import Fraction
+from itertools import accumulate
+
+from gtpo.verifier import equal_expressions
+
+LONGEST_ANSWER = 600  # characters; the longest answer in MATH has 159
+
+
+def gsm8k_answer(text: str) -> str:
+    """The text after the final `####`; else after the final `###`; else the last word; "" where there is none."""
+    mark = "####" if "####" in text else "###"
+    return text.rpartition(mark)[2].strip() if mark in text else _last_word(text)
+
+
+def boxed_answer(text: str) -> str:
+    r"""The content of the last `\boxed{…}` or `\fbox{…}`, braces balanced, or of `\boxed 5`; else the last word.
+
+    Of nested boxes the inner one counts; `\{` and `\}` are no braces; a box that never closes is none.
+    """
+    last, open_braces = None, []
+    for token in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", text, re.DOTALL):
+        is_box, start = token[1] is not None, token.end()
+        if is_box and not token[1] and text[start : start + 1] not in ("", "$", "}"):
+            last = slice(start, None)
+        elif token[1] or token[0] == "{":
+            open_braces.append(start if is_box else -1)
+        elif token[0] == "}" and open_braces and (start := open_braces.pop()) > (last.start if last else -1):
+            last = slice(start, token.start())
+    if last and last.stop is None:  # `\boxed 5` ends at white space, or where the formula does
+        return re.match(r"[^\s$]*", text[last])[0].rstrip(".,;")
+    return text[last].strip() if last else _last_word(text)
+
+
+def _last_word(text: str) -> str:
+    return (text.rsplit(None, 1) or [""])[-1]
+
+
+def final_answer(text: str) -> str | None:
+    """The content of the answer block, stripped; None if it is not well formed (see `format_score`), as two are not."""
+    block = _block(text, "answer")
+    return text[block].strip() if block else None
+
+
+def format_reference(reasoning: str, answer: str) -> str:
+    """The two blocks that a completion should have, around a known-good solution."""
+    return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>{answer}</answer>"
+
+
+def format_score(text: str) -> float:
+    """How well a text keeps to the format: 10 for one reasoning block followed by one answer block that ends the text.
+
+    A block is well formed when each of its tags occurs exactly once, in order; after an answer block only white space
+    may follow. Text before the reasoning and between the blocks is allowed, and a block may be empty. Otherwise each
+    well-formed block scores 1.5 where the other one has a tag in the text, else 1.0: two that overlap or nest score 3.0
+    together, and an answer inside the reasoning, which cannot end the text, leaves 1.5.
+    """
+    reasoning, answer = _block(text, "reasoning"), _block(text, "answer")
+    if reasoning and answer and reasoning.stop < answer.start - len("<answer>"):
+        return 10.0
+    score = 0.0
+    for block, other in ((reasoning, "answer"), (answer, "reasoning")):
+        if block:
+            score += 1.5 if f"<{other}>" in text or f"</{other}>" in text else 1.0
+    return score
+
+
+def _block(text: str, tag: str) -> slice | None:
+    if not text.count(f"<{tag}>") == 1 == text.count(f"</{tag}>"):
+        return None
+    content = slice(text.find(f"<{tag}>") + len(f"<{tag}>"), text.find(f"</{tag}>"))
+    ends_text = not text[content.stop + len(f"</{tag}>") :].strip()
+    return content if content.start <= content.stop and (ends_text or tag != "answer") else None
+
+
+# fmt: off
+_SIGNS = {"%": "percent", "$": "dollars", "€": "euros", "£": "pounds", "¥": "yen"}
+_SYMBOLS = str.maketrans({
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2212\uff0d", "-"), **dict.fromkeys("\u200b\u2060\ufeff"), "½": " 1/2",
+    "×": r"\times ", "·": r"\cdot ", "÷": "/", "±": r"\pm ", "≈": r"\approx ", "≤": r"\le ", "≥": r"\ge ", "π": r"\pi ",
+    "√": r"\sqrt ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "°": r"^\circ ", "²": "^2", "³": "^3",
+})
+_SPELLINGS = [(re.compile(pattern), spelling) for pattern, spelling in (
+    (r"\s*(?<!\\)\\!\s*|\\(?:left|right|displaystyle)(?![A-Za-z])", ""),
+    (r"(?<!\\)(?:\\[,;:()\[\]\s]|~|\$)|\\q?quad(?![A-Za-z])|\s+", " "),
+    (r"\\(?:text(?:bf|it|rm|normal)?|mbox|mathrm) ?\{([^{}]*)\}", r" \1 "),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
+    (r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|infty)(?![A-Za-z])", r"\\\1"),
+    (r"\\frac ?(\d|\\pi) ?(?=[\d{])", r"\\frac{\1}"), (r"\\frac ?(\{[^{}]*\}) ?(\d)", r"\\frac\1{\2}"),
+    (r"\{ ?, ?\}", ","), (r" +", " "),
+    (r"^[ *`]*(?:(?:=|\\approx|about) ?)?|[ *`.,;:]+$", ""),
+    (r"(?<=\d) (thousand|million|billion)(?!\w)", lambda m: {"t": "e3", "m": "e6", "b": "e9"}[m[1][0]]),
+    (r"^([+-]?) ?(?:US)?\\?([$€£¥]) ?([+-]?[\d.][\d., e]*)", lambda m: f"{m[1]}{m[3]} {_SIGNS[m[2]]} "),
+    (r" ?\\?([$€£¥%])$", lambda m: f" {_SIGNS[m[1]]}"),
+    (r" ?\^ ?\{? ?\\(?:circ|degree) ?\}?(?= ?[A-Za-z.]*$)", " degrees "),
+    (r" +(?= |$)", ""),
+)]
+_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+|\d+)(?:\.\d*)?|\.\d+)"
+_QUOTIENT = rf"(?:(\d+) )?([+-]?{_DECIMAL}) ?/ ?({_DECIMAL})"
+_NUMBER = re.compile(rf"([+-]?) ?(?:{_QUOTIENT}|([+-]?{_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?)")
+_SCIENTIFIC = re.compile(r" ?(?:\\times|\\cdot|[*x]) ?10 ?\^ ?\{?([+-]?\d{1,3})\}?$")
+_IN_BASE = re.compile(r"([-\d][\dA-Z.]*)_\{?\d+\}?")
+_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z(][A-Za-z ,.'()-]*")
+_UNIT = re.compile(r"(?:(?<=[\d})])|(?<=\\pi))( ?)([A-Za-z][A-Za-z ./'-]*)(?:\^ ?\{?[23]\}?)?$")
+_SHORT_UNITS = frozenset("mm cm km kg mg gm lb lbs oz ft in yd mi hr hrs min sec ml mph kph am pm sq usd".split())
+_NO_UNITS = frozenset("and times over plus minus divided squared cubed factorial choose mod half halves third thirds "
+                      "quarter quarters fourths fifths sixths eighths tenths hundredths hundred trillion".split())
+# Towers, huge powers, huge factorials, deep nesting. And what math-verify misreads: numbers side by side, times of day.
+_MONSTER = re.compile(r"\^[\s{(-]*\d+[\s{(]*\^|\^[\s{(-]*\d{6}|\d{5}\s*!|!\s*!|(?:[^(]*\(){20}|\d \d|\d ?: ?\d\d")
+# fmt: on
+
+
+def same_answer(answer: str | None, reference: str | None) -> bool:
+    r"""Whether an answer says what the reference says: values are compared, not strings, and exactly.
+
+    - Plain numbers (1,200; .5; 1/2; 1\frac12; 1.5 \times 10^3; 2 million) are compared as fractions: 0.333 is not 1/3.
+      Commas and spaces separate thousands only where all groups have three digits.
+    - A unit, currency, degree or percent sign may be missing on one side. Where both sides name one it must be the same
+      word or an abbreviation of it. So 50% is 50, and is not 0.5.
+    - 12_5 answers 12_5, and so does 12, since the problem named the base; 12_5 does not answer 12.
+    - Of one box in a sentence the content counts; several boxes are no answer. Case does not matter in words.
+    - The rest is for math-verify, with decimals made exact: (1, 2) is ordered, {1, 2} is not, x = 5 answers 5. What it
+      cannot decide within its limits, or what is too long or monstrous to try, is not the same.
+
+    An empty reference matches nothing.
+    """
+    answer, reference = (answer or "").strip(), (reference or "").strip()
+    if max(len(answer), len(reference)) > LONGEST_ANSWER:
+        return answer == reference
+    answer, reference = _tidy(answer), _tidy(reference)
+    if not answer or not reference:
+        return False
+    if _squashed(answer) == _squashed(reference):
+        return True
+    (answer, answer_unit), (reference, reference_unit) = _split_unit(answer), _split_unit(reference)
+    if not _same_unit(answer_unit, reference_unit):
+        return False
+    value, reference_value = _number(answer), _number(reference)
+    if value is not None and reference_value is not None:
+        return value == reference_value
+    if _squashed(answer) == _squashed(reference):
+        return True
+    if _IN_BASE.fullmatch(answer) or _IN_BASE.fullmatch(reference):
+        return _squashed(answer) == _IN_BASE.sub(r"\1", reference) != reference
+    if _WORDS.fullmatch(answer) and _WORDS.fullmatch(reference):
+        return False
+    expressions = _expression(answer, value), _expression(reference, reference_value)
+    return all(expressions) and equal_expressions(*expressions)
+
+
+def _tidy(text: str) -> str:
+    """One spelling for what TeX, Unicode and English spell in many ways; of a box the content, of several nothing."""
+    if boxes := len(re.findall(r"\\(?:boxed|fbox)(?![A-Za-z])", text)):
+        text = boxed_answer(text) if boxes == 1 else ""
+    text = text.translate(_SYMBOLS)
+    if len(re.findall(r"(?<!\\)\$", text)) == 1:  # $18, in contrast to $x + 1$
+        text = text.replace("$", r"\$")
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    return text
+
+
+def _squashed(text: str) -> str:
+    """The text without the spaces and braces that mean nothing, and without case where it is words."""
+    text = re.sub(r"([_^])\{(\w+)\}", r"\1\2", text)
+    text = re.sub(r"(?<![A-Za-z\d]) | (?![A-Za-z\d])|(?<=\d) (?=[A-Za-z])|(?<=[A-Za-z]) (?=\d)", "", text)
+    return text.strip("().").casefold() if _WORDS.fullmatch(text) else text
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    """An answer without its unit, and the unit as lower-case letters, "" where none is named."""
+    if not (match := _UNIT.search(text)):
+        return text, ""
+    space, unit = match[1], match[2].replace(".", "").lower()
+    first = re.split(r"[ /'-]", unit)[0]
+    if first not in _SHORT_UNITS and (not space or first in _NO_UNITS or len(first) < 3 and first not in "mgshl"):
+        return text, ""
+    unit = re.sub(r"\b(?:square|sq|cubic|cu)\b|[^a-z]", "", unit)
+    return text[: match.start()], {"lb": "pounds", "lbs": "pounds", "usd": "dollars"}.get(unit, unit)
+
+
+def _same_unit(one: str, other: str) -> bool:
+    """Whether one unit is the other or abbreviates it: same first letter, letters in order; "" goes with any."""
+    letters = iter(max(one, other, key=len))
+    return not one or not other or one[0] == other[0] and all(letter in letters for letter in min(one, other, key=len))
+
+
+def _number(text: str) -> Fraction | None:
+    text = re.sub(r"\\frac ?\{ ?([^{}]*) ?\} ?\{ ?([^{}]*) ?\}", r" \1/\2 ", _SCIENTIFIC.sub(r"e\1", text))
+    match = _NUMBER.fullmatch(" ".join(text.split()))
+    if not match:
+        return None
+    sign, whole, top, bottom, decimal, exponent = (re.sub("[, ]", "", group or "") for group in match.groups())
+    if bottom and Fraction(bottom) == 0:
+        return None
+    value = Fraction(f"{decimal}e{exponent or 0}") if decimal else int(whole or 0) + Fraction(top) / Fraction(bottom)
+    return -value if sign == "-" else value
+
+
+def _expression(text: str, value: Fraction | None) -> str:
+    r"""The text as math-verify gets it: exact, as it rounds decimals; "" for monsters and what would leave \boxed{}."""
+    if value is not None:
+        return str(value)
+    levels = [0, *accumulate((token == "{") - (token == "}") for token in re.findall(r"\\.|[{}]", text))]
+    if levels[-1] or min(levels) < 0 or max(levels) > 20 or _MONSTER.search(text):
+        return ""
+    return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.])", lambda decimal: f"({Fraction(decimal[0])})", text)
