@@ -20,28 +20,33 @@ logger = logging.getLogger("gtpo")
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     command = cli.parse(sys.argv[1:] if argv is None else argv)
-    early = _log_to_console()
-    try:
-        if "help" in command.switches:
-            from gtpo.schema import help_text
-
-            print(help_text())
-        elif "version" in command.switches:
-            from gtpo.runs import versions
-
-            print("\n".join(f"{name} {version}" for name, version in versions().items()))
-        else:
-            recipe = cli.make_recipe(command)
-            os.environ.update(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
-            if "dry_run" in command.switches:
-                _print_plan(recipe)
-            else:
-                train(recipe, overwrite="overwrite" in command.switches, early_log=early)
-    except RecipeError as error:
-        for sentence in str(error).splitlines():
-            print(f"error: {sentence}", file=sys.stderr)
-        return 2
+    with _log_to_console() as early_log:
+        try:
+            _run(command, early_log)
+        except RecipeError as error:
+            for sentence in str(error).splitlines():
+                print(f"error: {sentence}", file=sys.stderr)
+            return 2
     return 0
+
+
+def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) -> None:
+    if "help" in command.switches:
+        from gtpo.schema import help_text
+
+        print(help_text())
+        return
+    if "version" in command.switches:
+        from gtpo.runs import versions
+
+        print("\n".join(f"{name} {version}" for name, version in versions().items()))
+        return
+    recipe = cli.make_recipe(command)
+    os.environ.update(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
+    if "dry_run" in command.switches:
+        _print_plan(recipe)
+    else:
+        train(recipe, overwrite="overwrite" in command.switches, early_log=early_log)
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handlers.MemoryHandler | None = None) -> Path:
@@ -182,20 +187,23 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _log_to_console() -> logging.handlers.MemoryHandler:
+@contextlib.contextmanager
+def _log_to_console():
     """Messages to stderr; they are kept for the log file too, which exists only once the run directory does."""
     root = logging.getLogger()
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     early = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-    for handler in root.handlers[:]:
-        if getattr(handler, "of_gtpo", False):  # main was called before in this process
-            root.removeHandler(handler)
-    for handler in (console, early):
-        handler.of_gtpo = True
-        root.addHandler(handler)
     logging.getLogger("gtpo").setLevel(logging.INFO)
-    return early
+    for handler in (console, early):
+        root.addHandler(handler)
+    try:
+        yield early
+    finally:
+        for handler in (console, early):
+            root.removeHandler(handler)
+        if early.target is not None:
+            early.target.close()
 
 
 if __name__ == "__main__":

@@ -218,6 +218,7 @@ def test_a_constant_changed_between_steps_counts(tmp_path):
 
 
 def test_a_foreign_pad_id_is_said_once_and_changes_nothing(tmp_path, caplog):
+    gtpo_training.PAD_ID = 128004
     with caplog.at_level(logging.WARNING):
         trainer = gradients.make_trainer(CLASS, str(tmp_path))
         seen = gradients.watch(trainer)

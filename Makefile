@@ -1,0 +1,26 @@
+# make demo   train the embedded demo on a CPU       make test   run all tests       make gpu-check   needs a GPU
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+DEMO_FLAGS ?=
+
+.PHONY: demo test gpu-check
+demo: $(VENV)/.cpu
+	$(VENV)/bin/python train_model.py recipes/demo.yaml --overwrite $(DEMO_FLAGS)
+
+test: $(VENV)/.unsloth
+	$(VENV)/bin/python -m pytest -q
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py
+
+$(VENV)/.cpu: requirements-cpu.txt
+	@echo "Installing requirements-cpu.txt into $(VENV): a few minutes, once"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements-cpu.txt
+	@touch $@
+
+$(VENV)/.unsloth: $(VENV)/.cpu requirements-unsloth-cpu.txt
+	@echo "Installing Unsloth without its GPU dependencies into $(VENV), for the tests"
+	$(PIP) --no-deps -r requirements-unsloth-cpu.txt
+	@touch $@

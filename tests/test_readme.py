@@ -1,0 +1,90 @@
+"""The README is a promise: its commands parse, its files exist, its names can be found, its YAML is valid."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from gtpo import cli, gtpo_training
+from gtpo.dotted_paths import check_dotted_path
+from gtpo.schema import leaves
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [text for kind, text in BLOCKS if kind == language]
+
+
+def commands() -> list[str]:
+    lines = "\n".join(blocks("bash")).splitlines()
+    return [line.split(" #")[0].strip() for line in lines if line.startswith("python train_model.py")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_a_valid_recipe(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert cli.read_recipe(shlex.split(command)[2:])
+
+
+def test_there_are_at_least_seven_example_commands():
+    assert len(set(commands())) >= 7
+
+
+def test_every_file_it_names_exists():
+    tree = re.search(r"```text\n(train_model\.py .*?)```", README, re.DOTALL)[1]
+    named = set(re.findall(r"^(\S+)", tree, re.MULTILINE)) | set(re.findall(r"gtpo/\w+\.py", README))
+    named |= set(re.findall(r"`((?:recipes|demo|gtpo|tests)/[\w/]+\.\w+|requirements[\w-]*\.txt)`", README))
+    assert len(named) > 20
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_every_python_file_of_the_product_is_in_its_tree():
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("gtpo/*.py")]:
+        if file.stem != "__init__":
+            assert str(file.relative_to(ROOT)) in README, file
+
+
+@pytest.mark.parametrize("dotted", sorted(set(re.findall(r"`((?:gtpo|custom_trainer|reward_math)\.[\w.]+\w)`", README))))
+def test_every_dotted_name_can_be_found(dotted):
+    assert check_dotted_path("README", dotted) is None
+
+
+def test_the_reference_names_every_key_and_no_other():
+    reference = README.split("## Recipe reference")[1].split("\n- ")[0]
+    named = set(re.findall(r"`(\w+)`", reference))
+    keys = {path[-1] for path, info, section in leaves() if section != "training" or info.default is not None or path[-1] == "max_prompt_length"}
+    sections = {"env", "model", "dataset", "training", "trainer", "gtpo_runtime", "evaluation", "wandb"}
+    assert keys - named == set()
+    assert named - keys - sections == {"HF_TOKEN"}
+
+
+def test_the_runtime_table_tells_the_constants_values():
+    for name, value in re.findall(r"`([A-Z_]+)` = ([\d.e-]+)", README):
+        source = (ROOT / "gtpo/gtpo_training.py").read_text()
+        assert float(re.search(rf"^{name} = ([\d.e-]+)", source, re.MULTILINE)[1]) == float(value), name
+        assert hasattr(gtpo_training, name)
+
+
+@pytest.mark.parametrize("text", blocks("yaml"), ids=range(len(blocks("yaml"))))
+def test_every_dataset_recipe_is_valid(text, tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text("def load():\n    return []\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("model: {model_name: some/model}\n" + text)
+    assert cli.read_recipe(["recipe.yaml"]).dataset
+
+
+def test_every_python_example_runs(monkeypatch):
+    for text in blocks("python"):
+        exec(compile(text, "README", "exec"), {"__name__": "example"})
+
+
+def test_the_flags_and_switches_it_names_exist():
+    from gtpo.schema import ALIASES, SWITCHES, key_path
+
+    for flag in set(re.findall(r"--([A-Za-z_][\w.-]*)", README)):
+        key = flag.replace("-", "_")
+        assert key in ALIASES or key in SWITCHES or key_path(key.split(".")) or key == "section.key", flag
