@@ -53,6 +53,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     """Train as `recipe` says and return the run directory; `recipe.env` must already be set."""
     from gtpo import backends, data, runs
     from gtpo.arguments import training_arguments
+    from gtpo.chat_tokenizer import load_tokenizer
 
     run_dir = Path(recipe.output_dir())
     runs.check_free(run_dir, overwrite=overwrite)
@@ -62,10 +63,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
 
     backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
     _seed_everything(recipe)
-    tokenizer = backends.load_tokenizer(recipe.model, backend)
+    tokenizer = load_tokenizer(recipe.model, backend)
     problems = _load_problems(recipe, recipe.dataset, tokenizer)
     held_out = _load_held_out(recipe, tokenizer)
-    policy = backends.load_policy(recipe.model, tokenizer, backend)
+    policy = backends.load_policy(recipe.model, tokenizer, backend, recipe.seed)
 
     trainer_class = _load("trainer.class_path", recipe.trainer.class_path)  # only now: it binds to the patched TRL
     rewards = [_load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
@@ -73,33 +74,37 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
     trainer = _make_trainer(trainer_class, policy, rewards, arguments, problems)
 
-    runs.create(run_dir, recipe, overwrite=overwrite, early_log=early_log)
+    is_main = trainer.accelerator.is_main_process
+    if is_main:
+        runs.create(run_dir, recipe, overwrite=overwrite, early_log=early_log)
+    held_out = held_out if is_main else None  # the other processes wait at their first common step
     before = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "before.jsonl")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    policy.save_adapter(run_dir)
+    if is_main:
+        policy.save_adapter(run_dir)
     trainer.save_state()
     after = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "after.jsonl")
 
     if held_out:
         print(f"Before, {before.problems} held-out problems: {before}")
         print(f"After,  {after.problems} held-out problems: {after}")
-    print(f"Run directory: {run_dir}")
+    if is_main:
+        print(f"Run directory: {run_dir}")
     return run_dir
 
 
 def _seed_everything(recipe: Recipe) -> None:
     from transformers import enable_full_determinism, set_seed
 
-    given = recipe.training.trl_options()
-    seed = given.get("seed", recipe.model.random_seed)
-    (enable_full_determinism if given.get("full_determinism") else set_seed)(seed)
+    deterministic = recipe.training.trl_options().get("full_determinism")
+    (enable_full_determinism if deterministic else set_seed)(recipe.seed)
 
 
 def _load_problems(recipe: Recipe, section, tokenizer, *, shuffle: bool = True):
     from gtpo.data import load_problems
 
     return load_problems(
-        section, tokenizer, recipe.max_prompt_length, recipe.model.random_seed, shuffle=shuffle,
+        section, tokenizer, recipe.max_prompt_length, recipe.seed, shuffle=shuffle,
         chat_template_kwargs=recipe.training.chat_template_kwargs, load_object=cli.load_object,
     )
 

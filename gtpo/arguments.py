@@ -79,14 +79,13 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
     documented = {name: getattr(training, name) for name in DocumentedTraining.model_fields if name in grpo_options()}
     options = {
         **_trl_defaults(), **documented, **_precision(training),
-        "output_dir": output_dir, "run_name": recipe.run_name, "seed": recipe.model.random_seed,
-        "optim": _optimizer(recipe), "warmup_steps": training.warmup_ratio,  # below 1 it is read as the ratio
+        "output_dir": output_dir, "run_name": recipe.run_name, "seed": recipe.seed, "warmup_steps": training.warmup_ratio,  # below 1 it is read as the ratio
         "per_device_train_batch_size": plan.per_device,
         "max_completion_length": recipe.max_completion_length,
         "use_cpu": not torch.accelerator.is_available(), "use_vllm": use_vllm,
         "vllm_gpu_memory_utilization": recipe.model.gpu_memory_utilization,
         "trust_remote_code": recipe.model.trust_remote_code, "project": recipe.wandb.project,
-        **training.trl_options(),
+        **training.trl_options(), "optim": _optimizer(recipe),
     }
     try:
         return trl.GRPOConfig(**options)

@@ -1,4 +1,4 @@
-"""Load a LoRA policy and its tokenizer with Unsloth, or with transformers + peft; save the adapter."""
+"""Load a LoRA policy with Unsloth, or with transformers + peft; save the adapter."""
 
 import contextlib
 import importlib.util
@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gtpo.chat_tokenizer import ready_tokenizer
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
 
 logger = logging.getLogger(__name__)
-
-SPARE_PADS = ("<|finetune_right_pad_id|>", "<|endoftext|>", "<|vision_pad|>", "<pad>", "[PAD]", "<unk>")
 
 
 @dataclass
@@ -25,13 +24,27 @@ class Policy:
     backend: str
     uses_vllm: bool = False
 
+    @contextlib.contextmanager
+    def generating(self):
+        """The model ready to generate inside, ready to train again afterwards; Unsloth has modes of its own."""
+        was_training = self.model.training
+        self.model.eval()
+        if self.backend == "unsloth":
+            from unsloth import FastLanguageModel
+
+            FastLanguageModel.for_inference(self.model)
+        yield self.model
+        if self.backend == "unsloth":
+            FastLanguageModel.for_training(self.model)
+        self.model.train(was_training)
+
     def save_adapter(self, folder: str | Path) -> None:
         """Adapter and tokenizer, loadable by plain peft and transformers."""
         self.model.save_pretrained(str(folder), safe_serialization=True)
         self.tokenizer.save_pretrained(str(folder))
 
 
-def prepare_backend(section: ModelSection, compile_options: dict) -> str:
+def prepare_backend(section: ModelSection, options: dict) -> str:
     """Choose the backend, say which, and patch TRL if it is Unsloth: before anything imports trl or transformers.
 
     Raises RecipeError if `model.backend: unsloth` cannot be had on this machine.
@@ -49,13 +62,18 @@ def prepare_backend(section: ModelSection, compile_options: dict) -> str:
     if backend == "unsloth":
         import unsloth
 
-        with _compile_options(compile_options):
+        with compile_options(options):
             unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
+        import trl
+
+        if trl.GRPOTrainer.__module__ != "UnslothGRPOTrainer":  # it warns and goes on with TRL's where patching fails
+            raise RecipeError("model.backend: unsloth could not patch TRL; install the pinned libraries (requirements.txt), "
+                              "or use transformers")
     return backend
 
 
 @contextlib.contextmanager
-def _compile_options(options: dict):
+def compile_options(options: dict):
     """Lay `options` over those that Unsloth's generated trainer compiles with.
 
     unsloth 2026.10.7 writes its options into the source that `create_new_function` turns into a module, and
@@ -95,58 +113,30 @@ def check_model(section: ModelSection) -> None:
         look_up("model.model_name", name, kind="model", instead="a local folder")
 
 
-def load_tokenizer(section: ModelSection, backend: str):
-    """The tokenizer alone, with a chat template and a padding token; raises RecipeError if it cannot chat."""
-    from transformers import AutoTokenizer
+def load_policy(section: ModelSection, tokenizer, backend: str, seed: int) -> Policy:
+    """The base model with a fresh LoRA adapter, by `backend` (what `prepare_backend` returned).
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model.model_name: no tokenizer could be loaded from {section.model_name!r} "
-                          f"({str(error).splitlines()[0]})") from error
-    return ready_tokenizer(tokenizer, section, backend)
+    Raises RecipeError for weights that cannot be loaded, options this machine lacks, and layers the model lacks.
+    """
+    return _load_with_unsloth(section, seed) if backend == "unsloth" else _load_with_transformers(section, tokenizer)
 
 
-def ready_tokenizer(tokenizer, section: ModelSection, backend: str):
-    """Give `tokenizer` what training needs: chat template, padding token, padding on the left."""
-    if section.chat_template:
-        path = Path(section.chat_template)
-        is_file = len(section.chat_template) < 1000 and path.is_file()
-        tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else section.chat_template
-    if not tokenizer.chat_template:
-        raise RecipeError(f"model.model_name: {section.model_name!r} has no chat template (it is a base model); set "
-                          "model.chat_template to a Jinja template or file, or use the model's Instruct version")
-    if tokenizer.eos_token_id is None:
-        raise RecipeError(f"model.model_name: the tokenizer of {section.model_name!r} has no end-of-sequence token, so no "
-                          "completion could end; set one in its tokenizer_config.json")
-    # Unsloth takes every pad id for padding: with pad = end of sequence, nothing would teach the policy to stop.
-    if tokenizer.pad_token_id is None or (backend == "unsloth" and tokenizer.pad_token_id == tokenizer.eos_token_id):
-        vocabulary = tokenizer.get_vocab()
-        spare = next((t for t in SPARE_PADS if t in vocabulary and t != tokenizer.eos_token), tokenizer.eos_token)
-        logger.warning("[GTPO] The tokenizer has no padding token of its own; %r is used", spare)
-        tokenizer.pad_token = spare
-    tokenizer.padding_side = "left"
-    return tokenizer
-
-
-def load_policy(section: ModelSection, tokenizer, backend: str) -> Policy:
-    """The base model with a fresh LoRA adapter, by `backend` (what `prepare_backend` returned)."""
-    return _load_with_unsloth(section) if backend == "unsloth" else _load_with_transformers(section, tokenizer)
-
-
-def _load_with_unsloth(section: ModelSection) -> Policy:
+def _load_with_unsloth(section: ModelSection, seed: int) -> Policy:
     from unsloth import FastLanguageModel
 
-    vllm = importlib.util.find_spec("vllm") is not None if section.fast_inference == "auto" else section.fast_inference
+    installed = importlib.util.find_spec("vllm") is not None
+    if section.fast_inference is True and not installed:
+        raise RecipeError("model.fast_inference: true needs vLLM, which is not installed; use auto, or: pip install vllm==0.31.0")
+    vllm = installed if section.fast_inference == "auto" else section.fast_inference
     logger.info("[GTPO] Generation: %s", "vLLM" if vllm else "Unsloth, without vLLM")
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=section.model_name, max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,
         fast_inference=vllm, max_lora_rank=section.lora_rank, gpu_memory_utilization=section.gpu_memory_utilization,
-        trust_remote_code=section.trust_remote_code, random_state=section.random_seed,
+        trust_remote_code=section.trust_remote_code, random_state=seed,
     )
     model = FastLanguageModel.get_peft_model(
         model, r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
-        use_gradient_checkpointing="unsloth", random_state=section.random_seed,
+        use_gradient_checkpointing="unsloth", random_state=seed,
     )
     return Policy(model, ready_tokenizer(tokenizer, section, "unsloth"), "unsloth", uses_vllm=vllm)
 
@@ -158,22 +148,27 @@ def _load_with_transformers(section: ModelSection, tokenizer) -> Policy:
 
     cuda = torch.cuda.is_available()
     dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
-    config = AutoConfig.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
-    _check_context(section, config)
     quantized = section.load_in_4bit and cuda
     if section.load_in_4bit and not cuda:
-        if section.backend != "auto":
-            raise RecipeError("model.load_in_4bit: true needs an NVIDIA GPU; use false")
-        logger.warning("[GTPO] model.load_in_4bit needs an NVIDIA GPU; the model is loaded in float32 instead")
-    if not cuda:
-        _check_memory(section, config)
-    model = AutoModelForCausalLM.from_pretrained(
-        section.model_name, dtype=dtype, trust_remote_code=section.trust_remote_code, use_safetensors=True,
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        ) if quantized else None,
-    )
+        _fall_back(section, "model.load_in_4bit: true needs an NVIDIA GPU", "false")
+    if section.fast_inference is True:
+        _fall_back(section, "model.fast_inference: true needs Unsloth", "auto")
+    try:
+        config = AutoConfig.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
+        _check_context(section, config)
+        if not cuda:
+            _check_memory(section, config)
+        model = AutoModelForCausalLM.from_pretrained(
+            section.model_name, dtype=dtype, trust_remote_code=section.trust_remote_code, use_safetensors=True,
+            device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            ) if quantized else None,
+        )
+    except RecipeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.model_name: {section.model_name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
     if quantized:
         model = prepare_model_for_kbit_training(model)
     lora = LoraConfig(r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
@@ -184,6 +179,13 @@ def _load_with_transformers(section: ModelSection, tokenizer) -> Policy:
         raise RecipeError(f"model.target_modules: {section.target_modules} does not fit this model "
                           f"({str(error).splitlines()[0]})") from error
     return Policy(model, tokenizer, "transformers")
+
+
+def _fall_back(section: ModelSection, problem: str, remedy: str) -> None:
+    """With `backend: auto`, go on without and say so; otherwise refuse."""
+    if section.backend != "auto":
+        raise RecipeError(f"{problem}; use {remedy}")
+    logger.warning("[GTPO] %s; going on with %s", problem, remedy)
 
 
 def _check_context(section: ModelSection, config) -> None:

@@ -129,7 +129,7 @@ def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, se
 def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
     import datasets
 
-    if section.kind == "function":
+    if section.kind == "function" and section.path is None:
         made = load_object(section.name)(**{"split": section.split} if "split" in section.model_fields_set else {})
         if not isinstance(made, datasets.Dataset):
             if not isinstance(made, Iterable):
@@ -137,7 +137,7 @@ def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
                                   "datasets.Dataset, or a list of dicts)")
             made = datasets.Dataset.from_list(list(made))
         return made, DATASETS["file"]
-    source = DATASETS[section.kind]
+    source = DATASETS.get(section.kind, DATASETS["file"])
     try:
         if section.path is not None:
             base = section.split.split("[")[0]
@@ -149,7 +149,7 @@ def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
         else:
             parts = [datasets.load_dataset(source.hub_name, subset, split=section.split)
                      for subset in _subsets(section, source)]
-    except (ValueError, datasets.exceptions.DatasetGenerationError) as error:
+    except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise RecipeError(f"dataset: {section.path or source.hub_name!r} cannot be read ({str(cause).splitlines()[0]})") from error
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0], source

@@ -46,16 +46,13 @@ def complete(policy, prompts: list[list[dict]], max_completion_length: int, chat
     """The greedy completion of each prompt, as the reward sees it: decoded, without special tokens."""
     import torch
 
-    model, tokenizer = policy.model, policy.tokenizer
+    tokenizer = policy.tokenizer
     texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False, **chat_template_kwargs) for p in prompts]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), policy.generating() as model:
         ids = model.generate(
             **{k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")},
             max_new_tokens=max_completion_length, do_sample=False, temperature=None, top_p=None, top_k=None,
             pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         )
-    model.train(was_training)
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)

@@ -15,12 +15,13 @@ SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDE
 SECRET_VALUE = re.compile(r"(hf_|sk-|wandb_v\d_)\w{16,}")
 TWO_NAMES = (  # documented key, TRL's own name for it
     ("training.optimizer", "training.optim"), ("training.warmup_ratio", "training.warmup_steps"),
-    ("model.random_seed", "training.seed"), ("model.trust_remote_code", "training.trust_remote_code"),
+    ("model.random_seed", "training.seed"),
 )
 DERIVED = {  # TRL's options that a recipe decides elsewhere
     "max_completion_length": "it is model.max_seq_length - training.max_prompt_length; set those",
     "output_dir": "the run directory is named after the run; set output_root or run_name",
     "run_name": "set run_name at the top of the recipe",
+    "trust_remote_code": "set model.trust_remote_code",
     "hub_token": "a recipe is no place for a token; set the environment variable HF_TOKEN",
     "parallelism_config": "it is no plain value; use accelerate's configuration file",
 }
@@ -57,6 +58,11 @@ class Recipe(Section):
     @property
     def max_completion_length(self) -> int:
         return self.model.max_seq_length - self.max_prompt_length
+
+    @property
+    def seed(self) -> int:
+        """The seed of every random generator: model.random_seed, or training.seed where that is given."""
+        return self.training.trl_options().get("seed", self.model.random_seed)
 
     def output_dir(self) -> str:
         """The run directory: its name tells the settings that matter most apart."""

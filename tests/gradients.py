@@ -19,8 +19,11 @@ def patch_unsloth() -> None:
     os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1", UNSLOTH_FORCE_FLOAT32="1")
     import unsloth
 
+    from gtpo.backends import compile_options
+
     del os.environ["UNSLOTH_ALLOW_CPU"]
-    unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
+    with compile_options({"shape_padding": False, "trace.enabled": True}):
+        unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
 
 
 def letters_reward(completions, **kwargs) -> list[float]:
@@ -200,5 +203,13 @@ def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: floa
 
 if __name__ == "__main__":
     patch_unsloth()
+    import inspect
+
+    from unsloth import FastLanguageModel
+
+    generated = sys.modules["UnslothGRPOTrainer"].torch_compile_options
     figures = [compare(os.getcwd(), unsloth=True, **case) for case in json.loads(sys.argv[1])]
-    print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd())}))
+    print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd()),
+        "compile_options": {name: generated[name] for name in ("shape_padding", "trace.enabled", "max_autotune")},
+        "from_pretrained": list(inspect.signature(FastLanguageModel.from_pretrained).parameters),
+        "get_peft_model": list(inspect.signature(FastLanguageModel.get_peft_model).parameters)}))

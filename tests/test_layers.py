@@ -11,14 +11,14 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections"},
     "answers": {"verifier"}, "verifier": set(),
     "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": set(),
-    "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "backends": {"hub", "recipe", "sections"},
+    "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "backends": {"chat_tokenizer", "hub", "recipe", "sections"}, "chat_tokenizer": {"recipe", "sections"},
     "arguments": {"recipe", "sections", "trl_options"}, "evaluation": {"answers"}, "watch": set(),
     "runs": {"cli", "recipe"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify"}
 LIGHT = {"trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
-         "backends", "arguments", "evaluation", "runs", "hub"}
+         "backends", "chat_tokenizer", "arguments", "evaluation", "runs", "hub"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:

@@ -51,3 +51,14 @@ def test_the_cases_exercise_unequal_prompts_several_groups_and_the_gate(figures)
 
 def test_without_lambda_gate_and_penalty_a_step_is_grpos(figures):
     assert figures["distance_from_grpo"] < 1e-6
+
+
+def test_the_recipes_compile_options_reach_the_generated_trainer(figures):
+    assert figures["compile_options"] == {"shape_padding": False, "trace.enabled": True, "max_autotune": False}
+
+
+def test_unsloth_still_takes_the_arguments_that_the_backend_gives_it(figures):
+    """FastLanguageModel itself needs a GPU; its signature does not."""
+    assert {"model_name", "max_seq_length", "load_in_4bit", "fast_inference", "max_lora_rank", "gpu_memory_utilization",
+            "trust_remote_code", "random_state"} <= set(figures["from_pretrained"])
+    assert {"r", "lora_alpha", "target_modules", "use_gradient_checkpointing", "random_state"} <= set(figures["get_peft_model"])
