@@ -1,0 +1,38 @@
+"""Groups spread over two processes give the weights of the whole group."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "tests/two_processes.py")],
+        cwd=folder, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads((folder / f"figures-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_weights_are_those_of_the_whole_group_also_with_unequal_lengths(figures):
+    assert len({f["shaping"]["width"] for f in figures}) == 2  # the processes did hold different widths
+    assert all(f["shaping"]["equal"] and f["shaping"]["conflicts"] > 0 for f in figures)
+
+
+def test_a_real_step_decides_lambda_from_both_halves_of_its_group(figures):
+    for found in figures:
+        assert found["training"]["lambda"] and found["training"]["group"] == 8
+        assert {-1.0, 1.0} <= set(found["training"]["signs"])
+
+
+def test_both_processes_measure_one_initial_entropy_and_stay_in_step(figures):
+    for found in figures:
+        first, second = found["training"]["initial_entropies"]
+        assert first == second and found["training"]["in_step"]

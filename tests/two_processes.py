@@ -1,0 +1,67 @@
+"""Run by torchrun with two gloo processes: groups split over both, completions of unequal length on each."""
+
+import json
+import os
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+
+import gradients  # noqa: E402
+import torch  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
+
+from gtpo import shaping  # noqa: E402
+from gtpo.groups import whole_groups  # noqa: E402
+
+
+def drawn() -> dict:
+    """Three groups of four from two letters, with every length from 0 to 6: the same on both processes."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 2, (12, 6), generator=generator)
+    lengths = torch.tensor([6, 5, 6, 4, 3, 2, 1, 3, 0, 2, 3, 3])
+    mask = (torch.arange(6) < lengths.unsqueeze(1)).long()
+    return {"completion_ids": ids, "completion_mask": mask, "advantages": torch.tensor([1.0, -1, -1, 1] * 3)}
+
+
+def weights_over_processes(accelerator: Accelerator) -> dict:
+    """Whether lambda, decided from what each process holds, is that of the whole rollout."""
+    everything, half = drawn(), 6
+    mine = {name: tensor[accelerator.process_index * half :][:half] for name, tensor in everything.items()}
+    width = int(mine["completion_mask"].sum(1).max())  # TRL pads each process's completions to their own longest
+    mine = {name: tensor[:, :width] if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
+    groups = whole_groups(mine, torch.ones(12), 4, accelerator)
+    found = groups["prefix"] | groups["suffix"]
+    expected = torch.cat([shaping.conflict_tokens(*(everything[name][i : i + 4] for name in (
+        "completion_ids", "completion_mask", "advantages"))) for i in (0, 4, 8)])
+    return {"width": width, "equal": torch.equal(found, expected), "conflicts": int(found.sum())}
+
+
+def training_over_processes(folder: str) -> dict:
+    """One real step with a group of eight spread over two processes of four."""
+    trainer = gradients.make_trainer(
+        "gtpo.gtpo_training.UnslothGTPOTrainer", folder, num_generations=8, per_device_train_batch_size=4,
+        gradient_accumulation_steps=1, max_steps=2)
+    seen = gradients.watch(trainer)
+    trainer.train()
+    gather = trainer.accelerator.gather
+    weights = torch.cat([p.detach().flatten() for n, p in trainer.model.named_parameters() if "lora_" in n])
+    rollout = seen["rollouts"][0]
+    ids, mask = (gather(trainer.accelerator.pad_across_processes(rollout[name], dim=1))
+                 for name in ("completion_ids", "completion_mask"))
+    advantages = gather(rollout["advantages"])
+    expected = shaping.token_weights(shaping.conflict_tokens(ids, mask, advantages), advantages, 2.0)
+    mine = expected[trainer.accelerator.process_index * 4 :][:4, : rollout["token_weights"].shape[1]]
+    both = gather(weights.unsqueeze(0))
+    entropies = gather(torch.tensor([trainer.initial_entropy]))
+    return {"lambda": torch.equal(rollout["token_weights"], mine), "group": len(ids), "signs": advantages.sign().unique().tolist(),
+            "in_step": torch.equal(both[0], both[1]), "initial_entropies": entropies.tolist(),
+            "one_sided_here": len(set(rollout["advantages"].sign().tolist())) == 1}
+
+
+if __name__ == "__main__":
+    accelerator = Accelerator(cpu=True)
+    figures = {"shaping": weights_over_processes(accelerator), "training": training_over_processes(os.getcwd())}
+    with open(f"figures-{accelerator.process_index}.json", "w") as file:
+        json.dump(figures, file)
+    torch.distributed.destroy_process_group()
