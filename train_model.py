@@ -198,6 +198,7 @@ def _log_to_console():
     root = logging.getLogger()
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.NOTSET if os.environ.get("RANK", "0") == "0" else logging.ERROR)  # one process speaks
     early = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     logging.getLogger("gtpo").setLevel(logging.INFO)
     for handler in (console, early):
