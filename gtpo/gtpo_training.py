@@ -126,7 +126,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = self._parent_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.non_finite.saw(loss)
+        if self.model.training:
+            self.non_finite.saw(loss)
         self._log_entropies()
         return loss
 
@@ -172,8 +173,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         return self._metrics["train" if self.model.training else "eval"]
 
     def _log_entropies(self) -> None:
-        metrics = self._mode_metrics()
-        entropy, kept, real = self._seen
+        metrics, (entropy, kept, real) = self._mode_metrics(), self._seen
         sums = torch.stack([entropy[real].sum(), (~kept & real).sum(), real.sum()])  # one wait for the device
         entropy_sum, filtered, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if count:

@@ -189,9 +189,10 @@ def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: floa
         before, rollout, temperature=temperature, num_generations=trainer.num_generations, drop_id=drop_id,
         weight=gtpo_training.W_RAW, scale=gtpo_training.ENT_SCALE, threshold=threshold, initial=initial,
     )
-    logs = seen["logs"][0]
+    logs, steps = seen["logs"][0], seen["gradients"]  # the steps that share the rollout average to its gradient
+    gradient = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return {
-        "class": str(type(trainer).__mro__[1]), "gradient_error": relative_error(seen["gradients"][0], expected),
+        "class": str(type(trainer).__mro__[1]), "gradient_error": relative_error(gradient, expected),
         "initial_entropy": trainer.initial_entropy, "initial_entropy_float64": initial,
         "filtered": logs["gtpo/frac_filtered"], "conflicts": logs["gtpo/frac_conflict_tokens"],
         "groups": len(rollout["advantages"]) // trainer.num_generations, "loss": logs["loss"], "loss_float64": loss,
