@@ -79,7 +79,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
         runs.create(run_dir, recipe, overwrite=overwrite, early_log=early_log)
     held_out = held_out if is_main else None  # the other processes wait at their first common step
     before = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "before.jsonl")
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.train()
     if is_main:
         policy.save_adapter(run_dir)
     trainer.save_state()

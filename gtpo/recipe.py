@@ -23,6 +23,7 @@ DERIVED = {  # TRL's options that a recipe decides elsewhere
     "run_name": "set run_name at the top of the recipe",
     "trust_remote_code": "set model.trust_remote_code",
     "hub_token": "a recipe is no place for a token; set the environment variable HF_TOKEN",
+    "resume_from_checkpoint": "resuming is not supported yet; start a new run",
     "parallelism_config": "it is no plain value; use accelerate's configuration file",
 }
 GTPO_USES = ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "use_liger_kernel")
