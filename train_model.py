@@ -44,35 +44,42 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) ->
     recipe = cli.make_recipe(command)
     os.environ.update(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     if "dry_run" in command.switches:
-        _print_plan(recipe)
+        from gtpo.plan import print_plan
+
+        print_plan(recipe, _processes())
     else:
         train(recipe, overwrite="overwrite" in command.switches, early_log=early_log)
 
 
 def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handlers.MemoryHandler | None = None) -> Path:
     """Train as `recipe` says and return the run directory; `recipe.env` must already be set."""
-    from gtpo import backends, data, runs
-    from gtpo.arguments import training_arguments
+    from gtpo import backends, data, problems, runs
+    from gtpo.arguments import precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
 
     run_dir = Path(recipe.output_dir())
     runs.check_free(run_dir, overwrite=overwrite)
     data.check_source(recipe.dataset)
+    problems.check_held_out(recipe)
     backends.check_model(recipe.model)
     runs.prepare_trackers(recipe, run_dir)
 
     backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
-    _seed_everything(recipe)
-    tokenizer = load_tokenizer(recipe.model, backend)
-    problems = _load_problems(recipe, recipe.dataset, tokenizer)
-    held_out = _load_held_out(recipe, tokenizer)
-    policy = backends.load_policy(recipe.model, tokenizer, backend, recipe.seed)
-
     trainer_class = _load("trainer.class_path", recipe.trainer.class_path)  # only now: it binds to the patched TRL
     rewards = [_load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
+    _check_trainer(recipe, trainer_class)
+    _seed_everything(recipe)
+    tokenizer = load_tokenizer(recipe.model, backend)
+    train_set = problems.load_training(recipe, tokenizer, _processes())
+    held_out = problems.load_held_out(recipe, tokenizer)
+    policy = backends.load_policy(
+        recipe.model, tokenizer, backend, seed=recipe.seed, precision=precision(recipe),
+        gradient_checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
+    )
+
     _override_constants(recipe, policy.tokenizer)
     arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
-    trainer = _make_trainer(trainer_class, policy, rewards, arguments, problems)
+    trainer = _make_trainer(trainer_class, policy, rewards, arguments, train_set)
 
     is_main = trainer.accelerator.is_main_process
     if is_main:
@@ -85,9 +92,10 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     trainer.save_state()
     after = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "after.jsonl")
 
-    if held_out:
-        print(f"Before, {before.problems} held-out problems: {before}")
-        print(f"After,  {after.problems} held-out problems: {after}")
+    for when, verdict in (("Before,", before), ("After, ", after)) if held_out else ():
+        line = f"{when} {verdict.problems} held-out problems: {verdict}"
+        print(line)
+        logging.getLogger("gtpo.watch").info(line)  # for the log file
     if is_main:
         print(f"Run directory: {run_dir}")
     return run_dir
@@ -100,32 +108,19 @@ def _seed_everything(recipe: Recipe) -> None:
     (enable_full_determinism if deterministic else set_seed)(recipe.seed)
 
 
-def _load_problems(recipe: Recipe, section, tokenizer, *, shuffle: bool = True):
-    from gtpo.data import load_problems
+def _check_trainer(recipe: Recipe, trainer_class) -> None:
+    import trl
 
-    return load_problems(
-        section, tokenizer, recipe.max_prompt_length, recipe.seed, shuffle=shuffle,
-        chat_template_kwargs=recipe.training.chat_template_kwargs, load_object=cli.load_object,
-    )
-
-
-def _load_held_out(recipe: Recipe, tokenizer):
-    """The first problems of `evaluation`'s file or split, unshuffled; None where the recipe names neither."""
-    section = recipe.evaluation
-    if section.path is None and section.split is None:
-        return None
-    changes = {"split": section.split or recipe.dataset.split}
-    if section.path is not None:
-        changes["path"] = section.path
-    problems = _load_problems(recipe, recipe.dataset.model_copy(update=changes), tokenizer, shuffle=False)
-    return problems.select(range(min(section.limit, len(problems))))
+    if not (isinstance(trainer_class, type) and issubclass(trainer_class, trl.GRPOTrainer)):
+        raise RecipeError(f"trainer.class_path: {recipe.trainer.class_path!r} is no subclass of trl.GRPOTrainer; use "
+                          "gtpo.gtpo_training.UnslothGTPOTrainer, or a subclass of it")
 
 
 def _load(key: str, dotted: str):
     try:
         found = cli.load_object(dotted)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"{key}: {dotted!r} cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:  # somebody's code: whatever it raises, the recipe is where it was named
+        raise RecipeError(f"{key}: {dotted!r} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise RecipeError(f"{key}: {dotted!r} is {type(found).__name__}, which cannot be called; name a function or class")
     return found
@@ -140,18 +135,23 @@ def _override_constants(recipe: Recipe, tokenizer) -> None:
     override_constants(constants)
 
 
-def _make_trainer(trainer_class, policy, rewards, arguments, problems):
+def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
     from gtpo.watch import ConsoleLine
 
     try:
-        trainer = trainer_class(model=policy.model, reward_funcs=rewards, args=arguments, train_dataset=problems,
+        trainer = trainer_class(model=policy.model, reward_funcs=rewards, args=arguments, train_dataset=train_set,
                                 processing_class=policy.tokenizer)
-    except (ValueError, ImportError, NotImplementedError) as error:  # what TRL says of options that do not fit
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # what TRL says of options that do not fit
         with contextlib.suppress(OSError):
             os.removedirs(arguments.output_dir)  # which TRL has made already; it stays if anything is in it
         raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+    if policy.backend == "transformers":  # trl 1.13.0 casts the adapter of a 4-bit model to bfloat16: small steps get lost
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would describe a base model called None
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(ConsoleLine())
@@ -165,29 +165,6 @@ def _evaluate(recipe: Recipe, policy, problems, file: Path):
                     batch_size=recipe.evaluation.batch_size, chat_template_kwargs=recipe.training.chat_template_kwargs)
 
 
-def _print_plan(recipe: Recipe) -> None:
-    """The resolved recipe on stdout, as YAML that can be fed back in; what it would do on stderr."""
-    from gtpo.arguments import batch_plan, say_batch_plan, steps
-    from gtpo.data import count_rows
-
-    values, secrets = recipe.saved()
-    cli.to_yaml(values, sys.stdout)
-    sys.stdout.flush()
-    plan = batch_plan(recipe, _processes())
-    say_batch_plan(recipe, plan)
-    total = steps(recipe, plan, count_rows(recipe.dataset))
-    lines = [
-        f"{plan.prompts_per_step:g} prompt{'' if plan.prompts_per_step == 1 else 's'} x {recipe.training.num_generations} generations per optimizer step"
-        + (f" ({_processes()} processes)" if _processes() > 1 else ""),
-        f"steps: {total or 'known when the dataset is loaded'}",
-        f"max_completion_length: {recipe.max_completion_length} tokens, after prompts of at most {recipe.max_prompt_length}",
-        f"run directory: {recipe.output_dir()}{' (exists already)' if os.path.exists(recipe.output_dir()) else ''}",
-    ]
-    if secrets:
-        lines.append(f"left out of the recipe above: {', '.join(secrets)}")
-    print("\n".join(lines), file=sys.stderr)
-
-
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -199,6 +176,7 @@ def _log_to_console():
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.NOTSET if os.environ.get("RANK", "0") == "0" else logging.ERROR)  # one process speaks
+    console.addFilter(lambda record: record.name != "gtpo.watch")  # those lines are on the screen already
     early = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     logging.getLogger("gtpo").setLevel(logging.INFO)
     for handler in (console, early):

@@ -103,7 +103,11 @@ def run_case(case: str, bits: int, work: Path) -> dict:
     backend = backends.prepare_backend(section, {})
     tokenizer = load_tokenizer(section, backend)
     if case == "unsloth":
-        policy = backends.load_policy(section, tokenizer, backend, SEED)
+        import torch
+
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        policy = backends.load_policy(
+            section, tokenizer, backend, seed=SEED, precision="bf16" if bf16 else "fp16", gradient_checkpointing=True)
         save_base_weights(policy.model, work / f"base-{bits}")
     else:
         policy = float32_policy(work / f"base-{bits}", work / "model", tokenizer)

@@ -1,6 +1,7 @@
 """Translate a recipe's `training` section into `trl.GRPOConfig`; nobody else knows both vocabularies."""
 
 import dataclasses
+import math
 import logging
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ class BatchPlan(NamedTuple):
     requested: int
     steps_per_generation: int
     prompts_per_step: float  # over all devices and accumulation steps
+    prompts_per_rollout: int  # over all devices; what is sampled at once
 
 
 def batch_plan(recipe: Recipe, processes: int = 1) -> BatchPlan:
@@ -41,9 +43,10 @@ def batch_plan(recipe: Recipe, processes: int = 1) -> BatchPlan:
         steps, per_device = rollout // (requested * processes), requested
     else:
         steps = given.get("steps_per_generation") or training.gradient_accumulation_steps
-        per_device = next(n for n in range(requested, requested + size) if n * processes * steps % size == 0)
+        multiple = size // math.gcd(size, processes * steps)
+        per_device = -(-requested // multiple) * multiple  # rounded up
     completions = per_device * processes * training.gradient_accumulation_steps
-    return BatchPlan(per_device, requested, steps, completions / size)
+    return BatchPlan(per_device, requested, steps, completions / size, per_device * processes * steps // size)
 
 
 def steps(recipe: Recipe, plan: BatchPlan, rows: int | None) -> str | None:
@@ -53,8 +56,7 @@ def steps(recipe: Recipe, plan: BatchPlan, rows: int | None) -> str | None:
         return str(training.max_steps)
     if rows is None:
         return None
-    rollout = plan.prompts_per_step * plan.steps_per_generation / training.gradient_accumulation_steps  # prompts
-    per_epoch = rows // rollout * plan.steps_per_generation * training.num_iterations / training.gradient_accumulation_steps
+    per_epoch = rows // plan.prompts_per_rollout * plan.steps_per_generation * training.num_iterations / training.gradient_accumulation_steps
     return f"about {per_epoch * training.num_train_epochs:.0f} ({rows} rows, before the length filter)"
 
 
@@ -78,7 +80,7 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
     say_batch_plan(recipe, plan)
     documented = {name: getattr(training, name) for name in DocumentedTraining.model_fields if name in grpo_options()}
     options = {
-        **_trl_defaults(), **documented, **_precision(training),
+        **_trl_defaults(), **documented,
         "output_dir": output_dir, "run_name": recipe.run_name, "seed": recipe.seed, "warmup_steps": training.warmup_ratio,  # below 1 it is read as the ratio
         "per_device_train_batch_size": plan.per_device,
         "max_completion_length": recipe.max_completion_length,
@@ -86,11 +88,16 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
         "vllm_gpu_memory_utilization": recipe.model.gpu_memory_utilization,
         "trust_remote_code": recipe.model.trust_remote_code, "project": recipe.wandb.project,
         **training.trl_options(), "optim": _optimizer(recipe),
+        "bf16": precision(recipe) == "bf16", "fp16": precision(recipe) == "fp16",
     }
     try:
-        return trl.GRPOConfig(**options)
-    except ValueError as error:
+        arguments = trl.GRPOConfig(**options)
+    except (ValueError, TypeError, ImportError, OSError) as error:
         raise RecipeError(f"training: TRL refuses this section ({' '.join(str(error).split())})") from error
+    if arguments.n_gpu > 1:  # torch's DataParallel would multiply the batch behind the plan above
+        logger.warning("[GTPO] One of %d visible GPUs is used; start with torchrun to use them all", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _trl_defaults() -> dict:
@@ -104,17 +111,21 @@ def _trl_defaults() -> dict:
     }
 
 
-def _precision(training) -> dict[str, bool]:
-    """bf16 where the device has it, else fp16, float32 on a CPU; a given training.bf16 or fp16 decides instead."""
+def precision(recipe: Recipe) -> str:
+    """bf16, fp16 or float32: the best this device has, unless training.bf16 or training.fp16 decides.
+
+    A true asks for that precision, a false rules it out. On a CPU it is float32 unless asked otherwise.
+    """
     import torch
 
-    given = training.trl_options()
-    if given.get("bf16") is not None or given.get("fp16") is not None:
-        return {"bf16": bool(given.get("bf16")), "fp16": bool(given.get("fp16"))}
+    given = recipe.training.trl_options()
+    for name in ("bf16", "fp16"):
+        if given.get(name):
+            return name
     if not torch.cuda.is_available():
-        return {"bf16": False, "fp16": False}
-    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return {"bf16": bf16, "fp16": not bf16}
+        return "float32"
+    has = {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "fp16": True}
+    return next((name for name in ("bf16", "fp16") if has[name] and given.get(name) is not False), "float32")
 
 
 def _optimizer(recipe: Recipe) -> str:

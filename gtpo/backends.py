@@ -33,10 +33,12 @@ class Policy:
             from unsloth import FastLanguageModel
 
             FastLanguageModel.for_inference(self.model)
-        yield self.model
-        if self.backend == "unsloth":
-            FastLanguageModel.for_training(self.model)
-        self.model.train(was_training)
+        try:
+            yield self.model
+        finally:
+            if self.backend == "unsloth":
+                FastLanguageModel.for_training(self.model)
+            self.model.train(was_training)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Adapter and tokenizer, loadable by plain peft and transformers."""
@@ -65,10 +67,8 @@ def prepare_backend(section: ModelSection, options: dict) -> str:
         with compile_options(options):
             unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
         import trl
-
         if trl.GRPOTrainer.__module__ != "UnslothGRPOTrainer":  # it warns and goes on with TRL's where patching fails
-            raise RecipeError("model.backend: unsloth could not patch TRL; install the pinned libraries (requirements.txt), "
-                              "or use transformers")
+            raise RecipeError("model.backend: unsloth could not patch TRL; install requirements.txt, or use transformers")
     return backend
 
 
@@ -113,15 +113,29 @@ def check_model(section: ModelSection) -> None:
         look_up("model.model_name", name, kind="model", instead="a local folder")
 
 
-def load_policy(section: ModelSection, tokenizer, backend: str, seed: int) -> Policy:
+def load_policy(
+    section: ModelSection, tokenizer, backend: str, *, seed: int, precision: str, gradient_checkpointing: bool
+) -> Policy:
     """The base model with a fresh LoRA adapter, by `backend` (what `prepare_backend` returned).
 
+    `precision` is bf16, fp16 or float32 (which a CPU holds whatever is asked).
     Raises RecipeError for weights that cannot be loaded, options this machine lacks, and layers the model lacks.
     """
-    return _load_with_unsloth(section, seed) if backend == "unsloth" else _load_with_transformers(section, tokenizer)
+    import torch
+    from safetensors import SafetensorError
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
+    try:
+        if backend == "unsloth":
+            return _load_with_unsloth(section, tokenizer, dtype, seed, gradient_checkpointing)
+        return _load_with_transformers(section, tokenizer, dtype)
+    except RecipeError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:  # no weights, damaged ones, layers that are not there
+        raise RecipeError(f"model: {section.model_name!r} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
 
 
-def _load_with_unsloth(section: ModelSection, seed: int) -> Policy:
+def _load_with_unsloth(section: ModelSection, tokenizer, dtype, seed: int, gradient_checkpointing: bool) -> Policy:
     from unsloth import FastLanguageModel
 
     installed = importlib.util.find_spec("vllm") is not None
@@ -129,48 +143,44 @@ def _load_with_unsloth(section: ModelSection, seed: int) -> Policy:
         raise RecipeError("model.fast_inference: true needs vLLM, which is not installed; use auto, or: pip install vllm==0.31.0")
     vllm = installed if section.fast_inference == "auto" else section.fast_inference
     logger.info("[GTPO] Generation: %s", "vLLM" if vllm else "Unsloth, without vLLM")
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=section.model_name, max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,
+    model, theirs = FastLanguageModel.from_pretrained(
+        model_name=section.model_name, dtype=dtype, max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,
         fast_inference=vllm, max_lora_rank=section.lora_rank, gpu_memory_utilization=section.gpu_memory_utilization,
         trust_remote_code=section.trust_remote_code, random_state=seed,
     )
     model = FastLanguageModel.get_peft_model(
         model, r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
-        use_gradient_checkpointing="unsloth", random_state=seed,
+        random_state=seed,
+        use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
     )
-    return Policy(model, ready_tokenizer(tokenizer, section, "unsloth"), "unsloth", uses_vllm=vllm)
+    theirs.chat_template = tokenizer.chat_template  # the one that the prompts were filtered with
+    return Policy(model, ready_tokenizer(theirs, section, "unsloth"), "unsloth", uses_vllm=vllm)
 
 
-def _load_with_transformers(section: ModelSection, tokenizer) -> Policy:
+def _load_with_transformers(section: ModelSection, tokenizer, dtype) -> Policy:
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
-    dtype = torch.float32 if not cuda else torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     quantized = section.load_in_4bit and cuda
     if section.load_in_4bit and not cuda:
         _fall_back(section, "model.load_in_4bit: true needs an NVIDIA GPU", "false")
     if section.fast_inference is True:
         _fall_back(section, "model.fast_inference: true needs Unsloth", "auto")
-    try:
-        config = AutoConfig.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
-        _check_context(section, config)
-        if not cuda:
-            _check_memory(section, config)
-        model = AutoModelForCausalLM.from_pretrained(
-            section.model_name, dtype=dtype, trust_remote_code=section.trust_remote_code, use_safetensors=True,
-            device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-            ) if quantized else None,
-        )
-    except RecipeError:
-        raise
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model.model_name: {section.model_name!r} cannot be loaded ({str(error).splitlines()[0]})") from error
-    if quantized:
-        model = prepare_model_for_kbit_training(model)
+    config = AutoConfig.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
+    _check_context(section, config)
+    if not cuda:
+        _check_memory(section, config)
+    model = AutoModelForCausalLM.from_pretrained(
+        section.model_name, dtype=dtype if cuda else torch.float32, trust_remote_code=section.trust_remote_code,
+        use_safetensors=True, device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        ) if quantized else None,
+    )
+    if quantized:  # gradient checkpointing is the trainer's to switch on
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     lora = LoraConfig(r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
                       task_type="CAUSAL_LM")
     try:

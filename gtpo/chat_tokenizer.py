@@ -30,10 +30,13 @@ def ready_tokenizer(tokenizer, section: ModelSection, backend: str):
     if section.chat_template:
         path = Path(section.chat_template)
         is_file = len(section.chat_template) < 1000 and path.is_file()
+        if not is_file and "{" not in section.chat_template:
+            raise RecipeError(f"model.chat_template: there is no file {section.chat_template!r}, and it is no Jinja template")
         tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else section.chat_template
     if not tokenizer.chat_template:
         raise RecipeError(f"model.model_name: {section.model_name!r} has no chat template (it is a base model); set "
                           "model.chat_template to a Jinja template or file, or use the model's Instruct version")
+    _try_template(tokenizer)
     if tokenizer.eos_token_id is None:
         raise RecipeError(f"model.model_name: the tokenizer of {section.model_name!r} has no end-of-sequence token, so no "
                           "completion could end; set one in its tokenizer_config.json")
@@ -45,3 +48,15 @@ def ready_tokenizer(tokenizer, section: ModelSection, backend: str):
         tokenizer.pad_token = spare
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _try_template(tokenizer) -> None:
+    """Raises RecipeError for a chat template that fails, or leaves out what the user says."""
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "2+2=?"}], tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise RecipeError(f"model.chat_template: it is no Jinja template that works ({error})") from error
+    if "2+2=?" not in text:
+        raise RecipeError("model.chat_template: it leaves out what the user says; it must print each message's content")

@@ -51,6 +51,8 @@ def parse(argv: list[str]) -> CommandLine:
         key = name.replace("-", "_")
         if key in SWITCHES:
             switches.add(key)
+            if equals:
+                problems.append(f"--{name}: takes no value; give it alone, or leave it out")
             continue
         target = key_path(ALIASES.get(key, key).split("."))
         if target is None:
@@ -71,7 +73,8 @@ def parse(argv: list[str]) -> CommandLine:
             value = overrides[path] + value
         overrides[path] = value
     if len(files) > 1:
-        problems.append(f"{' '.join(files[1:])}: one recipe file at a time ({files[0]}); use --section.key to override")
+        problems.append(f"{' '.join(files[1:])}: neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
+                        "use --section.key value")
     return CommandLine(
         *files[:1], overrides=overrides, switches=frozenset(switches), problems=tuple(problems)
     )
@@ -123,6 +126,8 @@ def _read_yaml(path: Path) -> dict:
         values = _yaml.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe file; try recipes/demo.yaml, or give the path of yours") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: is nested too deeply to be a recipe") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe ({one_line(error)}); give a YAML text file") from None
     except YAMLError as error:

@@ -4,7 +4,7 @@ A dataset of one's own needs no code here: `dataset.path` with column names, or 
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,7 +84,7 @@ def _parquet_rows(file: Path) -> int:
     return read_metadata(file).num_rows
 
 
-def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, seed: int, *, shuffle: bool = True,
+def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, seed: int, *, shuffle: bool = True, label: str = "Dataset",
                   chat_template_kwargs: dict | None = None, load_object: Callable[[str], Any] | None = None):
     """The dataset as problems, without prompts longer than `max_prompt_length` tokens, shuffled with `seed`.
 
@@ -101,7 +101,11 @@ def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, se
         raise RecipeError(f"dataset: no column {' or '.join(map(repr, missing))}; this dataset has "
                           f"{', '.join(rows.column_names)} (set dataset.question_column and dataset.answer_column)")
     datasets.disable_progress_bars()  # three bars that flash by; the hub's downloads above keep theirs
-    filled = rows.filter(lambda row: row[question] is not None and row[answer] is not None, load_from_cache_file=False)
+    for column in (question, answer):
+        if any(not isinstance(value, str | int | float | None) for value in rows[column]):
+            raise RecipeError(f"dataset: the column {column!r} holds other things than text and numbers; give one text per row")
+    filled = rows.filter(lambda row: all(str(row[c] if row[c] is not None else "").strip() for c in (question, answer)),
+                         load_from_cache_file=False)
     if len(filled) < len(rows):
         logger.warning("[GTPO] Dataset: %d rows without question or answer left out", len(rows) - len(filled))
     system = [{"role": "system", "content": section.system_instruction}] if section.system_instruction else []
@@ -114,8 +118,8 @@ def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, se
 
     problems = filled.map(as_problem, remove_columns=rows.column_names, load_from_cache_file=False)
     fitting = problems.filter(lambda length: length <= max_prompt_length, input_columns="prompt_length", load_from_cache_file=False)
-    logger.info("[GTPO] Dataset: %d problems; %d of %d dropped, longer than %d prompt tokens",
-                len(fitting), len(problems) - len(fitting), len(problems), max_prompt_length)
+    logger.info("[GTPO] %s: %d problems; %d of %d dropped, longer than %d prompt tokens", label, len(fitting),
+                len(problems) - len(fitting), len(problems), max_prompt_length)
     if not len(fitting):
         shortest = min(problems["prompt_length"], default=None)
         raise RecipeError(
@@ -130,13 +134,7 @@ def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
     import datasets
 
     if section.kind == "function" and section.path is None:
-        made = load_object(section.name)(**{"split": section.split} if "split" in section.model_fields_set else {})
-        if not isinstance(made, datasets.Dataset):
-            if not isinstance(made, Iterable):
-                raise RecipeError(f"dataset.name: {section.name!r} returned {type(made).__name__}; return rows (a "
-                                  "datasets.Dataset, or a list of dicts)")
-            made = datasets.Dataset.from_list(list(made))
-        return made, DATASETS["file"]
+        return _rows_of_a_function(section, load_object), DATASETS["file"]
     source = DATASETS.get(section.kind, DATASETS["file"])
     try:
         if section.path is not None:
@@ -149,10 +147,26 @@ def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
         else:
             parts = [datasets.load_dataset(source.hub_name, subset, split=section.split)
                      for subset in _subsets(section, source)]
+    except RecipeError:
+        raise
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise RecipeError(f"dataset: {section.path or source.hub_name!r} cannot be read ({str(cause).splitlines()[0]})") from error
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0], source
+
+
+def _rows_of_a_function(section: DatasetSection, load_object):
+    import datasets
+
+    try:
+        made = load_object(section.name)(**{"split": section.split} if "split" in section.model_fields_set else {})
+        made = made if isinstance(made, datasets.Dataset) else datasets.Dataset.from_list([dict(row) for row in made])
+    except Exception as error:  # somebody's code: whatever it raises, the recipe is where it was named
+        raise RecipeError(f"dataset.name: {section.name!r} gave no rows ({type(error).__name__}: {error}); return a "
+                          "datasets.Dataset, or a list of dicts") from error
+    if not len(made):
+        raise RecipeError(f"dataset.name: {section.name!r} returned no rows; return at least one")
+    return made
 
 
 def _subsets(section: DatasetSection, source: Source) -> list[str]:
@@ -171,6 +185,9 @@ def _files(section: DatasetSection) -> list[list[Path]]:
     if path.is_file():
         if path.suffix not in SUFFIXES:
             raise RecipeError(f"dataset.path: {section.path!r} is not one of {', '.join(SUFFIXES)}")
+        if split != "train":
+            raise RecipeError(f"dataset.split: {split!r} names nothing in the single file {section.path!r}; leave it out, or "
+                              "give a folder with one file per split")
         if not path.stat().st_size:
             raise RecipeError(f"dataset.path: {section.path!r} is empty; give a file with at least one row")
         return [[path]]

@@ -40,6 +40,8 @@ def _source(module: str) -> Path | None:
         if i == 0 and (part in sys.builtin_module_names or part in ("__main__",)):
             return None
         spec = importlib.machinery.PathFinder.find_spec(part, path)
+        if spec is None and ".".join(parts[: i + 1]) in sys.modules:  # os.path: a module under another name
+            return None
         if spec is None:
             raise ModuleNotFoundError(name=".".join(parts[: i + 1]))
         path = spec.submodule_search_locations

@@ -23,7 +23,6 @@ from gtpo.nonfinite import SkipNonFiniteSteps
 from gtpo.options import refuse_conflicting_options, say_other_objectives
 
 logger = logging.getLogger(__name__)
-
 ENT_THRESHOLD = 0.7  # "ln 2" of the paper's gate, in nats
 ENT_SCALE = 0.1  # gamma, the weight of the entropy penalty
 W_RAW = 2.0  # lambda on the conflict tokens of completions with A > 0
@@ -111,8 +110,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         rollout = super()._generate_and_score_completions(inputs)
         size = self.num_generations if self.model.training else self.num_generations_eval
         groups = whole_groups(rollout, self._rewards, size, self.accelerator)
-        rows, width = rollout["completion_ids"].shape
-        mine = slice(self.accelerator.process_index * rows, (self.accelerator.process_index + 1) * rows)
+        (rows, width), index = rollout["completion_ids"].shape, self.accelerator.process_index
+        mine = slice(index * rows, (index + 1) * rows)
         rollout["advantages"] = groups["advantages"][mine]
         rollout["token_weights"] = self.token_weights(groups)[mine, :width]  # (B, T)
         rollout["judged"] = ~self._rewards.isnan()[mine]  # (B,)
@@ -140,16 +139,15 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
             raise RuntimeError("The parent's loss never asked get_high_entropy_mask for GTPO's factor; use the pinned libraries")
         return loss
 
+    @torch.no_grad()
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
         """TRL's hook for a per-token loss factor, (B, W): here GTPO's shaping; `threshold` is ignored."""
         if self._shape_tokens is None:
             on_cuda = entropies.device.type == "cuda"
             compile_ = torch.compile(dynamic=True, options=torch_compile_options) if on_cuda else lambda function: function
             self._shape_tokens = compile_(_shape_tokens)
-        batch = self._micro_batch
-        factor, entropy, kept = self._shape_tokens(
-            entropies, mask, batch["advantages"], batch["judged"], batch["token_weights"], self.keep, ENT_SCALE
-        )
+        ours = (self._micro_batch[name] for name in ("advantages", "judged", "token_weights"))
+        factor, entropy, kept = self._shape_tokens(entropies, mask, *ours, self.keep, ENT_SCALE)
         self._seen = entropy, kept, mask.bool().any(dim=1)
         return factor
 
@@ -162,6 +160,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
             with self.compute_loss_context_manager():
                 self._parent_loss(self.model, micro_batch)
             entropy, _, real = self._seen
+            real &= entropy.isfinite()
             total += torch.stack([entropy[real].sum(), real.sum()])
         self._metrics = metrics
         total, count = self.accelerator.reduce(total, reduction="sum").tolist()
@@ -184,8 +183,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         metrics["gtpo/skipped_steps"].append(float(self.non_finite.skipped))
 
     def _say_what_surprises(self) -> None:
-        pad_id = getattr(self.processing_class, "pad_token_id", None)
-        if PAD_ID != pad_id:
+        if PAD_ID != (pad_id := getattr(self.processing_class, "pad_token_id", None)):
             logger.warning("[GTPO] PAD_ID = %s differs from the tokenizer's pad id %s: nothing changes, the completion "
                            "mask decides what is padding", PAD_ID, pad_id)
         say_other_objectives(self.args)
@@ -212,7 +210,9 @@ def _shape_tokens(entropies, mask, advantages, judged, token_weights, keep, scal
     entropy = shaping.mean_entropy(entropies, mask)
     kept = keep(entropy)
     coefficient = shaping.shaped_advantages(advantages, entropy, kept & judged, scale) / _nonzero(advantages)
-    return coefficient.unsqueeze(1) * shaping.to_loss_columns(token_weights, mask), entropy, kept
+    in_place = token_weights.shape == mask.shape  # TRL's loss has the completion's own columns, Unsloth's has others
+    token_weights = token_weights if in_place else shaping.to_loss_columns(token_weights, mask)
+    return coefficient.unsqueeze(1) * token_weights, entropy, kept
 
 
 def _nonzero(advantages: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ EXPECTED = {
     "int_parsing": "a whole number", "int_from_float": "a whole number", "int_type": "a whole number",
     "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false",
     "list_type": "a list", "dict_type": "a mapping", "model_type": "a section with keys of its own", "string_type": "text",
+    "string_too_short": "text that is not empty", "too_short": "a list with at least one entry", "finite_number": "a finite number",
+    "invalid_key": "named by text",
 }
 
 
@@ -32,7 +34,7 @@ def sentences(error: ValidationError, recipe_file: str, overrides: dict[tuple[st
             case "extra_forbidden":
                 told[key] = f"{key}: unknown key {source}{nearest(key, all_keys())}"
             case "missing":
-                told[key] = f"{key}: missing; set it in {recipe_file} or with --{key}"
+                told[key] = f"{key}: missing; set it in {recipe_file}{'' if key in Recipe.model_fields else f' or with --{key}'}"
             case "value_error":  # our own rules; those across keys name the key themselves
                 text = str(problem["ctx"]["error"])
                 told[text] = text if ":" in text.split(" ")[0] else f"{key}: {text}"
@@ -45,6 +47,8 @@ def sentences(error: ValidationError, recipe_file: str, overrides: dict[tuple[st
 
 def nearest(key: str, known: list[str], prefix: str = "") -> str:
     """A clause that names the known key most like `key`: by its whole path, else by its last part."""
+    if key in known:
+        return f"; it is a section, use --{key}.<key> <value>"
     by_last_part = {name.split(".")[-1]: name for name in known}
     close = difflib.get_close_matches(key, known, 1, 0.75)
     close = close or [by_last_part[n] for n in difflib.get_close_matches(key.split(".")[-1], by_last_part, 1, 0.7)]

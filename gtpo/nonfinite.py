@@ -36,6 +36,8 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.skipped += 1
         logger.warning("[GTPO] Step %d skipped: its loss or gradients are not finite (%d skipped so far)",
                        state.global_step + 1, self.skipped)
-        if accelerator.scaler is None:  # with float16 the gradient scaler skips the step itself
-            for parameter in trainer.model.parameters():
-                parameter.grad = None  # optimizers pass over a parameter without gradient: no decay, no momentum
+        if accelerator.scaler is not None and not args.max_grad_norm:  # it has not looked yet: an infinity makes it skip
+            gradients[0].fill_(torch.inf)
+            return
+        for parameter in trainer.model.parameters():
+            parameter.grad = None  # optimizers pass over a parameter without gradient: no decay, no momentum

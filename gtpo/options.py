@@ -4,9 +4,10 @@ import logging
 
 from trl import GRPOConfig
 
+from gtpo.trl_options import FREE_FOR_GTPO
+
 logger = logging.getLogger(__name__)
 
-FREE_FOR_GTPO = {"top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "use_liger_kernel": False}
 PAPER = {"loss_type": "grpo", "scale_rewards": "none", "beta": 0.0}
 
 

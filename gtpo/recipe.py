@@ -6,10 +6,12 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from gtpo.kinds import EnvMap
 from gtpo.sections import (
-    DatasetSection, DocumentedTraining, EnvMap, EvaluationSection, ModelSection, RuntimeSection, Section, TrainerSection, TrainingSection,
+    DatasetSection, DocumentedTraining, EvaluationSection, ModelSection, RuntimeSection, Section, TrainerSection, TrainingSection,
     WandbSection,
 )
+from gtpo.trl_options import FREE_FOR_GTPO
 
 SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$|\d)", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"(hf_|sk-|wandb_v\d_)\w{16,}")
@@ -26,7 +28,6 @@ DERIVED = {  # TRL's options that a recipe decides elsewhere
     "resume_from_checkpoint": "resuming is not supported yet; start a new run",
     "parallelism_config": "it is no plain value; use accelerate's configuration file",
 }
-GTPO_USES = ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy", "use_liger_kernel")
 
 
 class RecipeError(ValueError):
@@ -130,9 +131,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def the_entropy_mask_is_free_for_gtpo(self):
-        if self.trainer.class_path.startswith("gtpo."):
-            for name in sorted(self.training.trl_options().keys() & set(GTPO_USES)):
-                if getattr(self.training, name) not in (False, 1.0 if name == "top_entropy_quantile" else 0.0):
+        if self.trainer.class_path.startswith(("gtpo.", "custom_trainer.released")):
+            for name in sorted(self.training.trl_options().keys() & FREE_FOR_GTPO.keys()):
+                if getattr(self.training, name) != FREE_FOR_GTPO[name]:
                     raise ValueError(f"training.{name}: it does not go with GTPO, which uses TRL's entropy mask for its "
                                      "own factor; leave it out, or use custom_trainer.original.UnslothGRPOTrainer")
         return self

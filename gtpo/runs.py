@@ -50,8 +50,11 @@ def create(run_dir: Path, recipe: Recipe, *, overwrite: bool, early_log: logging
     values, secrets = recipe.saved()
     if secrets:
         logger.info("[GTPO] Not saved with the recipe: %s", ", ".join(secrets))
-    with (run_dir / "recipe.yaml").open("w", encoding="utf-8") as file:
-        to_yaml(values, file)
+    try:
+        with (run_dir / "recipe.yaml").open("x", encoding="utf-8") as file:  # of two runs at once, one gets it
+            to_yaml(values, file)
+    except FileExistsError:
+        raise RecipeError(f"run_name: another run has just taken {run_dir}; choose another name with --run-name") from None
     (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
     log = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
     log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

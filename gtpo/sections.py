@@ -3,15 +3,12 @@
 The string under a field is its help. `training` also accepts every option of the installed `trl.GRPOConfig`.
 """
 
-import logging
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
+from gtpo.kinds import DOTTED_PATH, DottedPath, EnvMap, Generations, Texts, Trackers, listed
 from gtpo.trl_options import grpo_options
-
-logger = logging.getLogger(__name__)
 
 DATASET_ALIASES = {
     "gsm8k": "gsm8k", "openai/gsm8k": "gsm8k",
@@ -19,42 +16,20 @@ DATASET_ALIASES = {
 }
 SYSTEM_INSTRUCTION = ("You are a helpful assistant for solving math problems. Given a question, first think step by step between "
                       "<reasoning> and </reasoning>. Then, give the final answer between <answer> and </answer>.")
-DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, protected_namespaces=()
+        extra="forbid", frozen=True, use_attribute_docstrings=True, coerce_numbers_to_str=True, protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _first_number(value: Any) -> Any:
-    """`8/12` means 8, with a warning."""
-    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(/\s*\d+\s*)+", value):
-        first = value.split("/")[0].strip()
-        logger.warning("training.num_generations: %r names several numbers; the first, %s, is used", value, first)
-        return first
-    return value
-
-
-def _two_or_more(value: int) -> int:
-    if value < 2:
-        raise ValueError(f"{value} leaves no group to compare; use 2 or more")
-    return value
-
-
-def _dotted(value: str) -> str:
-    if not DOTTED_PATH.fullmatch(value):
-        raise ValueError("use a dotted path such as package.module.name or package.module:name")
-    return value
-
-
-Texts = Annotated[list[str], BeforeValidator(_listed)]
-DottedPath = Annotated[str, BeforeValidator(_dotted)]
+    @field_validator("*", mode="before")
+    @classmethod
+    def true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and "bool" not in str(cls.model_fields[info.field_name].annotation):
+            raise ValueError(f"{str(value).lower()} is no value for this key")
+        return value
 
 
 class ModelSection(Section):
@@ -119,9 +94,6 @@ class DatasetSection(Section):
         return self
 
 
-Trackers = Literal["none", "wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune"]
-
-
 class DocumentedTraining(Section):
     max_prompt_length: int | None = Field(None, ge=1)
     """Longer prompts (tokens after the chat template) are dropped; half of model.max_seq_length by default."""
@@ -141,7 +113,7 @@ class DocumentedTraining(Section):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(0.1, ge=0)
     """Gradients are clipped to this norm; 0 for no clipping."""
-    num_generations: Annotated[int, BeforeValidator(_first_number), AfterValidator(_two_or_more)] = 8
+    num_generations: Generations = 8
     """Completions per prompt, the group size G."""
     per_device_train_batch_size: int = Field(1, ge=1)
     """Completions per device and micro-batch; raised (and said) where groups would not fit."""
@@ -155,7 +127,7 @@ class DocumentedTraining(Section):
     """Steps between two log lines."""
     save_steps: int | float = Field(500, gt=0)
     """Steps between two checkpoints."""
-    report_to: Annotated[list[Trackers], BeforeValidator(_listed)] = ["wandb"]
+    report_to: Annotated[list[Trackers], BeforeValidator(listed)] = ["wandb"]
     """Trackers: wandb, tensorboard, trackio or none."""
     beta: float = Field(0.0, ge=0)
     """Weight of a KL penalty. GTPO has none, so that no reference model is needed."""
@@ -164,6 +136,16 @@ class DocumentedTraining(Section):
     scale_rewards: Literal["none", "group", "batch"] | bool = "none"
     """Division of advantages by a standard deviation; the paper divides by none (TRL's own default is group)."""
 
+
+    @model_validator(mode="after")
+    def counts_are_counts(self):
+        least = {"temperature": 1e-6, "steps_per_generation": 1, "generation_batch_size": 1, "warmup_steps": 0, "save_total_limit": 1}
+        for name, bound in least.items():
+            if (value := self.trl_options().get(name)) is not None and value < bound:
+                raise ValueError(f"training.{name}: {value} is too small; use {bound} or more")
+        if (steps := self.trl_options().get("max_steps", -1)) != -1 and not 1 <= steps < 2**31:
+            raise ValueError(f"training.max_steps: {steps} is no number of steps; use 1 or more, or -1 for whole epochs")
+        return self
 
     def trl_options(self) -> dict[str, Any]:
         """The given options that only TRL knows, by TRL's names."""
@@ -180,7 +162,7 @@ TrainingSection = create_model(
 class TrainerSection(Section):
     class_path: DottedPath = "gtpo.gtpo_training.UnslothGTPOTrainer"
     """The trainer, by dotted path."""
-    reward_funcs: Annotated[list[DottedPath], BeforeValidator(_listed), Field(min_length=1)] = ["reward_math.final_reward"]
+    reward_funcs: Annotated[list[DottedPath], BeforeValidator(listed), Field(min_length=1)] = ["reward_math.final_reward"]
     """Reward functions, by dotted path; weights: training.reward_weights."""
 
 
@@ -215,6 +197,3 @@ class WandbSection(Section):
     """Weights & Biases project."""
     entity: str | None = None
     """Weights & Biases user or team; null for your default."""
-
-
-EnvMap = dict[str, Annotated[str, BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value)]]

@@ -65,11 +65,11 @@ def to_loss_columns(weights: Tensor, mask: Tensor) -> Tensor:
     TRL's loss works on the completion's own columns (W = T). Unsloth left-packs whole rows, so that each completion
     begins at an offset of its own. Columns outside the completion get 0; a fully masked row stays where it is.
     """
+    if weights.shape[1] == 0 or mask.shape[1] == 0:
+        return weights.new_zeros(mask.shape)
     start = mask.to(torch.int8).argmax(dim=1, keepdim=True)  # (B, 1); argmax gives the first of equals
     column = torch.arange(mask.shape[1], device=weights.device) - start  # (B, W)
     inside = (column >= 0) & (column < weights.shape[1])
-    if weights.shape[1] == 0:
-        return weights.new_zeros(mask.shape)
     return torch.where(inside, weights.gather(1, column.clamp(0, weights.shape[1] - 1)), 0.0)
 
 

@@ -6,6 +6,9 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union
 
+# What GTPO's factor would corrupt, with the value that leaves it alone: TRL's entropy mask, its bonus, and Liger.
+FREE_FOR_GTPO = {"top_entropy_quantile": 1.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "use_liger_kernel": False}
+
 _SOURCES = (  # base class first: a subclass's field replaces its parent's
     ("transformers", "training_args.py", "TrainingArguments"),
     ("trl", "trainer/base_config.py", "_BaseConfig"),

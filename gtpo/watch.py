@@ -1,6 +1,10 @@
 """What a person sees while a run trains: a progress bar, and one readable line per logging step."""
 
+import logging
+
 from transformers.trainer_callback import ProgressCallback
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = (  # metric, label, format; a metric that a trainer does not log leaves its column out
     ("reward", "reward", "{:.2f}"),
@@ -21,7 +25,9 @@ class ConsoleLine(ProgressCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None and "reward" in (logs or {}):
-            self.training_bar.write(readable(state.global_step, logs))
+            line = readable(state.global_step, logs)
+            self.training_bar.write(line)
+            logger.info(line)  # for the log file: the console leaves this logger to the bar
 
 
 def readable(step: int, logs: dict) -> str:

@@ -34,6 +34,7 @@ def letters_reward(completions, **kwargs) -> list[float]:
 def make_trainer(class_path: str, folder: str, *, pad: str = "~", peaked: float = 1.0, reward=letters_reward, **options):
     """A trainer of `class_path` on the tiny policy and eight prompts of unequal length; `options` go to GRPOConfig."""
     import datasets
+    import torch
     import trl
 
     import tiny
@@ -59,6 +60,8 @@ def make_trainer(class_path: str, folder: str, *, pad: str = "~", peaked: float 
         model=model, args=arguments, processing_class=tokenizer, reward_funcs=[reward],
         train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
     )
+    # In float32 on a CPU; Unsloth would otherwise autocast to float16 once it has computed old log-probs.
+    trainer._autocast_enabled, trainer._autocast_force_float32, trainer._autocast_dtype = False, False, torch.float16
     return trainer
 
 

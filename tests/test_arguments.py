@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+import torch
 from test_recipe import MINIMAL
 
 from gtpo import cli
-from gtpo.arguments import batch_plan, say_batch_plan, steps, training_arguments
+from gtpo.arguments import batch_plan, precision, say_batch_plan, steps, training_arguments
 from gtpo.recipe import RecipeError
 
 
@@ -103,6 +104,17 @@ def test_on_a_cpu_the_precision_is_float32_and_an_8_bit_optimizer_falls_back_and
         arguments = training_arguments(recipe("--training.report_to", "none"), str(tmp_path))
     assert not arguments.bf16 and not arguments.fp16 and arguments.optim == "adamw_torch"
     assert "training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead" in caplog.text
+
+
+@pytest.mark.parametrize("has_bf16, flags, expected", [
+    (True, [], "bf16"), (False, [], "fp16"), (True, ["--training.fp16", "true"], "fp16"), (False, ["--training.bf16", "true"], "bf16"),
+    (True, ["--training.bf16", "false"], "fp16"), (True, ["--training.fp16", "false"], "bf16"),
+    (True, ["--training.bf16", "false", "--training.fp16", "false"], "float32"),
+])
+def test_a_gpu_trains_in_the_best_precision_it_has_unless_told_otherwise(recipe, monkeypatch, has_bf16, flags, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
+    assert precision(recipe(*flags)) == expected
 
 
 def test_without_auto_an_8_bit_optimizer_on_a_cpu_is_refused(recipe, tmp_path):

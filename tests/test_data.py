@@ -87,6 +87,20 @@ def test_ones_own_file_may_write_its_answers_in_three_ways(tmp_path, tokenizer, 
     assert final_answer(load({"path": str(path)}, tokenizer)[0]["answer"]) == found
 
 
+def test_a_column_of_lists_is_refused_and_empty_texts_are_left_out(tmp_path, tokenizer):
+    path = write_rows(tmp_path / "train.jsonl", [{"question": ["a"], "answer": "1"}])
+    with pytest.raises(RecipeError, match="the column 'question' holds other things than text and numbers"):
+        load({"name": "gsm8k", "path": str(path)}, tokenizer)
+    path = write_rows(tmp_path / "more.jsonl", [{"question": " ", "answer": "1"}, {"question": "1?", "answer": "1"}])
+    assert len(load({"name": "gsm8k", "path": str(path)}, tokenizer)) == 1
+
+
+def test_a_single_file_has_no_other_split(tmp_path):
+    path = write_rows(tmp_path / "train.jsonl", rows(2))
+    with pytest.raises(RecipeError, match="dataset.split: 'test' names nothing in the single file"):
+        check_source(DatasetSection(name="gsm8k", path=str(path), split="test"))
+
+
 def test_rows_without_question_or_answer_are_left_out_and_said(tmp_path, tokenizer, caplog):
     path = write_rows(tmp_path / "train.jsonl", [*rows(2), {"question": None, "answer": "#### 1"}])
     with caplog.at_level(logging.WARNING):
@@ -146,7 +160,7 @@ def test_a_function_of_ones_own_gives_rows(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "my_rows.py").write_text("def load():\n    return [{'question': '2+2?', 'answer': '4'}]\n\ndef nothing():\n    return 5\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert final_answer(load({"name": "my_rows.load"}, tokenizer)[0]["answer"]) == "4"
-    with pytest.raises(RecipeError, match="returned int; return rows"):
+    with pytest.raises(RecipeError, match="gave no rows .TypeError.*return a datasets.Dataset, or a list of dicts"):
         load({"name": "my_rows.nothing"}, tokenizer)
 
 

@@ -6,19 +6,19 @@ import pytest
 from conftest import ROOT
 
 MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside functions
-    "trl_options": set(), "sections": {"trl_options"}, "recipe": {"sections"}, "schema": {"recipe", "sections", "trl_options"},
+    "trl_options": set(), "kinds": set(), "sections": {"kinds", "trl_options"}, "recipe": {"kinds", "sections", "trl_options"}, "schema": {"recipe", "sections", "trl_options"},
     "mistakes": {"recipe", "schema", "sections"}, "dotted_paths": set(),
     "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections"},
     "answers": {"verifier"}, "verifier": set(),
-    "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": set(),
+    "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "backends": {"chat_tokenizer", "hub", "recipe", "sections"}, "chat_tokenizer": {"recipe", "sections"},
     "arguments": {"recipe", "sections", "trl_options"}, "evaluation": {"answers"}, "watch": set(),
-    "runs": {"cli", "recipe"},
+    "runs": {"cli", "recipe"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify"}
 LIGHT = {"trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
-         "backends", "chat_tokenizer", "arguments", "evaluation", "runs", "hub"}
+         "backends", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:

@@ -202,6 +202,13 @@ def test_all_unknown_keys_are_told_at_once_with_their_source_and_the_nearest_nam
 
 @pytest.mark.parametrize("text, sentence", [
     (MINIMAL + "training: {learning_rate: fast}", "training.learning_rate: 'fast' in bad.yaml is not valid; it should be a number"),
+    (MINIMAL + "training: {learning_rate: true}", "training.learning_rate: true is no value for this key"),
+    (MINIMAL + "training: {learning_rate: .nan}", "training.learning_rate: nan in bad.yaml is not valid; it should be a finite number"),
+    (MINIMAL + "training: {max_steps: 0}", "training.max_steps: 0 is no number of steps; use 1 or more, or -1 for whole epochs"),
+    (MINIMAL + "training: {temperature: 0}", "training.temperature: 0.0 is too small; use 1e-06 or more"),
+    (MINIMAL + "trainer: {class_path: 5}", "trainer.class_path: '5' is no dotted path; use one such as package.module.name or package.module:name"),
+    (MINIMAL + "run_name: ''", "run_name: '' in bad.yaml is not valid; it should be text that is not empty"),
+    ("[" * 3000 + "]" * 3000, "bad.yaml: is nested too deeply to be a recipe"),
     (MINIMAL + "training: {num_generations: 1}", "training.num_generations: 1 leaves no group to compare; use 2 or more"),
     (MINIMAL + "training: 5", "training: 5 in bad.yaml is not valid; it should be a section with keys of its own"),
     (MINIMAL + "env: [a]", "env: ['a'] in bad.yaml is not valid; it should be a mapping"),
@@ -219,7 +226,7 @@ def test_all_unknown_keys_are_told_at_once_with_their_source_and_the_nearest_nam
     ("model: {model_name: x}\ndataset: {name: gsm9k}", "dataset.name: 'gsm9k' is not known; use gsm8k, hendrycks_math, or a dotted path such as my_data.load"),
     ("model: {model_name: x}\ndataset: {split: train}", "dataset: nothing to train on; set dataset.name (gsm8k, hendrycks_math, my_module.load) or dataset.path"),
     ("model: {model_name: x}\ndataset: {name: math, split: validation}", "dataset.split: math has no split 'validation'; it has train and test"),
-    ("dataset: {name: gsm8k}", "model: missing; set it in bad.yaml or with --model"),
+    ("dataset: {name: gsm8k}", "model: missing; set it in bad.yaml"),
     ("model: {model_name: x, max_prompt_length: 9000}\ndataset: {name: gsm8k}", "model.max_prompt_length: 9000 is larger than model.max_seq_length (5500); use at most 5500"),
     ("- a\n- b", "bad.yaml: holds a list; a recipe is a mapping with at least the sections model and dataset"),
     ("", "bad.yaml: is empty; a recipe is a mapping with at least the sections model and dataset"),
@@ -233,6 +240,8 @@ def test_a_mistake_is_one_sentence(refused, text, sentence):
 def test_a_wrong_value_on_the_command_line_is_told_as_such(refused):
     assert refused(MINIMAL, "--model.load_in_4bit", "maybe") == [
         "model.load_in_4bit: 'maybe' on the command line is not valid; it should be true or false"]
+    assert refused(MINIMAL, "--dry-run=false") == ["--dry-run: takes no value; give it alone, or leave it out"]
+    assert refused(MINIMAL, "--model", "x")[0].startswith("--model: unknown flag; it is a section, use --model.<key> <value>")
     assert refused(MINIMAL, "--model.lora_rank") == ["--model.lora_rank: needs a value"]
     assert refused(MINIMAL, "--training.seed", "1", "--model.random_seed", "2") == [
         "model.random_seed: given together with training.seed, which is the same setting; keep one"]
@@ -242,7 +251,7 @@ def test_a_missing_file_a_folder_and_two_files_are_told_apart(tmp_path):
     for argv, sentence in [
         (["nowhere.yaml"], "nowhere.yaml: there is no such recipe file"),
         ([str(tmp_path)], "cannot be read as a recipe"),
-        ([DOCUMENTED, "more.yaml"], "more.yaml: one recipe file at a time"),
+        ([DOCUMENTED, "more.yaml"], "more.yaml: neither a flag nor a value that a flag takes"),
     ]:
         with pytest.raises(RecipeError, match=sentence):
             cli.read_recipe(argv)
@@ -256,8 +265,8 @@ def test_a_missing_file_a_folder_and_two_files_are_told_apart(tmp_path):
     ("gtpo.runs.LIBRARIES", "is a collection, which cannot be called; name a function or class"),
     ("gtpo.gtpo_training.ENT_SCALE", "is a float, which cannot be called; name a function or class"),
     ("gtpo.shaping", "is a module; name a function or class in it"),
-    ("not a path", "use a dotted path such as package.module.name or package.module:name"),
-    ("reward", "use a dotted path such as package.module.name or package.module:name"),
+    ("not a path", "'not a path' is no dotted path; use one such as package.module.name or package.module:name"),
+    ("reward", "'reward' is no dotted path; use one such as package.module.name or package.module:name"),
 ])
 def test_a_wrong_dotted_path_says_what_is_wrong_with_it(dotted, sentence):
     with pytest.raises(RecipeError) as caught:

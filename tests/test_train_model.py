@@ -55,6 +55,8 @@ def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(h
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["trl"] and versions["commit"] != "" and versions["python"]
     log = (folder / "train.log").read_text()
+    assert "step    1  reward" in log
+    assert "None" not in (folder / "README.md").read_text()  # peft's card; TRL's would name a base model None
     for line in ("[GTPO] Backend: transformers + peft on CPU", "[GTPO] Set ENT_THRESHOLD = 0.7", "[GTPO] Set PAD_ID = 467",
                  "2000 problems; 0 of 2000 dropped", "torch_compile_options are unused on a CPU"):
         assert line in log, line
@@ -221,6 +223,12 @@ def refusal(here, capsys, *flags: str) -> str:
 @pytest.mark.parametrize("flags, sentence", [
     (["--dataset.path", "nowhere.jsonl"], "error: dataset.path: there is no file or folder 'nowhere.jsonl'"),
     (["--training.max_prompt_length", "3"], "error: training.max_prompt_length: 3 drops all 2000 prompts; the shortest has"),
+    (["--evaluation.path", "nowhere.jsonl"], "error: evaluation.path: there is no file or folder 'nowhere.jsonl'"),
+    (["--training.per_device_train_batch_size", "40000"], "error: dataset: 2000 problems are left, and one rollout takes 5000; lower"),
+    (["--trainer.class_path", "reward_math.final_reward"], "is no subclass of trl.GRPOTrainer"),
+    (["--model.chat_template", "nofile.jinja"], "error: model.chat_template: there is no file 'nofile.jinja', and it is no Jinja template"),
+    (["--model.chat_template", "{{"], "error: model.chat_template: it is no Jinja template that works"),
+    (["--model.chat_template", "{% if 1 %}hello{% endif %}"], "error: model.chat_template: it leaves out what the user says"),
     (["--model-name", "./nowhere"], "error: model.model_name: there is no folder './nowhere'"),
     (["--model-name", str(ROOT / "recipes")], "has no config.json; give a model saved by transformers"),
     (["--model-name", "some/model"], "'some/model' is not in the local cache and HF_HUB_OFFLINE is set; use a local folder"),
@@ -280,6 +288,30 @@ def test_an_existing_run_is_refused_kept_and_overwritten_only_on_request(here, c
     assert marker.exists()  # a refused run has not touched it
     assert train_model.main(demo_flags("--overwrite")) == 0
     assert not marker.exists()
+
+
+def test_damaged_weights_and_a_reward_that_cannot_be_imported_are_refused(here, capsys):
+    import shutil
+
+    shutil.copytree(ROOT / "demo/model", "damaged")
+    (here / "damaged/model.safetensors").write_bytes(b"\x08")
+    assert "error: model: './damaged' cannot be loaded" in refusal(here, capsys, "--model-name", "./damaged")
+    (here / "rude_reward.py").write_text("import sys\n\ndef pay(completions, **kwargs):\n    return []\n\nsys.exit(0)\n")
+    assert "'rude_reward.pay' cannot be imported (SystemExit: 0)" in refusal(here, capsys, "--trainer.reward_funcs", "rude_reward.pay")
+
+
+def test_of_two_runs_at_once_with_one_name_the_second_is_told(here, capsys):
+    from pathlib import Path
+
+    from gtpo import runs
+    from gtpo.recipe import RecipeError
+
+    recipe = cli.read_recipe(demo_flags())
+    folder = Path(recipe.output_dir())
+    runs.check_free(folder, overwrite=False)  # both looked at the same time
+    runs.create(folder, recipe, overwrite=False, early_log=None)
+    with pytest.raises(RecipeError, match="another run has just taken"):
+        runs.create(folder, recipe, overwrite=False, early_log=None)
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(here, capsys):

@@ -11,6 +11,7 @@ import trl
 from transformers import TrainerCallback
 
 from gtpo import gtpo_training
+from gtpo.groups import whole_groups
 from gtpo.options import refuse_conflicting_options
 
 CLASS = "gtpo.gtpo_training.UnslothGTPOTrainer"
@@ -75,10 +76,13 @@ def test_initial_entropy_does_not_depend_on_the_micro_batch_size_and_is_measured
 
 
 def test_the_measuring_pass_logs_nothing_of_its_own(tmp_path):
-    trainer = gradients.make_trainer(CLASS, str(tmp_path))
-    seen = gradients.watch(trainer)
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), gradient_accumulation_steps=2)
+    counts = []
+    measure = trainer._measure_initial_entropy
+    trainer._measure_initial_entropy = lambda rollout: (measure(rollout), counts.append(
+        {name: len(values) for name, values in trainer._metrics["train"].items() if name.startswith(("entropy", "clip_ratio", "gtpo/completion"))}))[0]
     trainer.train()
-    assert seen["logs"][0]["gtpo/completion_entropy"] == pytest.approx(trainer.initial_entropy, rel=1e-6)
+    assert trainer.initial_entropy > 0 and sum(counts[0].values()) == 0
 
 
 def unjudging(completions, **kwargs):
@@ -173,6 +177,34 @@ def test_a_non_finite_loss_skips_the_step_counts_it_and_says_so(tmp_path, caplog
     assert trainer.non_finite.skipped == 1 and "Step 2 skipped" in caplog.text
 
 
+def test_a_non_finite_loss_with_finite_gradients_skips_the_step_too(tmp_path):
+    trainer = gradients.make_trainer(CLASS, str(tmp_path), optim="adamw_torch")
+    parent = trainer._parent_loss
+
+    def infinite(model, inputs, *args, **kwargs):
+        loss = parent(model, inputs, *args, **kwargs)
+        return loss + torch.inf if torch.is_grad_enabled() else loss  # the constant has no gradient
+
+    trainer._parent_loss = infinite
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.non_finite.skipped == 1
+    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+
+
+def test_tool_output_inside_a_completion_neither_votes_nor_ends_a_run():
+    class OneProcess:
+        gather = staticmethod(lambda tensor: tensor)
+        pad_across_processes = staticmethod(lambda tensor, dim: tensor)
+
+    rollout = {"completion_ids": torch.tensor([[1, 9, 2, 3], [1, 2, 4, 0]]), "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+               "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]), "advantages": torch.tensor([1.0, -1.0])}
+    groups = whole_groups(rollout, torch.tensor([1.0, -1.0]), 2, OneProcess())
+    assert groups["prefix"].tolist() == [[True, False, True, False], [True, True, False, False]]
+    without = {key: value for key, value in rollout.items() if key != "tool_mask"}
+    assert whole_groups(without, torch.tensor([1.0, -1.0]), 2, OneProcess())["prefix"].sum() == 2
+
+
 def test_every_checkpoint_keeps_the_initial_entropy_and_a_resumed_run_does_not_measure_again(tmp_path):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer = gradients.make_trainer(CLASS, str(tmp_path), **options)
@@ -194,11 +226,12 @@ def test_options_that_gtpo_would_corrupt_are_refused(option, value):
         refuse_conflicting_options(arguments)
 
 
-def test_the_callers_arguments_stay_as_they_were(tmp_path):
+def test_the_callers_arguments_stay_as_they_were(tmp_path, monkeypatch):
+    made = []
+    config = trl.GRPOConfig
+    monkeypatch.setattr(trl, "GRPOConfig", lambda **options: made.append(config(**options)) or made[-1])
     trainer = gradients.make_trainer(CLASS, str(tmp_path))
-    assert trainer.args.top_entropy_quantile < 1
-    again = gradients.make_trainer(CLASS, str(tmp_path), top_entropy_quantile=1.0)
-    assert again.args is not trainer.args
+    assert trainer.args.top_entropy_quantile < 1 and made[0].top_entropy_quantile == 1.0
 
 
 def test_a_parent_that_never_calls_the_hook_cannot_train_grpo_in_disguise(tmp_path):

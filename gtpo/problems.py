@@ -1,0 +1,52 @@
+"""A recipe's problems: those to train on, and those held out to evaluate."""
+
+import os
+
+from gtpo.arguments import batch_plan
+from gtpo.cli import load_object
+from gtpo.data import check_source, load_problems
+from gtpo.recipe import Recipe, RecipeError
+
+
+def load_training(recipe: Recipe, tokenizer, processes: int):
+    """The problems to train on, shuffled with the seed; raises RecipeError if they do not fill one rollout."""
+    problems = _load_problems(recipe, recipe.dataset, tokenizer)
+    needed = batch_plan(recipe, processes).prompts_per_rollout
+    if len(problems) < needed:  # TRL leaves incomplete rollouts out, so it would train nothing
+        raise RecipeError(f"dataset: {len(problems)} problems are left, and one rollout takes {needed}; lower "
+                          "training.per_device_train_batch_size or gradient_accumulation_steps")
+    return problems
+
+
+def _load_problems(recipe: Recipe, section, tokenizer, *, shuffle: bool = True, label: str = "Dataset"):
+    return load_problems(
+        section, tokenizer, recipe.max_prompt_length, recipe.seed, shuffle=shuffle, label=label,
+        chat_template_kwargs=recipe.training.chat_template_kwargs, load_object=load_object,
+    )
+
+
+def _held_out_section(recipe: Recipe):
+    """`evaluation`'s file or split as a dataset section; None where the recipe names neither."""
+    path, split = recipe.evaluation.path, recipe.evaluation.split
+    if path is None:
+        return split and recipe.dataset.model_copy(update={"split": split})
+    return recipe.dataset.model_copy(update={"path": path, "split": split or ("test" if os.path.isdir(path) else "train")})
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """A short look at where the held-out problems are; raises RecipeError."""
+    try:
+        section = _held_out_section(recipe)
+        if section is not None:
+            check_source(section)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("dataset.", "evaluation.", 1)) from None
+
+
+def load_held_out(recipe: Recipe, tokenizer):
+    """The first held-out problems, unshuffled; None where the recipe names none."""
+    section = _held_out_section(recipe)
+    if section is None:
+        return None
+    problems = _load_problems(recipe, section, tokenizer, shuffle=False, label="Held-out problems")
+    return problems.select(range(min(recipe.evaluation.limit, len(problems))))
