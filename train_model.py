@@ -14,8 +14,6 @@ from pathlib import Path
 from gtpo import cli
 from gtpo.recipe import Recipe, RecipeError
 
-logger = logging.getLogger("gtpo")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -27,6 +25,9 @@ def main(argv: list[str] | None = None) -> int:
             for sentence in str(error).splitlines():
                 print(f"error: {sentence}", file=sys.stderr)
             return 2
+        except Exception:
+            logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file; the terminal gets it anyway
+            raise
     return 0
 
 

@@ -1,8 +1,8 @@
 """Translate a recipe's `training` section into `trl.GRPOConfig`; nobody else knows both vocabularies."""
 
 import dataclasses
-import math
 import logging
+import math
 from typing import NamedTuple
 
 from gtpo.recipe import Recipe, RecipeError

@@ -8,7 +8,14 @@ from pydantic import Field, model_validator
 
 from gtpo.kinds import EnvMap
 from gtpo.sections import (
-    DatasetSection, DocumentedTraining, EvaluationSection, ModelSection, RuntimeSection, Section, TrainerSection, TrainingSection,
+    DatasetSection,
+    DocumentedTraining,
+    EvaluationSection,
+    ModelSection,
+    RuntimeSection,
+    Section,
+    TrainerSection,
+    TrainingSection,
     WandbSection,
 )
 from gtpo.trl_options import FREE_FOR_GTPO

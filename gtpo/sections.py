@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
-from gtpo.kinds import DOTTED_PATH, DottedPath, EnvMap, Generations, Texts, Trackers, listed
+from gtpo.kinds import DOTTED_PATH, DottedPath, Generations, Texts, Trackers, listed
 from gtpo.trl_options import grpo_options
 
 DATASET_ALIASES = {

@@ -34,10 +34,10 @@ def letters_reward(completions, **kwargs) -> list[float]:
 def make_trainer(class_path: str, folder: str, *, pad: str = "~", peaked: float = 1.0, reward=letters_reward, **options):
     """A trainer of `class_path` on the tiny policy and eight prompts of unequal length; `options` go to GRPOConfig."""
     import datasets
+    import tiny
     import torch
     import trl
 
-    import tiny
     from gtpo.cli import load_object
 
     trainer_class = load_object(class_path)
@@ -99,9 +99,8 @@ def float64_copy(model):
 
 def oracle_gradients(model, rollout, *, temperature, num_generations, weight, scale, threshold, initial, drop_id=None):
     """d(-J)/d(LoRA) in float64, each row run alone and without padding. `drop_id`: an id that counts nowhere."""
-    import torch
-
     import reference
+    import torch
 
     model = float64_copy(model)
     model.zero_grad()
@@ -127,9 +126,8 @@ def oracle_gradients(model, rollout, *, temperature, num_generations, weight, sc
 
 def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
     """The mean over completions of their mean token entropy, in float64."""
-    import torch
-
     import reference
+    import torch
 
     model = float64_copy(model)
     means = []

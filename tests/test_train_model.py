@@ -85,6 +85,34 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(here):
     assert weights[0] == weights[1] != weights[2]
 
 
+def test_a_run_that_fails_leaves_its_traceback_in_the_log(here):
+    (here / "failing_reward.py").write_text("def pay(completions, **kwargs):\n    raise KeyError('judge is away')\n")
+    with pytest.raises(KeyError):
+        train_model.main(demo_flags("--trainer.reward_funcs", "failing_reward.pay"))
+    assert "judge is away" in (run_dir(here) / "train.log").read_text()
+
+
+def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):
+    import datasets
+    import torch
+    import trl
+
+    from gtpo.backends import Policy
+
+    for make in (trl.GRPOTrainer, train_model._make_trainer):
+        tokenizer = tiny.tiny_tokenizer()
+        model = tiny.with_lora(tiny.tiny_model(tokenizer))
+        model.is_loaded_in_4bit = True  # what TRL looks at
+        arguments = trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none")
+        problems = datasets.Dataset.from_list([{"prompt": "a"}])
+        if make is trl.GRPOTrainer:
+            trainer = make(model=model, reward_funcs=[len], args=arguments, train_dataset=problems, processing_class=tokenizer)
+        else:
+            trainer = make(trl.GRPOTrainer, Policy(model, tokenizer, "transformers"), [len], arguments, problems)
+        dtypes = {p.dtype for p in trainer.model.parameters() if p.requires_grad}
+        assert dtypes == ({torch.bfloat16} if make is trl.GRPOTrainer else {torch.float32})
+
+
 def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
     assert train_model.main(demo_flags("--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "20")) == 0
     out = capsys.readouterr().out
@@ -246,8 +274,8 @@ def test_what_cannot_work_is_refused_in_one_sentence(here, capsys, flags, senten
 
 
 def test_a_missing_network_is_noticed_after_a_short_look(here, capsys, monkeypatch):
-    import huggingface_hub
     import httpx
+    import huggingface_hub
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
