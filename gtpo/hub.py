@@ -13,14 +13,12 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> None:
     `instead` says what a person without the hub can use.
     """
     import httpx
-    from huggingface_hub import HfApi, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound, GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
-    try:
-        cached = any(repo.repo_id.lower() == name.lower() and repo.repo_type == kind for repo in scan_cache_dir().repos)
-    except CacheNotFound:
-        cached = False
-    if cached:
+    folder = repo_folder_name(repo_id=name, repo_type=kind)
+    if os.path.isdir(os.path.join(constants.HF_HUB_CACHE, folder, "snapshots")):
         return
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise RecipeError(f"{key}: {name!r} is not in the local cache and HF_HUB_OFFLINE is set; use {instead}")
