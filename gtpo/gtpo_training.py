@@ -107,8 +107,9 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         return rewards_per_func
 
     def _generate_and_score_completions(self, inputs):
+        training = self.model.training  # before the parent: Unsloth leaves the model in training mode
+        size = self.num_generations if training else self.num_generations_eval
         rollout = super()._generate_and_score_completions(inputs)
-        size = self.num_generations if self.model.training else self.num_generations_eval
         groups = whole_groups(rollout, self._rewards, size, self.accelerator)
         (rows, width), index = rollout["completion_ids"].shape, self.accelerator.process_index
         mine = slice(index * rows, (index + 1) * rows)
@@ -116,8 +117,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         rollout["token_weights"] = self.token_weights(groups)[mine, :width]  # (B, T)
         rollout["judged"] = ~self._rewards.isnan()[mine]  # (B,)
         for name, value in zip(("tokens", "groups"), conflict_fractions(groups, size), strict=True):
-            self._mode_metrics()[f"gtpo/frac_conflict_{name}"].append(value)
-        if self.model.training and self.initial_entropy is None and self.state.global_step == 0:
+            self._metrics["train" if training else "eval"][f"gtpo/frac_conflict_{name}"].append(value)
+        if training and self.initial_entropy is None and self.state.global_step == 0:
             self.initial_entropy = self._measure_initial_entropy(rollout)
         return rollout
 
@@ -168,11 +169,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     # ---- what a person sees, and what a checkpoint keeps
 
-    def _mode_metrics(self) -> dict[str, list[float]]:
-        return self._metrics["train" if self.model.training else "eval"]
-
     def _log_entropies(self) -> None:
-        metrics, (entropy, kept, real) = self._mode_metrics(), self._seen
+        metrics, (entropy, kept, real) = self._metrics["train" if self.model.training else "eval"], self._seen
         sums = torch.stack([entropy[real].sum(), (~kept & real).sum(), real.sum()])  # one wait for the device
         entropy_sum, filtered, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if count:
