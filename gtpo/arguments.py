@@ -56,7 +56,8 @@ def steps(recipe: Recipe, plan: BatchPlan, rows: int | None) -> str | None:
         return str(training.max_steps)
     if rows is None:
         return None
-    per_epoch = rows // plan.prompts_per_rollout * plan.steps_per_generation * training.num_iterations / training.gradient_accumulation_steps
+    micro_batches = rows // plan.prompts_per_rollout * plan.steps_per_generation * training.num_iterations
+    per_epoch = micro_batches / training.gradient_accumulation_steps
     return f"about {per_epoch * training.num_train_epochs:.0f} ({rows} rows, before the length filter)"
 
 
@@ -81,9 +82,9 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
     documented = {name: getattr(training, name) for name in DocumentedTraining.model_fields if name in grpo_options()}
     options = {
         **_trl_defaults(), **documented,
-        "output_dir": output_dir, "run_name": recipe.run_name, "seed": recipe.seed, "warmup_steps": training.warmup_ratio,  # below 1 it is read as the ratio
-        "per_device_train_batch_size": plan.per_device,
-        "max_completion_length": recipe.max_completion_length,
+        "output_dir": output_dir, "run_name": recipe.run_name, "seed": recipe.seed,
+        "warmup_steps": training.warmup_ratio,  # below 1 it is read as the ratio
+        "per_device_train_batch_size": plan.per_device, "max_completion_length": recipe.max_completion_length,
         "use_cpu": not torch.accelerator.is_available(), "use_vllm": use_vllm,
         "vllm_gpu_memory_utilization": recipe.model.gpu_memory_utilization,
         "trust_remote_code": recipe.model.trust_remote_code, "project": recipe.wandb.project,

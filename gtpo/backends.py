@@ -67,6 +67,7 @@ def prepare_backend(section: ModelSection, options: dict) -> str:
         with compile_options(options):
             unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
         import trl
+
         if trl.GRPOTrainer.__module__ != "UnslothGRPOTrainer":  # it warns and goes on with TRL's where patching fails
             raise RecipeError("model.backend: unsloth could not patch TRL; install requirements.txt, or use transformers")
     return backend
@@ -150,8 +151,7 @@ def _load_with_unsloth(section: ModelSection, tokenizer, dtype, seed: int, gradi
     )
     model = FastLanguageModel.get_peft_model(
         model, r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
-        random_state=seed,
-        use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+        random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
     )
     theirs.chat_template = tokenizer.chat_template  # the one that the prompts were filtered with
     return Policy(model, ready_tokenizer(theirs, section, "unsloth"), "unsloth", uses_vllm=vllm)

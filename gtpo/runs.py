@@ -85,10 +85,11 @@ def prepare_trackers(recipe: Recipe, run_dir: Path) -> None:
                               "use none")
     if "wandb" not in recipe.training.report_to:
         return
-    os.environ.setdefault("WANDB_PROJECT", recipe.wandb.project)
     os.environ.setdefault("WANDB_DIR", str(run_dir))
-    if recipe.wandb.entity:
-        os.environ.setdefault("WANDB_ENTITY", recipe.wandb.entity)
+    os.environ.setdefault("WANDB_PROJECT", recipe.wandb.project)
+    for name in recipe.wandb.model_fields_set:  # what a recipe says beats the caller's environment, a default does not
+        if (value := getattr(recipe.wandb, name)) is not None:
+            os.environ[f"WANDB_{name.upper()}"] = value
     if "WANDB_MODE" not in os.environ and not _wandb_login():
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("[GTPO] wandb: no login found, so this run is kept offline; `wandb sync` uploads it later")

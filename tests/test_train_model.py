@@ -143,6 +143,7 @@ def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypat
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(here / "no-netrc"))
+    monkeypatch.setenv("WANDB_PROJECT", "of-the-caller")  # the recipe beats it
     assert train_model.main(demo_flags("--training.report_to", "wandb", "--wandb.project", "a-project", "--wandb.entity", "us")) == 0
     assert os.environ.pop("WANDB_MODE") == "offline"
     folder = run_dir(here)
