@@ -54,7 +54,7 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) ->
 
 def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handlers.MemoryHandler | None = None) -> Path:
     """Train as `recipe` says and return the run directory; `recipe.env` must already be set."""
-    from gtpo import backends, data, problems, runs
+    from gtpo import backends, base_model, data, problems, runs
     from gtpo.arguments import precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
 
@@ -62,7 +62,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     runs.check_free(run_dir, overwrite=overwrite)
     data.check_source(recipe.dataset)
     problems.check_held_out(recipe)
-    backends.check_model(recipe.model)
+    base_model.check_model(recipe.model.model_name)
     runs.prepare_trackers(recipe, run_dir)
 
     backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
@@ -74,7 +74,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     train_set = problems.load_training(recipe, tokenizer, _processes())
     held_out = problems.load_held_out(recipe, tokenizer)
     policy = backends.load_policy(
-        recipe.model, tokenizer, backend, seed=recipe.seed, precision=precision(recipe),
+        recipe.model, tokenizer, backend, seed=recipe.seed, precision=precision(recipe.training),
         gradient_checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
     )
 

@@ -89,7 +89,7 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
         "vllm_gpu_memory_utilization": recipe.model.gpu_memory_utilization,
         "trust_remote_code": recipe.model.trust_remote_code, "project": recipe.wandb.project,
         **training.trl_options(), "optim": _optimizer(recipe),
-        "bf16": precision(recipe) == "bf16", "fp16": precision(recipe) == "fp16",
+        "bf16": precision(training) == "bf16", "fp16": precision(training) == "fp16",
     }
     try:
         arguments = trl.GRPOConfig(**options)
@@ -112,14 +112,14 @@ def _trl_defaults() -> dict:
     }
 
 
-def precision(recipe: Recipe) -> str:
+def precision(training: DocumentedTraining) -> str:
     """bf16, fp16 or float32: the best this device has, unless training.bf16 or training.fp16 decides.
 
     A true asks for that precision, a false rules it out. On a CPU it is float32 unless asked otherwise.
     """
     import torch
 
-    given = recipe.training.trl_options()
+    given = training.trl_options()
     for name in ("bf16", "fp16"):
         if given.get(name):
             return name

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gtpo import adapters
+from gtpo.base_model import check_context, check_memory
 from gtpo.chat_tokenizer import ready_tokenizer
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
@@ -46,8 +48,8 @@ class Policy:
         self.tokenizer.save_pretrained(str(folder))
 
 
-def prepare_backend(section: ModelSection, options: dict) -> str:
-    """Choose the backend, say which, and patch TRL if it is Unsloth: before anything imports trl or transformers.
+def choose_backend(section: ModelSection) -> str:
+    """Choose the backend and say which; Unsloth, if it is, is imported: it must be before trl and transformers are.
 
     Raises RecipeError if `model.backend: unsloth` cannot be had on this machine.
     """
@@ -61,6 +63,14 @@ def prepare_backend(section: ModelSection, options: dict) -> str:
     why = f" (auto: {missing})" if section.backend == "auto" and missing else ""
     device = torch.cuda.get_device_name() if cuda else "CPU"
     logger.info("[GTPO] Backend: %s on %s%s", "Unsloth" if backend == "unsloth" else "transformers + peft", device, why)
+    if backend == "unsloth":
+        importlib.import_module("unsloth")
+    return backend
+
+
+def prepare_backend(section: ModelSection, options: dict) -> str:
+    """Choose the backend for training: Unsloth also patches TRL, which nothing may have imported yet."""
+    backend = choose_backend(section)
     if backend == "unsloth":
         import unsloth
 
@@ -99,27 +109,13 @@ def compile_options(options: dict):
         rl.create_new_function = create
 
 
-def check_model(section: ModelSection) -> None:
-    """A short look at the model's whereabouts, before anything is loaded; raises RecipeError with what to do."""
-    name = section.model_name
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise RecipeError(f"model.model_name: the folder {name!r} has no config.json; give a model saved by transformers")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise RecipeError(f"model.model_name: there is no folder {name!r}; give an existing one, or a hub name such as "
-                          "Qwen/Qwen2.5-3B-Instruct")
-    else:
-        from gtpo.hub import look_up
-
-        look_up("model.model_name", name, kind="model", instead="a local folder")
-
-
 def load_policy(
-    section: ModelSection, tokenizer, backend: str, *, seed: int, precision: str, gradient_checkpointing: bool
+    section: ModelSection, tokenizer, backend: str, *, seed: int, precision: str, gradient_checkpointing: bool,
+    adapter: Path | None = None, lora: bool = True,
 ) -> Policy:
-    """The base model with a fresh LoRA adapter, by `backend` (what `prepare_backend` returned).
+    """The base model with a LoRA adapter, fresh or that of the folder `adapter`, by `backend` (what `choose_backend` returned).
 
-    `precision` is bf16, fp16 or float32 (which a CPU holds whatever is asked).
+    `precision` is bf16, fp16 or float32 (which a CPU holds whatever is asked). `lora=False`: the base model as it is.
     Raises RecipeError for weights that cannot be loaded, options this machine lacks, and layers the model lacks.
     """
     import torch
@@ -127,16 +123,30 @@ def load_policy(
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
     try:
+        config = _lora_config(section, adapter) if lora else None
         if backend == "unsloth":
-            return _load_with_unsloth(section, tokenizer, dtype, seed, gradient_checkpointing)
-        return _load_with_transformers(section, tokenizer, dtype)
+            policy = _load_with_unsloth(section, tokenizer, dtype, config, seed, gradient_checkpointing)
+        else:
+            policy = _load_with_transformers(section, tokenizer, dtype, config)
     except RecipeError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:  # no weights, damaged ones, layers that are not there
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # no weights, damaged ones, a missing quantizer
         raise RecipeError(f"model: {section.model_name!r} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+    if lora and adapter:
+        adapters.load_weights(policy.model, adapter, section.model_name)
+    return policy
 
 
-def _load_with_unsloth(section: ModelSection, tokenizer, dtype, seed: int, gradient_checkpointing: bool) -> Policy:
+def _lora_config(section: ModelSection, adapter: Path | None):
+    from peft import LoraConfig
+
+    if adapter:
+        return adapters.lora_config(adapter)
+    return LoraConfig(r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
+                      task_type="CAUSAL_LM")
+
+
+def _load_with_unsloth(section: ModelSection, tokenizer, dtype, lora, seed: int, gradient_checkpointing: bool) -> Policy:
     from unsloth import FastLanguageModel
 
     installed = importlib.util.find_spec("vllm") is not None
@@ -146,20 +156,25 @@ def _load_with_unsloth(section: ModelSection, tokenizer, dtype, seed: int, gradi
     logger.info("[GTPO] Generation: %s", "vLLM" if vllm else "Unsloth, without vLLM")
     model, theirs = FastLanguageModel.from_pretrained(
         model_name=section.model_name, dtype=dtype, max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,
-        fast_inference=vllm, max_lora_rank=section.lora_rank, gpu_memory_utilization=section.gpu_memory_utilization,
-        trust_remote_code=section.trust_remote_code, random_state=seed,
+        fast_inference=vllm, max_lora_rank=lora.r if lora else section.lora_rank,
+        gpu_memory_utilization=section.gpu_memory_utilization, trust_remote_code=section.trust_remote_code, random_state=seed,
     )
-    model = FastLanguageModel.get_peft_model(
-        model, r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
-        random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
-    )
+    if lora:
+        if lora.rank_pattern or lora.alpha_pattern:
+            raise RecipeError("model.backend: unsloth gives all layers one rank, and this adapter has several; use transformers")
+        targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
+        model = FastLanguageModel.get_peft_model(
+            model, r=lora.r, lora_alpha=lora.lora_alpha, target_modules=targets, lora_dropout=lora.lora_dropout, bias=lora.bias,
+            use_rslora=lora.use_rslora, use_dora=lora.use_dora, modules_to_save=lora.modules_to_save,
+            random_state=seed, use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+        )
     theirs.chat_template = tokenizer.chat_template  # the one that the prompts were filtered with
     return Policy(model, ready_tokenizer(theirs, section, "unsloth"), "unsloth", uses_vllm=vllm)
 
 
-def _load_with_transformers(section: ModelSection, tokenizer, dtype) -> Policy:
+def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Policy:
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
@@ -169,9 +184,9 @@ def _load_with_transformers(section: ModelSection, tokenizer, dtype) -> Policy:
     if section.fast_inference is True:
         _fall_back(section, "model.fast_inference: true needs Unsloth", "auto")
     config = AutoConfig.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
-    _check_context(section, config)
+    check_context(section, config)
     if not cuda:
-        _check_memory(section, config)
+        check_memory(section, config)
     model = AutoModelForCausalLM.from_pretrained(
         section.model_name, dtype=dtype if cuda else torch.float32, trust_remote_code=section.trust_remote_code,
         use_safetensors=True, device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
@@ -181,12 +196,10 @@ def _load_with_transformers(section: ModelSection, tokenizer, dtype) -> Policy:
     )
     if quantized:  # gradient checkpointing is the trainer's to switch on
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    lora = LoraConfig(r=section.lora_rank, lora_alpha=section.lora_alpha, target_modules=section.target_modules,
-                      task_type="CAUSAL_LM")
     try:
-        model = get_peft_model(model, lora)
+        model = get_peft_model(model, lora) if lora else model
     except ValueError as error:
-        raise RecipeError(f"model.target_modules: {section.target_modules} does not fit this model "
+        raise RecipeError(f"model.target_modules: {sorted(lora.target_modules)} does not fit this model "
                           f"({str(error).splitlines()[0]})") from error
     return Policy(model, tokenizer, "transformers")
 
@@ -196,25 +209,3 @@ def _fall_back(section: ModelSection, problem: str, remedy: str) -> None:
     if section.backend != "auto":
         raise RecipeError(f"{problem}; use {remedy}")
     logger.warning("[GTPO] %s; going on with %s", problem, remedy)
-
-
-def _check_context(section: ModelSection, config) -> None:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and section.max_seq_length > context:
-        raise RecipeError(f"model.max_seq_length: {section.max_seq_length} is more than the {context} tokens of context "
-                          f"that {section.model_name!r} was made for; use at most {context}")
-
-
-def _check_memory(section: ModelSection, config) -> None:
-    """Raises RecipeError if the weights alone, in float32, do not fit what this machine has free."""
-    import psutil
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    needed, free = 4 * parameters, psutil.virtual_memory().available
-    if needed > 0.9 * free:
-        raise RecipeError(f"model.model_name: {section.model_name!r} has {parameters / 1e9:.1f} billion parameters, "
-                          f"{needed / 2**30:.0f} GiB in float32, and this machine without a GPU has {free / 2**30:.0f} GiB "
-                          "free; use a smaller model, or a machine with an NVIDIA GPU")

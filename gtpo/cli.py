@@ -103,6 +103,14 @@ def make_recipe(command: CommandLine) -> Recipe:
     return recipe
 
 
+def read_saved(file: Path) -> Recipe:
+    """The recipe that a run has saved; its dotted paths are not looked up, for they need not be here any more."""
+    try:
+        return Recipe.model_validate(_read_yaml(file))
+    except ValidationError as error:
+        raise RecipeError("\n".join(sentences(error, str(file), {}))) from None
+
+
 def to_yaml(values: dict[str, Any], stream) -> None:
     """Write plain values as YAML that `make_recipe` reads back unchanged."""
     writer = YAML(typ="safe", pure=True)

@@ -113,7 +113,7 @@ def test_on_a_cpu_the_precision_is_float32_and_an_8_bit_optimizer_falls_back_and
 def test_a_gpu_trains_in_the_best_precision_it_has_unless_told_otherwise(recipe, monkeypatch, has_bf16, flags, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
-    assert precision(recipe(*flags)) == expected
+    assert precision(recipe(*flags).training) == expected
 
 
 def test_without_auto_an_8_bit_optimizer_on_a_cpu_is_refused(recipe, tmp_path):

@@ -11,14 +11,16 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections"},
     "answers": {"verifier"}, "verifier": set(),
     "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
-    "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "backends": {"chat_tokenizer", "hub", "recipe", "sections"}, "chat_tokenizer": {"recipe", "sections"},
+    "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
+    "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections"}, "chat_tokenizer": {"recipe", "sections"},
     "arguments": {"recipe", "sections", "trl_options"}, "evaluation": {"answers"}, "watch": set(),
     "runs": {"cli", "recipe"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
+    "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify"}
 LIGHT = {"trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
-         "backends", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems"}
+         "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:

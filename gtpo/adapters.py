@@ -1,0 +1,58 @@
+"""A LoRA adapter on disk: what its files say, and its weights in a model's own adapter. Safetensors only."""
+
+import json
+from pathlib import Path
+
+from gtpo.recipe import RecipeError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def read_config(folder: Path) -> dict:
+    """What the adapter says of itself; raises RecipeError where its files are missing, damaged, or no LoRA adapter's."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+            raise RecipeError(f"{folder}: its {CONFIG} is no LoRA adapter's; give an adapter that GTPO or peft has saved")
+        with safe_open(folder / WEIGHTS, framework="np"):  # reads the header, and that the file is whole
+            return config
+    except FileNotFoundError as error:
+        name = CONFIG if CONFIG in str(error) else WEIGHTS
+        raise RecipeError(f"{folder}: there is no {name}; give a folder with an adapter in safetensors") from None
+    except (OSError, ValueError, SafetensorError) as error:
+        raise RecipeError(f"{folder}: the adapter is damaged ({' '.join(str(error).split())}); use another checkpoint") from None
+
+
+def lora_config(folder: Path):
+    """The adapter's peft.LoraConfig, to make a fresh adapter of its shape."""
+    from peft import LoraConfig
+
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode, config.base_model_name_or_path = False, None  # peft fills in the model that it is laid on
+    return config
+
+
+def load_weights(model, folder: Path, base: str) -> None:
+    """Put the adapter's weights into `model`, which has a fresh one; raises RecipeError unless each has its place."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    weights = load_file(folder / WEIGHTS)
+    places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted(weights.keys() | places.keys()):
+        layer = name.removeprefix("base_model.model.").split(".lora_")[0]
+        if name not in places:
+            raise _misfit(folder, base, f"the adapter has weights for {layer}, which the model does not have")
+        if name not in weights:
+            raise _misfit(folder, base, f"the adapter has no weights for {layer}")
+        found, expected = tuple(weights[name].shape), tuple(places[name].shape)
+        if found != expected:
+            raise _misfit(folder, base, f"{layer} is {found} in the adapter and {expected} in the model")
+    set_peft_model_state_dict(model, weights)
+
+
+def _misfit(folder: Path, base: str, why: str) -> RecipeError:
+    return RecipeError(f"{folder}: this adapter does not fit the base model {base!r}: {why}; give the model that it was "
+                       "trained on")

@@ -1,0 +1,42 @@
+"""A base model before it is loaded: where it is, and whether it fits this machine."""
+
+import os
+
+from gtpo.recipe import RecipeError
+from gtpo.sections import ModelSection
+
+
+def check_model(name: str, key: str = "model.model_name") -> None:
+    """A short look at where the model `name` is; raises RecipeError, beginning with `key`, with what to do."""
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise RecipeError(f"{key}: the folder {name!r} has no config.json; give a model saved by transformers")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise RecipeError(f"{key}: there is no folder {name!r}; give an existing one, or a hub name such as "
+                          "Qwen/Qwen2.5-3B-Instruct")
+    else:
+        from gtpo.hub import look_up
+
+        look_up(key, name, kind="model", instead="a local folder")
+
+
+def check_context(section: ModelSection, config) -> None:
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and section.max_seq_length > context:
+        raise RecipeError(f"model.max_seq_length: {section.max_seq_length} is more than the {context} tokens of context "
+                          f"that {section.model_name!r} was made for; use at most {context}")
+
+
+def check_memory(section: ModelSection, config) -> None:
+    """Raises RecipeError if the weights alone, in float32, do not fit what this machine has free."""
+    import psutil
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    needed, free = 4 * parameters, psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        raise RecipeError(f"model.model_name: {section.model_name!r} has {parameters / 1e9:.1f} billion parameters, "
+                          f"{needed / 2**30:.0f} GiB in float32, and this machine without a GPU has {free / 2**30:.0f} GiB "
+                          "free; use a smaller model, or a machine with an NVIDIA GPU")
