@@ -81,6 +81,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     _override_constants(recipe, policy.tokenizer)
     arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
     trainer = _make_trainer(trainer_class, policy, rewards, arguments, train_set)
+    from gtpo.watch import watch  # after the backend, like all that imports trl
+
+    watch(trainer, recipe.watch, run_dir)
 
     is_main = trainer.accelerator.is_main_process
     if is_main:
@@ -137,10 +140,6 @@ def _override_constants(recipe: Recipe, tokenizer) -> None:
 
 
 def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from gtpo.watch import ConsoleLine
-
     try:
         trainer = trainer_class(model=policy.model, reward_funcs=rewards, args=arguments, train_dataset=train_set,
                                 processing_class=policy.tokenizer)
@@ -153,9 +152,6 @@ def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would describe a base model called None
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(ConsoleLine())
     return trainer
 
 

@@ -80,7 +80,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         self.initial_entropy: float | None = None  # <H>_ini, nats; None until measured
         self.non_finite = SkipNonFiniteSteps(self)
         self._micro_batch: Mapping[str, Tensor] = {}  # what the hook needs beside its arguments
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # what the hook saw: <H>_i, kept, not empty
+        self.seen_by_loss: dict[str, Tensor] | None = None  # entropies, mask (B, W); completion_entropy, kept, real (B,)
         self._shape_tokens: Callable | None = None
         self.add_callback(self.non_finite)
         self._say_what_surprises()
@@ -132,10 +132,10 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         return loss
 
     def _parent_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self._micro_batch, self._seen = inputs, None
+        self._micro_batch, self.seen_by_loss = inputs, None
         inputs = {**inputs, "advantages": _nonzero(inputs["advantages"])}
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._seen is None:
+        if self.seen_by_loss is None:
             # Unsloth has a second, slow loss without the seam: it would train GRPO in disguise.
             raise RuntimeError("The parent's loss never asked get_high_entropy_mask for GTPO's factor; use the pinned libraries")
         return loss
@@ -149,7 +149,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
             self._shape_tokens = compile_(_shape_tokens)
         ours = (self._micro_batch[name] for name in ("advantages", "judged", "token_weights"))
         factor, entropy, kept = self._shape_tokens(entropies, mask, *ours, self.keep, ENT_SCALE)
-        self._seen = entropy, kept, mask.bool().any(dim=1)
+        self.seen_by_loss = {"entropies": entropies, "mask": mask, "completion_entropy": entropy, "kept": kept,
+                             "real": mask.bool().any(dim=1)}
         return factor
 
     @torch.no_grad()
@@ -160,8 +161,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         for micro_batch in split_tensor_dict(rollout, self.args.steps_per_generation):
             with self.compute_loss_context_manager():
                 self._parent_loss(self.model, micro_batch)
-            entropy, _, real = self._seen
-            real &= entropy.isfinite()
+            entropy = self.seen_by_loss["completion_entropy"]
+            real = self.seen_by_loss["real"] & entropy.isfinite()
             total += torch.stack([entropy[real].sum(), real.sum()])
         self._metrics = metrics
         total, count = self.accelerator.reduce(total, reduction="sum").tolist()
@@ -170,7 +171,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
     # ---- what a person sees, and what a checkpoint keeps
 
     def _log_entropies(self) -> None:
-        metrics, (entropy, kept, real) = self._metrics["train" if self.model.training else "eval"], self._seen
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        entropy, kept, real = (self.seen_by_loss[name] for name in ("completion_entropy", "kept", "real"))
         sums = torch.stack([entropy[real].sum(), (~kept & real).sum(), real.sum()])  # one wait for the device
         entropy_sum, filtered, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if count:

@@ -73,6 +73,20 @@ def to_loss_columns(weights: Tensor, mask: Tensor) -> Tensor:
     return torch.where(inside, weights.gather(1, column.clamp(0, weights.shape[1] - 1)), 0.0)
 
 
+def to_completion_columns(values: Tensor, mask: Tensor, width: int) -> Tensor:
+    """The inverse of `to_loss_columns`: the loss's (B, W) `values` on the completion's own (B, width) columns.
+
+    NaN where `mask` leaves a column out: what Unsloth's loss holds there belongs to no token. Equal widths: as they are.
+    """
+    if mask.shape[1] == width:
+        return values
+    start = mask.to(torch.int8).argmax(dim=1, keepdim=True)  # (B, 1)
+    column = start + torch.arange(width, device=values.device)  # (B, width)
+    inside = column.clamp(0, mask.shape[1] - 1)
+    known = (column < mask.shape[1]) & mask.bool().gather(1, inside)
+    return torch.where(known, values.gather(1, inside), torch.nan)
+
+
 def _leading_run(ids: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     """The run of conflicting tokens that begins at each row's first real token, bool (G, T)."""
     real_first = torch.argsort(~mask, dim=1, stable=True)  # skips masked columns, also those inside a completion

@@ -1,8 +1,13 @@
 """What a person sees while a run trains: a progress bar, and one readable line per logging step."""
 
 import logging
+from pathlib import Path
 
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl import GRPOTrainer
+
+from gtpo.recorder import Recorder
+from gtpo.watch_sections import WatchSection
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +23,15 @@ COLUMNS = (  # metric, label, format; a metric that a trainer does not log leave
     ("completions/clipped_ratio", "truncated", "{:.0%}"),
     ("step_time", "s/step", "{:.1f}"),
 )
+
+
+def watch(trainer: GRPOTrainer, section: WatchSection, run_dir: Path) -> None:
+    """Let `trainer` show and record what it does, in place of transformers' own output."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(ConsoleLine())
+    if section.completions:
+        Recorder(trainer, run_dir / "completions.jsonl", tokens_every=section.tokens_every)
 
 
 class ConsoleLine(ProgressCallback):

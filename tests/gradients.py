@@ -207,11 +207,16 @@ if __name__ == "__main__":
     patch_unsloth()
     import inspect
 
+    import recordings
     from unsloth import FastLanguageModel
 
     generated = sys.modules["UnslothGRPOTrainer"].torch_compile_options
     figures = [compare(os.getcwd(), unsloth=True, **case) for case in json.loads(sys.argv[1])]
+    recorded = [recordings.record(class_path, os.getcwd(), pad=pad) for class_path, pad in (
+        ("gtpo.gtpo_training.UnslothGTPOTrainer", "~"), ("gtpo.gtpo_training.UnslothGTPOTrainer", "^"),
+        ("custom_trainer.original.UnslothGRPOTrainer", "~"))]
     print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd()),
+        "recorded": [{name: run[name] for name in ("lines", "entropy_error")} for run in recorded],
         "compile_options": {name: generated[name] for name in ("shape_padding", "trace.enabled", "max_autotune")},
         "from_pretrained": list(inspect.signature(FastLanguageModel.from_pretrained).parameters),
         "get_peft_model": list(inspect.signature(FastLanguageModel.get_peft_model).parameters)}))

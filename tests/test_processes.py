@@ -36,3 +36,12 @@ def test_both_processes_measure_one_initial_entropy_and_stay_in_step(figures):
     for found in figures:
         first, second = found["training"]["initial_entropies"]
         assert first == second and found["training"]["in_step"]
+
+
+def test_both_processes_completions_are_in_one_file_in_the_order_of_their_groups(figures):
+    lines = figures[0]["recorded"]["lines"]
+    assert [(line["step"], line["group"], line["row"]) for line in lines] == [
+        (step, group, row) for step in (1, 2) for group in range(2) for row in range(8)]
+    halves = [found["recorded"]["ids"] for found in figures]  # each process has half of each rollout
+    assert [line["ids"] for line in lines] == halves[0][:8] + halves[1][:8] + halves[0][8:] + halves[1][8:]
+    assert figures[0]["recorded"]["entropy_error"] < 6e-4

@@ -54,7 +54,7 @@ def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
     seen = gradients.watch(trainer)
     completion_entropies = []
     log = trainer._log_entropies
-    trainer._log_entropies = lambda: (completion_entropies.append(trainer._seen[0]), log())
+    trainer._log_entropies = lambda: (completion_entropies.append(trainer.seen_by_loss["completion_entropy"]), log())
     trainer.initial_entropy = 99.0  # above the threshold: the paper's gate would be off
     try:
         trainer.train()

@@ -219,3 +219,11 @@ def test_weights_stay_where_they_are_when_the_loss_has_the_completions_own_colum
     weights = torch.rand(3, 4)
     mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]])
     assert torch.equal(shaping.to_loss_columns(weights, mask), weights)
+
+
+def test_what_the_loss_holds_comes_back_to_the_completions_columns():
+    values = torch.tensor([[9.0, 9, 1, 2, 3], [1, 2, 3, 9, 9], [9, 1, 2, 9, 9], [9, 9, 9, 9, 9], [9, 9, 9, 1, 2]])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]])
+    back = shaping.to_completion_columns(values, mask, 3)
+    assert back.nan_to_num(0.0).tolist() == [[1, 2, 3], [1, 2, 3], [1, 2, 0], [0, 0, 0], [1, 2, 0]]
+    assert shaping.to_completion_columns(values, mask, 5) is values

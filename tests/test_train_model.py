@@ -61,6 +61,11 @@ def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(h
                  "2000 problems; 0 of 2000 dropped", "torch_compile_options are unused on a CPU"):
         assert line in log, line
 
+    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["row"]) for line in lines] == [(step, row) for step in (1, 2) for row in range(8)]
+    assert lines[0]["prompt"][0]["role"] == "system" and lines[0]["answer"].startswith("<reasoning>")
+    assert lines[0]["rewards"].keys() == {"final_reward"} and lines[0]["tokens"][0] == "<reasoning>"
+
     metrics = history(folder)[0]
     for name in ("gtpo/completion_entropy", "gtpo/initial_entropy", "gtpo/frac_filtered", "gtpo/frac_conflict_tokens",
                  "gtpo/frac_conflict_groups", "reward/formatting_avg", "reward/correctness_avg", "reward/total_avg", "reward"):
@@ -123,8 +128,10 @@ def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
 
 
 def test_the_grpo_baseline_trains_by_its_dotted_path(here):
-    assert train_model.main(demo_flags("--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer")) == 0
+    assert train_model.main(demo_flags("--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer",
+                                       "--watch.completions", "false")) == 0
     assert "gtpo/completion_entropy" not in history(run_dir(here))[0]
+    assert not (run_dir(here) / "completions.jsonl").exists()
 
 
 @pytest.mark.parametrize("dataset", ["gsm8k", "hendrycks_math"])

@@ -56,6 +56,24 @@ def test_without_lambda_gate_and_penalty_a_step_is_grpos(figures):
     assert figures["distance_from_grpo"] < 1e-6
 
 
+def test_completions_are_recorded_with_the_entropies_of_their_own_tokens(figures):
+    """Unsloth's loss has other columns than the completion, and leaves padding ids out, an end token among them."""
+    for run, end_is_padding in zip(figures["recorded"], (False, True)):
+        assert [(line["step"], line["group"], line["row"]) for line in run["lines"]] == [
+            (step, group, row) for step in (1, 2) for group in range(4) for row in range(4)]
+        assert len({len(line["ids"]) for line in run["lines"]}) > 1 and len({line["prompt"] for line in run["lines"]}) > 1
+        assert run["entropy_error"] < 6e-4
+        for line in run["lines"]:
+            assert len(line["weights"]) == len(line["entropies"]) == len(line["ids"])
+            assert all((x is None) == (end_is_padding and text == "^") for x, text in zip(line["entropies"], line["tokens"]))
+
+
+def test_unsloths_own_grpo_is_recorded_without_entropies(figures):
+    for line in figures["recorded"][2]["lines"]:
+        assert line["ids"] and line["entropy"] is None and line["entropies"] is None and line["weights"] is None
+        assert isinstance(line["reward"], float) and isinstance(line["prefix"], int)
+
+
 def test_the_recipes_compile_options_reach_the_generated_trainer(figures):
     assert figures["compile_options"] == {"shape_padding": False, "trace.enabled": True, "max_autotune": False}
 

@@ -8,6 +8,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
 import gradients  # noqa: E402
+import recordings  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
@@ -37,6 +38,15 @@ def weights_over_processes(accelerator: Accelerator) -> dict:
     return {"width": width, "equal": torch.equal(found, expected), "conflicts": int(found.sum())}
 
 
+def recorded_over_processes(folder: str) -> dict:
+    """What two processes record in one file, beside the rollout of each."""
+    run = recordings.record("gtpo.gtpo_training.UnslothGTPOTrainer", folder, num_generations=8, per_device_train_batch_size=4,
+                            gradient_accumulation_steps=2)
+    ids = [row[mask.bool()].tolist() for rollout in run["rollouts"]
+           for row, mask in zip(rollout["completion_ids"], rollout["completion_mask"])]
+    return {"lines": run["lines"], "ids": ids, "entropy_error": run["entropy_error"]}
+
+
 def training_over_processes(folder: str) -> dict:
     """One real step with a group of eight spread over two processes of four."""
     trainer = gradients.make_trainer(
@@ -61,7 +71,8 @@ def training_over_processes(folder: str) -> dict:
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    figures = {"shaping": weights_over_processes(accelerator), "training": training_over_processes(os.getcwd())}
+    figures = {"shaping": weights_over_processes(accelerator), "training": training_over_processes(os.getcwd()),
+               "recorded": recorded_over_processes(os.getcwd())}
     with open(f"figures-{accelerator.process_index}.json", "w") as file:
         json.dump(figures, file)
     torch.distributed.destroy_process_group()
