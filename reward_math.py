@@ -19,7 +19,7 @@ stand beside either. A completion whose reference is None cannot be judged: its 
 from collections import defaultdict
 from math import isfinite, nan
 
-from gtpo.answers import final_answer, format_score, same_answer
+from gtpo.answers import final_answer, format_score, reference_answer, same_answer
 
 PERFECT_FORMAT = 10.0
 CORRECT = 10.0
@@ -87,13 +87,7 @@ def _references(completions, answer) -> list[str | None]:
             "reward_math: the column `answer` is missing, or has another length than the completions; "
             "give the dataset an `answer` column (see gtpo.answers.format_reference), one reference per row"
         )
-    return [None if reference is None else _reference_answer(str(reference).strip()) for reference in answer]
-
-
-def _reference_answer(reference: str) -> str:
-    """What stands in the block that ends a formatted reference; all of a bare answer."""
-    content = reference.removesuffix("</answer>")
-    return content.rpartition("<answer>")[2].strip() if content != reference else reference
+    return [None if reference is None else reference_answer(str(reference).strip()) for reference in answer]
 
 
 def _text(completion) -> str:

@@ -81,6 +81,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     _override_constants(recipe, policy.tokenizer)
     arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
     trainer = _make_trainer(trainer_class, policy, rewards, arguments, train_set)
+    from gtpo.held_out import HeldOut
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
     watch(trainer, recipe.watch, run_dir)
@@ -88,18 +89,18 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     is_main = trainer.accelerator.is_main_process
     if is_main:
         runs.create(run_dir, recipe, overwrite=overwrite, early_log=early_log)
-    held_out = held_out if is_main else None  # the other processes wait at their first common step
-    before = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "before.jsonl")
+    held_out = HeldOut(recipe, policy, held_out, run_dir, trainer) if held_out and is_main else None
+    if held_out:  # the other processes wait at their next common step
+        trainer.add_callback(held_out)
+        before = held_out.evaluate("before")
     trainer.train()
     if is_main:
         policy.save_adapter(run_dir)
     trainer.save_state()
-    after = held_out and _evaluate(recipe, policy, held_out, run_dir / "evaluation" / "after.jsonl")
-
-    for when, verdict in (("Before,", before), ("After, ", after)) if held_out else ():
-        line = f"{when} {verdict.problems} held-out problems: {verdict}"
-        print(line)
-        logging.getLogger("gtpo.watch").info(line)  # for the log file
+    if held_out:
+        after = held_out.evaluate("after")
+        held_out.say(f"Before, {before.problems} held-out problems: {before}")
+        held_out.say(f"After,  {after.problems} held-out problems: {after}")
     if is_main:
         print(f"Run directory: {run_dir}")
     return run_dir
@@ -153,13 +154,6 @@ def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
                 parameter.data = parameter.data.float()
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would describe a base model called None
     return trainer
-
-
-def _evaluate(recipe: Recipe, policy, problems, file: Path):
-    from gtpo.evaluation import evaluate
-
-    return evaluate(policy, problems, max_completion_length=recipe.max_completion_length, file=file,
-                    batch_size=recipe.evaluation.batch_size, chat_template_kwargs=recipe.training.chat_template_kwargs)
 
 
 def _processes() -> int:

@@ -1,14 +1,8 @@
 r"""Find the final answer in a text, score the text's format, and decide whether two answers are the same.
 
-A completion should end like the references that `format_reference` makes:
-
-    <reasoning>
-    6 * 3 = 18
-    </reasoning>
-    <answer>18</answer>
-
-Nothing here raises or hangs on any text, from any thread; the time is linear in its length. What a correct answer is
-worth is decided in `reward_math.py`.
+A completion should end as references do: `<reasoning>\n6 * 3 = 18\n</reasoning>\n<answer>18</answer>`. Nothing here raises
+or hangs on any text, from any thread; the time is linear in its length. What a correct answer is worth is decided in
+`reward_math.py`.
 """
 
 import re
@@ -58,6 +52,12 @@ def final_answer(text: str) -> str | None:
 def format_reference(reasoning: str, answer: str) -> str:
     """The two blocks that a completion should have, around a known-good solution."""
     return f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>{answer}</answer>"
+
+
+def reference_answer(reference: str) -> str:
+    """What stands in the block that ends a formatted reference; all of a bare answer."""
+    content = reference.removesuffix("</answer>")
+    return content.rpartition("<answer>")[2].strip() if content != reference else reference
 
 
 def format_score(text: str) -> float:

@@ -1,58 +1,81 @@
-"""Sample one completion per held-out problem, grade it as the reward does, and say how many are right."""
+"""Sample completions of problems, grade them as the reward does, and write each as it comes."""
 
-import json
+import hashlib
+import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from gtpo.answers import final_answer, format_score, same_answer
+from gtpo.answers import final_answer, format_score, reference_answer, same_answer
+from gtpo.evaluation_file import EvaluationFile
+from gtpo.generation import Completion, Sampler, Sampling, draw_seed
+from gtpo.recipe import RecipeError
 
-
-class Verdict(NamedTuple):
-    """Shares of the evaluated problems, 0 to 1."""
-
-    problems: int
-    accuracy: float  # well formed and right, as the reward demands
-    format_rate: float  # exactly one reasoning block, then exactly one answer block
-
-    def __str__(self) -> str:
-        return f"accuracy {self.accuracy:.1%}, format {self.format_rate:.1%}"
+logger = logging.getLogger(__name__)
 
 
-def evaluate(policy, problems, *, max_completion_length: int, batch_size: int, file: Path,
-             chat_template_kwargs: dict | None = None) -> Verdict:
-    """Greedy completions of all `problems`, each written to `file` (JSON lines) with its verdict."""
+def rendered(problems, tokenizer, chat_template_kwargs: dict | None = None) -> list[str]:
+    """Each problem's prompt after the chat template, as it is in training."""
+    return [tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {}))
+            for prompt in problems["prompt"]]
+
+
+def header(problems, prompts: list[str], sampling: Sampling, samples: int, weights: str, **told: Any) -> dict[str, Any]:
+    """A file's header: what must be the same to go on with it, and `told`, which only tells."""
+    asked = hashlib.blake2b(repr((prompts, list(problems["answer"]))).encode(), digest_size=8).hexdigest()
+    return {**told, "problems": len(prompts), "samples": samples, **sampling._asdict(), "weights": weights, "prompts": asked}
+
+
+def fingerprint(*folders: Path) -> str:
+    """What tells other weights in the same folders: names, sizes, and a piece of every file of weights."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(file for folder in folders for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as content:
+            for place in range(0, file.stat().st_size, max(65536, file.stat().st_size // 64)):
+                content.seek(place)
+                digest.update(content.read(4096))
+    return digest.hexdigest()
+
+
+def evaluate(file: EvaluationFile, sampler: Sampler, problems, prompts: list[str], *, batch_size: int, keep_bar: bool = True,
+             ) -> list[dict[str, Any]]:
+    """Draw what is missing in `file`, grade it and append it there; returns all rows.
+
+    Prompts of like length go together, the longest first, so that what does not fit in memory shows at once.
+    """
     from tqdm.auto import tqdm
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    right = formed = 0
-    order = sorted(range(len(problems)), key=lambda i: len(str(problems[i]["prompt"])))  # alike lengths pad least
-    with file.open("w", encoding="utf-8") as lines, tqdm(total=len(order), desc=f"evaluating {file.stem}", unit="problem") as bar:
-        for start in range(0, len(order), batch_size):
-            batch = [problems[i] for i in order[start : start + batch_size]]
-            for problem, completion in zip(batch, complete(
-                policy, [p["prompt"] for p in batch], max_completion_length, chat_template_kwargs or {}
-            ), strict=True):
-                well_formed = format_score(completion) == 10
-                answer = final_answer(completion)
-                correct = well_formed and same_answer(answer or "", final_answer(problem["answer"]) or "")
-                right, formed = right + correct, formed + well_formed
-                print(json.dumps({"prompt": problem["prompt"], "reference": problem["answer"], "completion": completion,
-                                  "well_formed": well_formed, "correct": correct}, ensure_ascii=False), file=lines)
+    if not file.missing:
+        return file.rows
+    missing = sorted(file.missing, key=lambda pair: -len(prompts[pair[0]]))  # stable: a problem's samples stay together
+    seed = file.header["seed"]
+    with file, tqdm(total=len(missing) + len(file.rows), initial=len(file.rows), desc=f"evaluating {file.path.stem}",
+                    unit="completion", leave=keep_bar) as bar:
+        for start in range(0, len(missing), batch_size):
+            batch = missing[start : start + batch_size]
+            drawn = _draw(sampler, [prompts[p] for p, _ in batch], [draw_seed(seed, *pair) for pair in batch])
+            for (problem, sample), completion in zip(batch, drawn, strict=True):
+                file.append({"problem": problem, "sample": sample, **graded(problems[problem], completion)})
             bar.update(len(batch))
-    return Verdict(len(order), right / len(order), formed / len(order))
+    return file.rows
 
 
-def complete(policy, prompts: list[list[dict]], max_completion_length: int, chat_template_kwargs: dict) -> list[str]:
-    """The greedy completion of each prompt, as the reward sees it: decoded, without special tokens."""
+def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[Completion]:
     import torch
 
-    tokenizer = policy.tokenizer
-    texts = [tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=False, **chat_template_kwargs) for p in prompts]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    with torch.no_grad(), policy.generating() as model:
-        ids = model.generate(
-            **{k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")},
-            max_new_tokens=max_completion_length, do_sample=False, temperature=None, top_p=None, top_k=None,
-            pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
-        )
-    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    try:
+        return sampler(prompts, seeds)
+    except torch.OutOfMemoryError:
+        raise RecipeError(f"batch_size: the GPU has no memory for {len(prompts)} completions at a time; use a smaller one, and the "
+                          "evaluation goes on where it stopped") from None
+
+
+def graded(problem: dict[str, Any], completion: Completion) -> dict[str, Any]:
+    """A completion with its verdict: correct is what the reward pays for, well formed with the right answer."""
+    answer, well_formed = final_answer(completion.text), format_score(completion.text) == 10
+    correct = well_formed and same_answer(answer, reference_answer(problem["answer"]))
+    return {
+        "prompt": problem["prompt"], "reference": problem["answer"], "completion": completion.text, "answer": answer,
+        "correct": correct, "well_formed": well_formed, "truncated": completion.truncated, "tokens": completion.tokens,
+    }

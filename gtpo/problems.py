@@ -25,7 +25,7 @@ def _load_problems(recipe: Recipe, section, tokenizer, *, shuffle: bool = True, 
     )
 
 
-def _held_out_section(recipe: Recipe):
+def held_out_section(recipe: Recipe):
     """`evaluation`'s file or split as a dataset section; None where the recipe names neither."""
     path, split = recipe.evaluation.path, recipe.evaluation.split
     if path is None:
@@ -36,7 +36,7 @@ def _held_out_section(recipe: Recipe):
 def check_held_out(recipe: Recipe) -> None:
     """A short look at where the held-out problems are; raises RecipeError."""
     try:
-        section = _held_out_section(recipe)
+        section = held_out_section(recipe)
         if section is not None:
             check_source(section)
     except RecipeError as error:
@@ -45,7 +45,7 @@ def check_held_out(recipe: Recipe) -> None:
 
 def load_held_out(recipe: Recipe, tokenizer):
     """The first held-out problems, unshuffled; None where the recipe names none."""
-    section = _held_out_section(recipe)
+    section = held_out_section(recipe)
     if section is None:
         return None
     problems = _load_problems(recipe, section, tokenizer, shuffle=False, label="Held-out problems")

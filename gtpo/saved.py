@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gtpo import adapters, base_model
 from gtpo.recipe import Recipe, RecipeError
@@ -58,21 +58,21 @@ def find_saved(target: str, *, base: str | None = None) -> Saved:
     return saved
 
 
-def load_saved(saved: Saved, *, adapter: bool = True, trainable: bool = False, precision: str | None = None, **keys):
+def load_saved(saved: Saved, *, adapter: bool = True, trainable: bool = False, precision: str | None = None,
+               ready: tuple[str, Any] | None = None, **keys):
     """The backends.Policy of `saved`, ready to generate or, if `trainable`, to train on; `adapter=False`: its base model alone.
 
-    `keys` replace those of `saved.section` (backend, load_in_4bit, max_seq_length, chat_template, ...). The tokenizer is
-    the one saved with the adapter, where there is one. `precision` (bf16, fp16, float32) is the training's by default.
+    `keys` replace those of `saved.section` (backend, load_in_4bit, max_seq_length, chat_template, ...). `precision` (bf16,
+    fp16, float32) is the training's by default, and `ready` what `saved_tokenizer` returned, if it was asked before.
     Raises RecipeError for what cannot be loaded, and for a base model that does not fit the adapter.
     """
     from gtpo import arguments, backends
     from gtpo.sections import TrainingSection
 
-    section = ModelSection.model_validate({**saved.section.model_dump(), **keys})
-    backend = backends.choose_backend(section)
+    backend, tokenizer = ready or saved_tokenizer(saved, **keys)
+    section = _section(saved, keys)
     if saved.recipe is None and "max_seq_length" not in keys:
         section = _fit_context(section)
-    tokenizer = _tokenizer(saved, section, backend, keys.get("chat_template"))
     policy = backends.load_policy(
         section, tokenizer, backend, seed=section.random_seed, gradient_checkpointing=trainable, adapter=saved.adapter,
         precision=precision or arguments.precision(saved.recipe.training if saved.recipe else TrainingSection()),
@@ -80,6 +80,25 @@ def load_saved(saved: Saved, *, adapter: bool = True, trainable: bool = False, p
     )
     policy.model.train(trainable)
     return policy
+
+
+def saved_tokenizer(saved: Saved, **keys) -> tuple[str, Any]:
+    """The backend that `load_saved` will use, said, and the tokenizer: the adapter's own with its chat template, else the model's."""
+    from gtpo import backends
+    from gtpo.chat_tokenizer import load_tokenizer
+
+    section = _section(saved, keys)
+    backend = backends.choose_backend(section)
+    if saved.adapter is None or not (saved.adapter / "tokenizer_config.json").is_file():
+        return backend, load_tokenizer(section, backend)
+    own = section.model_copy(update={"model_name": str(saved.adapter), "chat_template": keys.get("chat_template")})
+    tokenizer = load_tokenizer(own, backend)
+    _check_vocabulary(saved, section, tokenizer)
+    return backend, tokenizer
+
+
+def _section(saved: Saved, keys: dict[str, Any]) -> ModelSection:
+    return ModelSection.model_validate({**saved.section.model_dump(), **keys})
 
 
 def _run(folder: Path) -> Saved:
@@ -134,18 +153,6 @@ def _fit_context(section: ModelSection) -> ModelSection:
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or section.max_seq_length
     length = min(section.max_seq_length, context)
     return section.model_copy(update={"max_seq_length": length, "max_prompt_length": length})
-
-
-def _tokenizer(saved: Saved, section: ModelSection, backend: str, chat_template: str | None):
-    """The adapter's own, with its chat template; else the base model's."""
-    from gtpo.chat_tokenizer import load_tokenizer
-
-    if saved.adapter is None or not (saved.adapter / "tokenizer_config.json").is_file():
-        return load_tokenizer(section, backend)
-    own = section.model_copy(update={"model_name": str(saved.adapter), "chat_template": chat_template})
-    tokenizer = load_tokenizer(own, backend)
-    _check_vocabulary(saved, section, tokenizer)
-    return tokenizer
 
 
 def _check_vocabulary(saved: Saved, section: ModelSection, tokenizer) -> None:

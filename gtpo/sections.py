@@ -190,6 +190,20 @@ class EvaluationSection(Section):
     """How many held-out problems, from the first."""
     batch_size: int = Field(32, ge=1)
     """Completions generated at a time."""
+    every: int | None = Field(None, ge=1)
+    """Steps between two evaluations while training; null for none."""
+    samples: int = Field(1, ge=1)
+    """Completions per problem."""
+    temperature: float = Field(0.0, ge=0)
+    """Sampling temperature; 0 is greedy."""
+
+    @model_validator(mode="after")
+    def samples_differ_and_problems_are_named(self):
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError(f"evaluation.temperature: 0 is greedy, so all {self.samples} samples would be the same; use 1.0, or 1 sample")
+        if self.every and self.path is None and self.split is None:
+            raise ValueError("evaluation.every: there are no held-out problems; set evaluation.path or evaluation.split")
+        return self
 
 
 class WandbSection(Section):

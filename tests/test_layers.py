@@ -13,15 +13,19 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
     "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections"}, "chat_tokenizer": {"recipe", "sections"},
-    "arguments": {"recipe", "sections", "trl_options"}, "evaluation": {"answers"}, "watch": {"recorder", "watch_sections"},
+    "arguments": {"recipe", "sections", "trl_options"}, "watch": {"recorder", "watch_sections"},
     "watch_sections": {"sections"}, "recorder": {"groups", "shaping", "token_texts"}, "token_texts": set(),
     "runs": {"cli", "recipe"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
     "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},
+    "estimators": {"answers"}, "scores": {"estimators"}, "evaluation_file": {"recipe"}, "generation": set(),
+    "evaluation": {"answers", "evaluation_file", "generation", "recipe"},
+    "held_out": {"evaluation", "evaluation_file", "generation", "recipe", "scores"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify"}
 LIGHT = {"trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
-         "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections"}
+         "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
+         "estimators", "scores", "evaluation_file", "generation"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:

@@ -210,6 +210,8 @@ def test_all_unknown_keys_are_told_at_once_with_their_source_and_the_nearest_nam
     (MINIMAL + "run_name: ''", "run_name: '' in bad.yaml is not valid; it should be text that is not empty"),
     ("[" * 3000 + "]" * 3000, "bad.yaml: is nested too deeply to be a recipe"),
     (MINIMAL + "training: {num_generations: 1}", "training.num_generations: 1 leaves no group to compare; use 2 or more"),
+    (MINIMAL + "evaluation: {every: 5}", "evaluation.every: there are no held-out problems; set evaluation.path or evaluation.split"),
+    (MINIMAL + "evaluation: {samples: 4}", "evaluation.temperature: 0 is greedy, so all 4 samples would be the same; use 1.0, or 1 sample"),
     (MINIMAL + "training: 5", "training: 5 in bad.yaml is not valid; it should be a section with keys of its own"),
     (MINIMAL + "env: [a]", "env: ['a'] in bad.yaml is not valid; it should be a mapping"),
     (MINIMAL + "training: {report_to: wandbb}", "training.report_to: 'wandbb' in bad.yaml is not valid; did you mean 'wandb'?"),

@@ -12,7 +12,7 @@ import tiny
 from conftest import ROOT
 
 import train_model
-from gtpo import cli
+from gtpo import cli, evaluation_file
 
 
 @pytest.fixture
@@ -123,8 +123,32 @@ def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
     out = capsys.readouterr().out
     assert "Before, 20 held-out problems: accuracy " in out and "After,  20 held-out problems: accuracy " in out
     for name in ("before", "after"):
-        rows = [json.loads(line) for line in (run_dir(here) / f"evaluation/{name}.jsonl").read_text().splitlines()]
-        assert len(rows) == 20 and {"prompt", "completion", "reference", "correct", "well_formed"} == set(rows[0])
+        held = evaluation_file.read(run_dir(here) / f"evaluation/{name}.jsonl")
+        assert len(held.rows) == 20 and held.header["samples"] == 1 and held.header["temperature"] == 0
+
+
+def test_evaluating_while_it_trains_leaves_the_training_as_it_is_bit_for_bit(here, capsys):
+    weights, rewards = {}, {}
+    for name, every in (("without", "null"), ("with", "1")):
+        assert train_model.main(demo_flags(
+            "--run-name", name, "--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "6", "--evaluation.every",
+            every, "--evaluation.samples", "2", "--evaluation.temperature", "1", "--training.max_steps", "3")) == 0
+        folder = run_dir(here, name)
+        weights[name] = (folder / "adapter_model.safetensors").read_bytes()
+        timeless = [{k: v for k, v in row.items() if "time" not in k} for row in history(folder) if "reward" in row]
+        rewards[name] = timeless
+    assert weights["with"] == weights["without"] and rewards["with"] == rewards["without"] and len(rewards["with"]) == 3
+    found = [row for row in history(folder) if "evaluation/accuracy" in row]
+    assert [row["step"] for row in found] == [1, 2]  # after the last step comes the evaluation after training
+    assert set(found[0]) == {"step", "epoch", *(f"evaluation/{n}" for n in ("accuracy", "format_rate", "truncation_rate", "mean_length"))}
+    assert sorted(p.stem for p in (folder / "evaluation").iterdir()) == ["after", "before", "step-1", "step-2"]
+    assert "step    1  held-out accuracy " in capsys.readouterr().out and "step    2  held-out accuracy " in (folder / "train.log").read_text()
+
+
+def test_an_evaluation_while_it_trains_keeps_the_metrics_of_steps_not_logged_yet(here):
+    assert train_model.main(demo_flags("--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "2",
+                                       "--evaluation.every", "1", "--training.logging_steps", "2")) == 0
+    assert [sorted({"reward", "evaluation/accuracy"} & row.keys()) for row in history(run_dir(here))][:2] == [["evaluation/accuracy"], ["reward"]]
 
 
 def test_the_grpo_baseline_trains_by_its_dotted_path(here):

@@ -1,0 +1,126 @@
+"""An evaluation on disk: a header with its settings, then one line per completion, appended as they come.
+
+Whoever evaluates again goes on where the file stops, and whoever only wants the numbers needs no model.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gtpo.recipe import RecipeError
+
+ROW = {  # of every completion
+    "problem": int, "sample": int, "prompt": list, "reference": str, "completion": str, "answer": str | None, "correct": bool,
+    "well_formed": bool, "truncated": bool, "tokens": int,
+}
+SETTINGS = {  # of the header: those that must be the same to go on with a file, and how they are told
+    "weights": "other weights", "prompts": "other problems, prompts or references", "samples": "samples {}",
+    "temperature": "temperature {}", "top_p": "top_p {}", "seed": "seed {}", "max_completion_length": "max_completion_length {}",
+}
+
+
+class Evaluation(NamedTuple):
+    """What a file holds."""
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]
+    cut: bool  # its last line was cut, by a crash or a full disk, and is left out
+    whole: int  # bytes up to there
+
+
+def read(path: Path) -> Evaluation:
+    """The evaluation in `path`; raises RecipeError for what is no evaluation, or a damaged one. A cut last line is left out."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give an evaluation file such as RUN/evaluation/after.jsonl") from None
+    found = [_parsed(line) for line in lines]
+    cut = len(found) > 1 and found[-1] is None
+    if cut:
+        lines, found = lines[:-1], found[:-1]
+    header = found[0].get("header") if found and isinstance(found[0], dict) else None
+    if not isinstance(header, dict) or not header.keys() >= SETTINGS.keys() or not all(
+            isinstance(header.get(name), int) for name in ("problems", "samples")):
+        raise RecipeError(f"{path}: {'the first line is no header of an evaluation' if found else 'the file is empty'}; give a "
+                          "file that evaluate_model.py or train_model.py wrote")
+    seen = set()
+    for number, row in enumerate(found[1:], 2):
+        if problem := _what_is_wrong(row, header, seen):
+            raise RecipeError(f"{path}, line {number}: {problem}; the file is damaged: restore it, or move it away and evaluate again")
+        seen.add((row["problem"], row["sample"]))
+    return Evaluation(header, found[1:], cut, sum(map(len, lines)))
+
+
+def _parsed(line: bytes) -> Any:
+    """What a line says; None where it is no JSON."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _what_is_wrong(row: Any, header: dict, seen: set) -> str | None:
+    if not isinstance(row, dict):
+        return "this is no completion"
+    for name, kind in ROW.items():
+        if name not in row or not isinstance(row[name], kind) or kind is int and isinstance(row[name], bool):
+            return f"{name!r} is missing, or not what it should be"
+    place = f"problem {row['problem']}, sample {row['sample']}"
+    if not (0 <= row["problem"] < header["problems"] and 0 <= row["sample"] < header["samples"]):
+        return f"{place} is beyond the {header['problems']} x {header['samples']} of the header"
+    return f"{place} is there twice" if (row["problem"], row["sample"]) in seen else None
+
+
+class EvaluationFile:
+    """The one place of an evaluation with the settings of `header`; entered, it is open to append to.
+
+    Raises RecipeError where `path` holds an evaluation with other settings, or a damaged one: it stays as it is.
+    """
+
+    def __init__(self, path: Path, header: dict[str, Any]):
+        self.path, self.header, self.rows, self.cut, self._whole, self._size = path, header, [], False, 0, 0
+        if path.exists():
+            self._size = path.stat().st_size
+            _, self.rows, self.cut, self._whole = held = read(path)
+            if other := [text.format(held.header[name]) for name, text in SETTINGS.items() if held.header[name] != header[name]]:
+                raise RecipeError(f"{path}: holds an evaluation with {', '.join(other)}; name another file with --to, or "
+                                  "replace this one with --overwrite")
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """(problem, sample) of the completions still to be drawn."""
+        there = {(row["problem"], row["sample"]) for row in self.rows}
+        return [pair for problem in range(self.header["problems"]) for sample in range(self.header["samples"])
+                if (pair := (problem, sample)) not in there]
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a+b")
+        self._check_alone()
+        self._file.truncate(self._whole)
+        self._size = self._whole
+        if not self._size:
+            self._write({"header": self.header})
+        elif not self.path.read_bytes().endswith(b"\n"):
+            self._write_bytes(b"\n")
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def append(self, row: dict[str, Any]) -> None:
+        self._write(row)
+        self.rows.append(row)
+
+    def _write(self, line: dict) -> None:
+        self._check_alone()
+        self._write_bytes(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+
+    def _write_bytes(self, content: bytes) -> None:
+        self._size += self._file.write(content)
+        self._file.flush()
+
+    def _check_alone(self) -> None:
+        if os.fstat(self._file.fileno()).st_size != self._size:  # or completions would be drawn, and counted, twice
+            raise RecipeError(f"{self.path}: another evaluation writes to it at the same time; wait until that is done")

@@ -1,0 +1,83 @@
+"""The numbers of an evaluation, from its rows: rates, pass@k and maj@k with intervals, differences, and their table."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy
+
+from gtpo.estimators import intervals, maj_at_k, pass_at_k
+
+
+class Score(NamedTuple):
+    """A mean over problems and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+class Scores(NamedTuple):
+    """Every score by its name, and how many problems they come from: those with all their samples."""
+
+    problems: int
+    scores: dict[str, Score]
+
+    def __str__(self) -> str:
+        return f"accuracy {self.scores['accuracy'].mean:.1%}, format {self.scores['format rate'].mean:.1%}"
+
+
+def scores(rows: Sequence[dict[str, Any]], samples: int, ks: Sequence[int] = ()) -> Scores:
+    """accuracy, pass@k and maj@k for `ks`, format rate, truncation rate, mean length (tokens) of an evaluation's rows.
+
+    A completion counts as correct as in the reward: well formed, and with the right answer. What is not well formed has
+    no vote in maj@k. ValueError where no problem has all its samples, or a k is more than `samples`.
+    """
+    return _summary(_per_problem(rows, samples, ks))
+
+
+def differences(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], samples: int, ks: Sequence[int] = ()) -> Scores:
+    """The scores of `rows` less those of `base`, problem by problem, over the problems that both have whole."""
+    ours, theirs = _per_problem(rows, samples, ks), _per_problem(base, samples, ks)
+    shared = [problem for problem in ours if problem in theirs]
+    return _summary({p: {name: value - theirs[p][name] for name, value in ours[p].items()} for p in shared})
+
+
+def _per_problem(rows, samples: int, ks: Sequence[int]) -> dict[int, dict[str, float]]:
+    if ks and max(ks) > samples:
+        raise ValueError(f"k {max(ks)} is more than {samples} samples")
+    by_problem = defaultdict(list)
+    for row in rows:
+        by_problem[row["problem"]].append(row)
+    whole = {p: sorted(own, key=lambda row: row["sample"]) for p, own in sorted(by_problem.items()) if len(own) == samples}
+    correct = [[row["correct"] for row in own] for own in whole.values()]
+    votes = [[row["answer"] if row["well_formed"] else None for row in own] for own in whole.values()]
+    columns = {"accuracy": [sum(row) / samples for row in correct]}
+    columns |= {f"pass@{k}": pass_at_k(correct, k) for k in ks} | {f"maj@{k}": maj_at_k(votes, correct, k) for k in ks}
+    for name, key in (("format rate", "well_formed"), ("truncated", "truncated"), ("mean length", "tokens")):
+        columns[name] = [sum(row[key] for row in own) / samples for own in whole.values()]
+    return {p: dict(zip(columns, values, strict=True)) for p, *values in zip(whole, *columns.values(), strict=True)}
+
+
+def _summary(per_problem: dict[int, dict[str, float]]) -> Scores:
+    if not per_problem:
+        raise ValueError("no problem has all its samples")
+    names = list(next(iter(per_problem.values())))
+    values = numpy.array([list(row.values()) for row in per_problem.values()])  # (problems, names)
+    means = zip(names, values.mean(axis=0).tolist(), intervals(values).tolist(), strict=True)
+    return Scores(len(values), {name: Score(mean, low, high) for name, mean, (low, high) in means})
+
+
+def table(columns: dict[str, Scores]) -> str:
+    """One line per score, one column per entry of `columns`; one called "difference" shows signs."""
+    lines = [["", *columns]]
+    for name in next(iter(columns.values())).scores:
+        lines.append([name, *(_cell(name, own.scores[name], "+" if title == "difference" else "") for title, own in columns.items())])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cell(name: str, score: Score, sign: str) -> str:
+    if name == "mean length":
+        return f"{score.mean:{sign}.1f} [{score.low:{sign}.1f}, {score.high:{sign}.1f}] tokens"
+    return f"{100 * score.mean:{sign}.1f} % [{100 * score.low:{sign}.1f}, {100 * score.high:{sign}.1f}]"
