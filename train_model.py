@@ -45,9 +45,10 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) ->
     recipe = cli.make_recipe(command)
     os.environ.update(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     if "dry_run" in command.switches:
+        from gtpo.continuation import continued
         from gtpo.plan import print_plan
 
-        print_plan(recipe, _processes())
+        print_plan(continued(recipe), _processes())
     else:
         train(recipe, overwrite="overwrite" in command.switches, early_log=early_log)
 
@@ -57,7 +58,9 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     from gtpo import backends, base_model, data, problems, runs
     from gtpo.arguments import precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
+    from gtpo.continuation import continued, tokenizer_section
 
+    recipe = continued(recipe)
     run_dir = Path(recipe.output_dir())
     runs.check_free(run_dir, overwrite=overwrite)
     data.check_source(recipe.dataset)
@@ -70,12 +73,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     rewards = [_load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
     _check_trainer(recipe, trainer_class)
     _seed_everything(recipe)
-    tokenizer = load_tokenizer(recipe.model, backend)
+    tokenizer = load_tokenizer(tokenizer_section(recipe.model), backend)
     train_set = problems.load_training(recipe, tokenizer, _processes())
     held_out = problems.load_held_out(recipe, tokenizer)
     policy = backends.load_policy(
         recipe.model, tokenizer, backend, seed=recipe.seed, precision=precision(recipe.training),
         gradient_checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
+        adapter=recipe.model.adapter and Path(recipe.model.adapter),
     )
 
     _override_constants(recipe, policy.tokenizer)

@@ -51,6 +51,8 @@ def find_saved(target: str, *, base: str | None = None) -> Saved:
         base_model.check_model(target, key=target)
         return Saved("base", str(folder) if folder.is_dir() else target)
     saved = replace(saved, base=base or saved.base)
+    if not saved.base:
+        raise RecipeError(f"{target}: its {adapters.CONFIG} names no base model; set base_model_name_or_path there")
     try:
         base_model.check_model(saved.base, key="base model")
     except RecipeError as error:
@@ -132,9 +134,7 @@ def _adapter(folder: Path) -> Saved:
     if _step(folder) >= 0 and (run_dir / "recipe.yaml").is_file():
         recipe = read_saved(run_dir / "recipe.yaml")
         return Saved("checkpoint", recipe.model.model_name, folder, recipe, run_dir)
-    if not config.get("base_model_name_or_path"):
-        raise RecipeError(f"{folder}: its {adapters.CONFIG} names no base model; set base_model_name_or_path there")
-    return Saved("adapter", config["base_model_name_or_path"], folder)
+    return Saved("adapter", config.get("base_model_name_or_path") or "", folder)
 
 
 def _step(folder: Path) -> int:

@@ -35,6 +35,8 @@ class Section(BaseModel):
 class ModelSection(Section):
     model_name: str
     """Base model: a hub name, or a local folder."""
+    adapter: str | None = None
+    """Earlier run, checkpoint or adapter folder whose LoRA weights are trained on, as a new run; null for fresh ones."""
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
     """What loads the model: auto is Unsloth where CUDA and the package are present, else transformers + peft."""
     max_seq_length: int = Field(5500, ge=2)

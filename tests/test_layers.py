@@ -20,12 +20,13 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "estimators": {"answers"}, "scores": {"estimators"}, "evaluation_file": {"recipe"}, "generation": set(),
     "evaluation": {"answers", "evaluation_file", "generation", "recipe"},
     "held_out": {"evaluation", "evaluation_file", "generation", "recipe", "scores"},
+    "continuation": {"adapters", "recipe", "saved", "sections"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify"}
 LIGHT = {"trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
-         "estimators", "scores", "evaluation_file", "generation"}
+         "continuation", "estimators", "scores", "evaluation_file", "generation"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:
