@@ -1,0 +1,79 @@
+"""Runs sorted by what differs between their recipes: runs that differ in the seed alone are one configuration."""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from gtpo.run_record import RunRecord
+
+SEEDS = {"model.random_seed", "training.seed", "training.data_seed"}
+SAYS_NOTHING = ("run_name", "output_root", "env", "wandb", "training.report_to", "training.logging_dir", "training.project")
+
+
+@dataclass(frozen=True)
+class Configuration:
+    label: str
+    runs: list[RunRecord]
+
+    def series(self, name: str) -> dict[int, list[float]]:
+        """A metric by step: one value per run that has one there."""
+        values: dict[int, list[float]] = {}
+        for run in self.runs:
+            for step, value in run.series(name).items():
+                values.setdefault(step, []).append(value)
+        return dict(sorted(values.items()))
+
+
+def configurations(runs: list[RunRecord]) -> list[Configuration]:
+    """The runs by recipe, in the order given; labels name the keys that differ, or the run where none does."""
+    flat = [_flat(run.recipe) for run in runs]
+    keys = sorted({key for recipe in flat for key in recipe if _tells(key)})
+    differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in flat}) > 1]
+    groups: dict[tuple, list[RunRecord]] = {}
+    for run, recipe in zip(runs, flat, strict=True):
+        groups.setdefault(tuple(repr(recipe.get(key)) for key in differing), []).append(run)
+    found = []
+    for members in groups.values():
+        recipe = _flat(members[0].recipe)
+        parts = [_part(key, recipe.get(key), [other.get(key) for other in flat]) for key in differing]
+        label = ", ".join(parts) or members[0].name
+        found.append(Configuration(label + (f" ({len(members)} seeds)" if len(members) > 1 else ""), members))
+    return found
+
+
+def differences(runs: list[RunRecord]) -> dict[str, list[Any]]:
+    """Every recipe key whose values differ, seeds and names included, with each run's value."""
+    flat = [_flat(run.recipe) for run in runs]
+    keys = dict.fromkeys(key for recipe in flat for key in recipe)
+    return {key: [recipe.get(key) for recipe in flat] for key in keys if len({repr(recipe.get(key)) for recipe in flat}) > 1}
+
+
+def windows(series: dict[int, list[float]]) -> tuple[list[float], list[float], int]:
+    """The values of the first and of the last tenth of the steps (at most 50), and how many steps that is."""
+    steps = list(series)
+    width = max(1, min(50, len(steps) // 10))
+    first, last = steps[:width], steps[-width:]
+    return [v for step in first for v in series[step]], [v for step in last for v in series[step]], width
+
+
+def spread(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _tells(key: str) -> bool:
+    return key not in SEEDS and not any(key == name or key.startswith(f"{name}.") for name in SAYS_NOTHING)
+
+
+def _part(key: str, value: Any, others: list[Any]) -> str:
+    """`learning_rate 0.003`; of a dotted path its last name, where that tells the runs apart."""
+    short = {str(other).rpartition(".")[2] for other in others}
+    if key.endswith("class_path") and len(short) == len({str(other) for other in others}):
+        return str(value).rpartition(".")[2]
+    return f"{key.rpartition('.')[2]} {'default' if value is None else value}"

@@ -1,0 +1,173 @@
+"""Curves of one or several configurations with matplotlib: a PNG, and one inline SVG per panel for the page.
+
+Colours are Okabe and Ito's, told apart by line style as well. In the SVGs they are CSS variables, so that the page's light
+and dark themes decide them.
+"""
+
+import io
+import re
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from gtpo.configurations import Configuration, spread
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ((), (6, 2), (1.5, 1.5), (6, 2, 1.5, 2), (3, 1), (8, 2, 1.5, 2, 1.5, 2))
+INK, GRID, MARK = "#a0a0f0", "#a0a0f1", "#a0a0f2"  # stand-ins in the SVGs for currentColor, --grid and --mark
+STAND_INS = {INK: "currentColor", GRID: "var(--grid)", MARK: "var(--mark)"} | {
+    f"#a0a00{i}": f"var(--series-{i})" for i in range(len(COLOURS))}
+MOST_POINTS = 3000  # of all lines of a panel together
+
+
+class Panel(NamedTuple):
+    """One metric: the first of `metrics` that a run has, times the factor beside it."""
+
+    name: str
+    title: str
+    unit: str
+    metrics: tuple[tuple[str, float], ...]
+    share: bool = False  # drawn from 0 to 1
+    rare: bool = False  # or to its largest value
+
+
+PANELS = (
+    Panel("reward", "Reward", "", (("reward", 1),)),
+    Panel("format", "Format rate", "share of completions", (("reward/format_rate", 1), ("reward/formatting_avg", 0.1)), True),
+    Panel("correct", "Correct rate", "share of completions", (("reward/correct_rate", 1), ("reward/correctness_avg", 0.1)), True),
+    Panel("held_out", "Held-out accuracy", "share of problems", (("evaluation/accuracy", 1), ("eval_evaluation/accuracy", 1)), True),
+    Panel("entropy", "Entropy", "nats per token", (("gtpo/completion_entropy", 1), ("entropy", 1))),
+    Panel("conflict", "Conflict tokens", "share of tokens", (("gtpo/frac_conflict_tokens", 1),), True, True),
+    Panel("filtered", "Filtered completions", "share, entropy above threshold", (("gtpo/frac_filtered", 1),), True, True),
+    Panel("no_signal", "Groups without signal", "share of groups", (("frac_reward_zero_std", 1),), True),
+    Panel("length", "Completion length", "tokens", (("completions/mean_length", 1),)),
+    Panel("truncated", "Truncated completions", "share of completions", (("completions/clipped_ratio", 1),), True, True),
+    Panel("grad_norm", "Gradient norm", "", (("grad_norm", 1),)),
+    Panel("step_time", "Step time", "seconds", (("step_time", 1),)),
+)
+
+
+def panel_series(panel: Panel, configuration: Configuration) -> dict[int, list[float]]:
+    """The panel's metric by step, one value per run."""
+    for metric, factor in panel.metrics:
+        if series := configuration.series(metric):
+            return {step: [factor * value for value in values] for step, values in series.items()}
+    return {}
+
+
+def panels_with_data(configurations: list[Configuration]) -> list[Panel]:
+    return [panel for panel in PANELS if any(panel_series(panel, configuration) for configuration in configurations)]
+
+
+def write_png(file: Path, configurations: list[Configuration], software: str) -> None:
+    """All panels in one picture."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels = panels_with_data(configurations)
+    rows = max(1, -(-len(panels) // 3))
+    with matplotlib.rc_context({"font.size": 9, "axes.prop_cycle": matplotlib.cycler(color=COLOURS)}):
+        figure = Figure(figsize=(13, 2.9 * rows + 0.6), layout="constrained")
+        axes = list(figure.subplots(rows, 3, squeeze=False).flat)
+        for axis, panel in zip(axes, panels, strict=False):
+            _draw(axis, panel, configurations, COLOURS, ink="#222222", grid="#dddddd", mark="#555555")
+        for axis in axes[len(panels) :]:
+            axis.set_axis_off()
+        lines = [_line(i, COLOURS) for i in range(len(configurations))]
+        figure.legend(lines, [configuration.label for configuration in configurations], loc="outside upper left", frameon=False)
+        figure.savefig(file, format="png", dpi=100, metadata={"Software": software})
+
+
+def inline_svgs(configurations: list[Configuration]) -> dict[str, str]:
+    """Panel name -> SVG element to put into the page."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found = {}
+    for panel in panels_with_data(configurations):
+        style = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": panel.name, "path.simplify": True}
+        with matplotlib.rc_context(style):
+            figure = Figure(figsize=(4.6, 2.5), layout="constrained")
+            _draw(figure.subplots(), panel, configurations, list(STAND_INS)[3:], ink=INK, grid=GRID, mark=MARK)
+            file = io.StringIO()
+            figure.savefig(file, format="svg", transparent=True,
+                           metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        found[panel.name] = _inline(file.getvalue())
+    return found
+
+
+def _inline(svg: str) -> str:
+    """The bare element, scaling with the page, its colours given to the page's style."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"^<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true" focusable="false">', svg)
+    svg = re.sub(r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
+    svg = re.sub(r"#a0a0[0f]\d", lambda match: STAND_INS[match[0]], svg)
+    svg = re.sub(r"(?:font-family|font): [^;\"]*(?:; |(?=\"))", "", svg)  # the page's own
+    return re.sub(r"\n\s*", "\n", svg).strip()
+
+
+def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, ink: str, grid: str, mark: str) -> None:
+    points = max(50, MOST_POINTS // sum(len(configuration.runs) > 0 for configuration in configurations))
+    for i, configuration in enumerate(configurations):
+        series = panel_series(panel, configuration)
+        steps, means, lows, highs = _binned(series, points)
+        if not steps:
+            continue
+        line, single = _line(i, colours), len(configuration.runs) == 1
+        noisy = single and len(steps) > 20 and panel.name != "held_out"
+        if noisy:
+            axis.plot(steps, means, color=line.get_color(), linewidth=0.8, alpha=0.35)
+        elif not single:
+            axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.18, linewidth=0)
+        smooth = _running_mean(means, max(1, len(means) // 20)) if noisy else means
+        few = len(steps) <= 20
+        axis.plot(steps, smooth, color=line.get_color(), linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None),
+                  marker="os^Dv*"[i % 6] if few else None, markersize=4)
+    if panel.name == "entropy":
+        for threshold in sorted({float(run.value("gtpo_runtime.ent_threshold", 0.7)) for c in configurations for run in c.runs}):
+            axis.axhline(threshold, color=mark, linewidth=1, linestyle=(0, (4, 3)))
+            axis.annotate(f"threshold {threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                          textcoords="offset points", ha="right", color=mark, fontsize=8)
+    if len(configurations) == 1:
+        for step in {step for run in configurations[0].runs for step, _, _ in run.alarms}:
+            axis.axvline(step, color=mark, linewidth=0.8, linestyle=":")
+    low, high = axis.get_ylim()
+    if panel.share:
+        high = min(1.0, max(0.1, high)) if panel.rare else 1.0
+        axis.set_ylim(-0.03 * high, 1.03 * high)
+    elif panel.name != "reward":
+        axis.set_ylim(bottom=min(low, 0))
+    axis.set_title(panel.title, loc="left", color=ink, fontsize=10, fontweight="bold")
+    axis.set_ylabel(panel.unit, color=ink)
+    axis.set_xlabel("step", color=ink)
+    axis.tick_params(colors=ink, length=3)
+    axis.grid(color=grid, linewidth=0.7)
+    axis.set_axisbelow(True)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(grid)
+
+
+def _line(i: int, colours):
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=colours[i % len(COLOURS)], linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None))
+
+
+def _binned(series: dict[int, list[float]], most: int) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Steps, means and means -/+ one standard deviation over runs, neighbours averaged so that at most `most` remain."""
+    steps = list(series)
+    width = -(-len(steps) // most) or 1
+    found: tuple[list, list, list, list] = ([], [], [], [])
+    for start in range(0, len(steps), width):
+        chunk = steps[start : start + width]
+        mean = statistics.fmean(statistics.fmean(series[step]) for step in chunk)
+        deviation = statistics.fmean(spread(series[step]) for step in chunk)
+        for values, value in zip(found, (statistics.fmean(chunk), mean, mean - deviation, mean + deviation), strict=True):
+            values.append(value)
+    return found
+
+
+def _running_mean(values: list[float], reach: int) -> list[float]:
+    return [statistics.fmean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]

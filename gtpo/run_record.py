@@ -1,0 +1,184 @@
+"""What a run directory tells about its run: recipe, versions, logged metrics, alarms, completions, evaluations.
+
+Loads no model. A run that crashed or is still going tells what it can: the newest checkpoint has the metrics up to it,
+the completions file the rest.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from gtpo.completion_log import CompletionLog
+from gtpo.recipe import Recipe, RecipeError
+
+ALARM = "alarm/"
+STATE = "trainer_state.json"
+
+
+@dataclass
+class RunRecord:
+    path: Path
+    recipe: dict[str, Any]  # plain values, with the schema's defaults
+    recipe_text: str
+    versions: dict[str, str]
+    state: dict[str, Any]  # what trainer_state.json holds; empty where there is none
+    state_file: Path | None
+    logged: dict[int, dict[str, float]]  # step -> metrics
+    alarms: list[tuple[int, str, Any]]  # step, condition, evidence
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # file's stem -> numbers
+
+    @property
+    def name(self) -> str:
+        return str(self.recipe.get("run_name") or self.path.resolve().name)
+
+    @property
+    def finished(self) -> bool:
+        return self.state_file == self.path / STATE
+
+    @property
+    def last_step(self) -> int:
+        return max([0, *self.logged, *self.completions.totals])
+
+    @property
+    def max_steps(self) -> int | None:
+        return self.state.get("max_steps") or None
+
+    @cached_property
+    def completions(self) -> CompletionLog:
+        return CompletionLog(self.path / "completions.jsonl")
+
+    @cached_property
+    def _recorded(self) -> dict[int, dict[str, float]]:
+        return self.completions.averages()
+
+    def series(self, name: str) -> dict[int, float]:
+        """A metric by step: as it was logged, and from the completions what was not (or not yet)."""
+        logged = {step: metrics[name] for step, metrics in self.logged.items() if name in metrics}
+        last = max(logged, default=0)
+        return logged | {step: values[name] for step, values in self._recorded.items() if step > last and name in values}
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """A recipe's value by its dotted key."""
+        values: Any = self.recipe
+        for part in key.split("."):
+            values = values.get(part) if isinstance(values, dict) else None
+        return default if values is None else values
+
+    @property
+    def has_token_weights(self) -> bool:
+        """Whether its trainer weighs tokens; where the completions do not say, whether it logs conflicts."""
+        if self.completions.totals and any(group.tokens for group in self.completions.groups):
+            return self.completions.weighted > 0
+        return any("gtpo/frac_conflict_tokens" in metrics for metrics in self.logged.values())
+
+
+def read_run(path: Path) -> RunRecord:
+    """The record of a run directory; raises RecipeError if it is none, or has nothing to tell."""
+    if not path.is_dir():
+        raise RecipeError(f"{path}: there is no such run directory; give the one that train_model.py printed last")
+    if not (path / "recipe.yaml").is_file():
+        inside = next((parent for parent in path.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
+        raise RecipeError(f"{path}: is no run directory (it has no recipe.yaml); give "
+                          f"{inside if inside else 'the one that train_model.py printed last'}")
+    text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    state_file, state = _newest_state(path)
+    logged, alarms = _history(state.get("log_history"))
+    record = RunRecord(
+        path=path, recipe=_recipe(path, text), recipe_text=text, versions=_versions(path), state=state, state_file=state_file,
+        logged=logged, alarms=alarms, evaluations=_evaluations(path / "evaluation"),
+    )
+    if not (record.last_step or record.evaluations):
+        raise RecipeError(f"{path}: there is nothing to report yet: no metrics in {STATE} or a checkpoint, no completions.jsonl "
+                          "and no evaluation; wait for the first steps")
+    return record
+
+
+def _recipe(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path / 'recipe.yaml'}: is no recipe (not a YAML mapping); restore it, or give another run")
+    try:
+        return Recipe.model_validate(values).saved()[0]
+    except ValidationError:  # saved by another version of ours: what it says is worth showing all the same
+        return values
+
+
+def _versions(path: Path) -> dict[str, str]:
+    values = _read_json(path / "versions.json")
+    return {str(name): str(value) for name, value in values.items()}
+
+
+def _newest_state(path: Path) -> tuple[Path | None, dict]:
+    """The final state, else the newest checkpoint's that can be read."""
+    checkpoints = [(int(match[1]), file) for file in path.glob(f"checkpoint-*/{STATE}")
+                   if (match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))]
+    for file in (path / STATE, *(file for _, file in sorted(checkpoints, reverse=True))):
+        if isinstance((state := _read_json(file)).get("log_history"), list):
+            return file, state
+    return None, {}
+
+
+def _history(entries: object) -> tuple[dict[int, dict[str, float]], list[tuple[int, str, Any]]]:
+    """Metrics by step, and the alarms among them."""
+    logged: dict[int, dict[str, float]] = {}
+    alarms = []
+    for entry in entries if isinstance(entries, list) else []:
+        if not (isinstance(entry, dict) and isinstance(step := entry.get("step"), int)):
+            continue
+        for name, value in entry.items():
+            if name.startswith(ALARM):
+                alarms.append((step, name.removeprefix(ALARM), value))
+            elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                logged.setdefault(step, {})[name] = float(value)
+    return dict(sorted(logged.items())), alarms
+
+
+def _evaluations(folder: Path) -> dict[str, dict[str, float]]:
+    """Numbers of each evaluation file, recomputed from its lines."""
+    found = {}
+    for file in sorted(folder.glob("*.jsonl"), key=lambda file: (file.stem != "before", file.stem != "after", file.stem)):
+        rows = [row for row in _read_json_lines(file) if isinstance(row.get("correct"), bool)]
+        if rows:
+            found[file.stem] = {
+                "problems": len({row.get("problem", i) if isinstance(row.get("problem"), int | str) else i for i, row in enumerate(rows)}),
+                "completions": len(rows), "accuracy": _share(rows, "correct"), "format": _share(rows, "well_formed"),
+                "truncated": _share(rows, "truncated") if any("truncated" in row for row in rows) else math.nan,
+            }
+    return found
+
+
+def _share(rows: list[dict], name: str) -> float:
+    return sum(bool(row.get(name)) for row in rows) / len(rows)
+
+
+def _read_json(file: Path) -> dict:
+    """What a JSON file holds if that is an object; {} for any other, a missing and a damaged one."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _read_json_lines(file: Path) -> list[dict]:
+    rows = []
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+    return rows

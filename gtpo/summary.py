@@ -1,0 +1,154 @@
+"""A newcomer's three questions about a configuration's runs, answered in plain sentences with numbers from their records."""
+
+import math
+import statistics
+from collections import Counter
+from typing import NamedTuple
+
+from gtpo.configurations import Configuration, spread, windows
+from gtpo.curves import PANELS, panel_series
+
+FEW_STEPS = 6
+NEARLY_DETERMINISTIC = 0.1  # of the initial entropy
+PANEL = {panel.name: panel for panel in PANELS}
+
+
+class Answer(NamedTuple):
+    question: str
+    verdict: str  # yes, no, careful, or unknown: the page's sign and colour
+    word: str  # the verdict as a person says it
+    sentences: list[str]
+    texts: list[tuple[str, int]] = []  # protected texts, and in how many completions
+
+
+def answers(configuration: Configuration) -> list[Answer]:
+    return [_did_it_learn(configuration), _did_it_stay_stable(configuration), _what_was_protected(configuration)]
+
+
+def _did_it_learn(configuration: Configuration) -> Answer:
+    question, told = "Did it learn?", []
+    verdict, word = "unknown", "too early to say"
+    reward = panel_series(PANEL["reward"], configuration)
+    if reward:
+        first, last, width = windows(reward)
+        before, after = statistics.fmean(first), statistics.fmean(last)
+        if len(reward) >= FEW_STEPS:
+            noise = 2 * math.hypot(spread(first) / math.sqrt(len(first)), spread(last) / math.sqrt(len(last)))
+            verdict, word = ("yes", "yes") if after - before > noise else ("no", "it got worse") if before - after > noise else (
+                "careful", "no clear change")
+        told.append(f"The mean reward went from {before:.2f} ({_steps(width, 'first')}) to {after:.2f} ({_steps(width, 'last')}).")
+        told += _shares(configuration)
+    for run in configuration.runs:
+        before, after = run.evaluations.get("before"), run.evaluations.get("after")
+        if before and after:
+            told.append(f"On {after['problems']} held-out problems{_of_run(configuration, run)}, greedy accuracy went from "
+                        f"{before['accuracy']:.1%} to {after['accuracy']:.1%}, format from {before['format']:.1%} to {after['format']:.1%}.")
+            if verdict == "yes" and after["accuracy"] < before["accuracy"]:
+                verdict, word = "careful", "reward yes, accuracy no"
+    no_signal = panel_series(PANEL["no_signal"], configuration)
+    if no_signal and (share := statistics.fmean(windows(no_signal)[1])) > 0.5:
+        told.append(f"Near the end {share:.0%} of the groups had no signal: all their completions earned the same reward.")
+    return Answer(question, verdict, word, told or ["No rewards were recorded."])
+
+
+def _shares(configuration: Configuration) -> list[str]:
+    parts = []
+    for name, text in (("format", "well-formed completions"), ("correct", "correct ones")):
+        if series := panel_series(PANEL[name], configuration):
+            first, last, _ = windows(series)
+            parts.append(f"{text} from {statistics.fmean(first):.0%} to {statistics.fmean(last):.0%}")
+    return [f"In the same steps {', '.join(parts)}."] if parts else []
+
+
+def _did_it_stay_stable(configuration: Configuration) -> Answer:
+    told, worries = [], []
+    entropy = panel_series(PANEL["entropy"], configuration)
+    threshold = float(configuration.runs[0].value("gtpo_runtime.ent_threshold", 0.7))
+    if entropy:
+        values = [value for step in entropy.values() for value in step]
+        first, last, width = windows(entropy)
+        told.append(f"Mean entropy lay between {min(values):.3f} and {max(values):.3f} nats (threshold {threshold:g}), "
+                    f"{statistics.fmean(last):.3f} in the {_steps(width, 'last')}.")
+        if max(values) > threshold:
+            worries.append("entropy above the threshold")
+        if statistics.fmean(last) < NEARLY_DETERMINISTIC * statistics.fmean(first):
+            worries.append("nearly deterministic")
+            told.append(f"Entropy fell to {statistics.fmean(last) / statistics.fmean(first):.0%} of what it was: the policy hardly explores.")
+    if filtered := panel_series(PANEL["filtered"], configuration):
+        shares = [statistics.fmean(values) for values in filtered.values()]
+        everything = sum(value >= 1 for values in filtered.values() for value in values)
+        told.append(f"The entropy filter switched off {statistics.fmean(shares):.1%} of the completions.")
+        if everything:
+            worries.append("filter switched off everything")
+            told.append(f"In {_count(everything, 'step')} it switched off every completion: no gradient at all.")
+    told += _alarms(configuration, worries)
+    skipped = sum(max(run.series("gtpo/skipped_steps").values(), default=0) for run in configuration.runs)
+    if skipped:
+        worries.append("skipped steps")
+    told.append(f"{_count(int(skipped), 'optimizer step')} skipped for non-finite gradients." if skipped else "No optimizer step was skipped.")
+    truncated = panel_series(PANEL["truncated"], configuration)
+    if truncated and (share := statistics.fmean(windows(truncated)[1])) > 0.5:
+        worries.append("most completions truncated")
+        told.append(f"{share:.0%} of the last completions were cut off at the length limit.")
+    for run in configuration.runs:
+        if not run.finished:
+            worries.append("not finished")
+            of = f" of {run.max_steps}" if run.max_steps else ""
+            told.append(f"The run{_of_run(configuration, run)} is still going or ended early: step {run.last_step}{of} is the last one known.")
+        elif run.max_steps and run.last_step < run.max_steps:
+            told.append(f"The run{_of_run(configuration, run)} was stopped at step {run.last_step} of {run.max_steps}.")
+    if not entropy and not worries:
+        return Answer("Did it stay stable?", "unknown", "unknown", told)
+    worries = list(dict.fromkeys(worries))
+    return Answer("Did it stay stable?", "careful" if worries else "yes", "; ".join(worries) or "yes", told)
+
+
+def _alarms(configuration: Configuration, worries: list[str]) -> list[str]:
+    alarms = [alarm for run in configuration.runs for alarm in run.alarms]
+    if not alarms:
+        return ["No alarm was raised."]
+    conditions = Counter(condition for _, condition, _ in alarms)
+    worries.append(_count(len(alarms), "alarm"))
+    return [f"Alarm {condition.replace('_', ' ')}: {_count(count, 'time')}, first at step "
+            f"{min(step for step, other, _ in alarms if other == condition)}." for condition, count in conditions.items()]
+
+
+def _what_was_protected(configuration: Configuration) -> Answer:
+    question = "What did the conflict rule protect?"
+    series = panel_series(PANEL["conflict"], configuration)
+    if not series:
+        return Answer(question, "unknown", "not recorded", ["Neither conflict tokens nor the tokens of completions were recorded."])
+    first, last, width = windows(series)
+    share = statistics.fmean(value for values in series.values() for value in values)
+    told = [f"{share:.1%} of the completion tokens were in conflict: {statistics.fmean(first):.1%} in the {_steps(width, 'first')}, "
+            f"{statistics.fmean(last):.1%} in the {_steps(width, 'last')}."]
+    logs = [run.completions for run in configuration.runs]
+    tokens, times = sum(log.protected_tokens for log in logs), sum(log.protected_completions for log in logs)
+    amplified, worse = sum(log.amplified_tokens for log in logs), sum(log.worse for log in logs)
+    pieces = sum((log.pieces for log in logs), Counter())
+    texts = [(text, count) for text, count in pieces.most_common(8) if text.strip()][:5]
+    weighted = configuration.runs[0].has_token_weights
+    would = "" if weighted else "would have "
+    if not any(log.groups for log in logs):
+        told.append("Which tokens they were is not recorded.")
+    elif tokens or amplified:
+        told.append(f"GTPO {would}protected {tokens:,} tokens (weight 0) in {times:,} of {worse:,} completions with a negative advantage, "
+                    f"and {would}amplified {amplified:,} in better ones.")
+    else:
+        told.append("No token had a weight other than 1.")
+    if not weighted:
+        told.append("This trainer weighs every token 1; it protected nothing.")
+        return Answer(question, "unknown", "nothing: no token weights", told, texts)
+    return Answer(question, "yes" if tokens else "unknown", f"{tokens:,} tokens" if tokens else "see below", told, texts)
+
+
+def _of_run(configuration: Configuration, run) -> str:
+    return f" ({run.path.name})" if len(configuration.runs) > 1 else ""
+
+
+def _steps(width: int, which: str) -> str:
+    return f"{which} step" if width == 1 else f"{which} {width} steps"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

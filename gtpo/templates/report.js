@@ -1,0 +1,256 @@
+// The page's two live parts: the theme, and the conflict view over the JSON in #view. Text only ever goes in as text.
+"use strict";
+
+(() => {
+  const root = document.documentElement;
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const button = document.getElementById("theme");
+  let chosen = null;
+  const paint = () => {
+    const isDark = chosen === null ? dark.matches : chosen;
+    root.dataset.theme = isDark ? "dark" : "light";
+    button.setAttribute("aria-pressed", String(isDark));
+    button.textContent = isDark ? "Light theme" : "Dark theme";
+  };
+  dark.addEventListener("change", paint);
+  button.addEventListener("click", () => { chosen = root.dataset.theme !== "dark"; paint(); });
+  paint();
+})();
+
+(() => {
+  const view = JSON.parse(document.getElementById("view").textContent);
+  if (!view.runs) return;
+  const at = (id) => document.getElementById(id);
+  const runs = view.runs, texts = view.tokens;
+  let run, group, rows, cells;  // cells: per row, its token elements by place from the left
+
+  // ---- small helpers
+
+  const element = (name, className, text) => {
+    const made = document.createElement(name);
+    if (className) made.className = className;
+    if (text !== undefined) made.textContent = text;
+    return made;
+  };
+  const options = (select, labels) => select.replaceChildren(...labels.map((label, i) => {
+    const option = element("option", "", label);
+    option.value = i;
+    return option;
+  }));
+  const number = (value, digits) => value === null || value === undefined ? "not recorded" : value.toFixed(digits);
+  const signed = (value) => value === null ? "?" : (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(2);
+  const sign = (row) => Math.sign(row.advantage || 0);
+  const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+  const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·") || "∅";
+
+  // ---- a token by its place: completions too long to show have a gap in their middle
+
+  const slot = (row, place) => {  // index into row.tokens, or -1
+    if (!row.tokens || place < 0 || place >= row.length) return -1;
+    if (place < row.left) return place;
+    const fromRight = row.length - place;
+    return fromRight <= row.tokens.length - row.left ? row.tokens.length - fromRight : -1;
+  };
+  const tokenAt = (row, place) => { const i = slot(row, place); return i < 0 ? undefined : row.tokens[i]; };
+  const places = (row) => row.tokens.map((_, i) => i < row.left ? i : row.length - (row.tokens.length - i));
+  const weightsOf = (row) => row.weights.flatMap(([weight, count]) => Array(count).fill(weight));
+
+  // ---- choosing
+
+  const showRun = () => {
+    run = runs[at("run").value];
+    at("would-be").hidden = !run.wouldBe;
+    options(at("step"), run.steps.map((step) => `${step.step} (${step.why})`));
+    showStep();
+  };
+  const showStep = () => {
+    const step = run.steps[at("step").value];
+    options(at("group"), step.groups.map((group) => {
+      const better = group.rows.filter((row) => sign(row) > 0).length;
+      const worse = group.rows.filter((row) => sign(row) < 0).length;
+      return `prompt ${group.group + 1} (${better} better, ${worse} worse)`;
+    }));
+    showGroup();
+  };
+  const showGroup = () => {
+    group = run.steps[at("step").value].groups[at("group").value];
+    rows = group.rows;
+    showPrompt();
+    showCompletions();
+    inspect(null);
+  };
+  const showPrompt = () => {
+    const lines = [...group.prompt, ...(group.reference === null ? [] : [["reference", group.reference]])];
+    at("prompt").replaceChildren(...lines.flatMap(([role, text]) => [element("b", "", `${role}: `), `${text}\n`]));
+  };
+
+  // ---- completions: the better ones beside the worse ones, as one grid of tokens
+
+  const showCompletions = () => {
+    cells = rows.map(() => new Map());
+    const sides = element("div", "sides");
+    sides.setAttribute("role", "grid");
+    sides.setAttribute("aria-label", "Tokens of the group's completions; arrow keys move between tokens");
+    const signal = rows.some((row) => sign(row) !== 0);
+    for (const [title, wanted] of [["Better than the group", 1], ["Worse than the group", -1], ["No advantage", 0]]) {
+      const members = rows.map((_, i) => i).filter((i) => sign(rows[i]) === wanted);
+      if (!members.length && (wanted === 0 || !signal)) continue;
+      const side = element("div");
+      side.setAttribute("role", "rowgroup");
+      side.append(element("h3", "", `${title} (${members.length})`), ...members.map(card));
+      sides.append(side);
+    }
+    at("completions").replaceChildren(sides);
+    const first = sides.querySelector(".tokens .token");
+    if (first) first.tabIndex = 0;
+  };
+  const card = (index) => {
+    const row = rows[index];
+    const box = element("article", `completion${row.kept === false ? " filtered" : ""}`);
+    const about = element("div", "about");
+    const facts = [`reward ${number(row.reward, 2)}`, `mean entropy ${number(row.entropy, 3)}`,
+                   row.kept === null ? "no filter" : row.kept ? "kept ✓" : "filtered ✗ no gradient"];
+    if (row.length !== undefined) facts.push(counted(row.length, "token"));
+    if (row.truncated) facts.push("truncated ✂");
+    for (const [name, value] of Object.entries(row.rewards)) facts.push(`${name} ${number(value, 2)}`);
+    about.append(element("strong", "", `#${row.row + 1}  A ${signed(row.advantage)}`), ...facts.map((fact) => element("span", "", fact)));
+    const tokens = element("div", "tokens");
+    tokens.setAttribute("role", "row");
+    tokens.setAttribute("aria-label", `Completion ${row.row + 1}, advantage ${signed(row.advantage)}`);
+    if (row.tokens) tokens.append(...tokenElements(row, index));
+    else tokens.append(element("span", "", row.text));
+    box.append(about, tokens);
+    return box;
+  };
+  const tokenElements = (row, index) => {
+    const weights = weightsOf(row), made = [];
+    places(row).forEach((place, i) => {
+      if (i === row.left && row.tokens.length < row.length) {
+        const hidden = row.length - row.tokens.length;
+        made.push(element("span", "gap", ` … ${counted(hidden, "token")} not shown … `));
+      }
+      const weight = weights[place];
+      const cell = element("span", "token");
+      cell.classList.toggle("protected", weight === 0);
+      cell.classList.toggle("damped", weight > 0 && weight < 1);
+      cell.classList.toggle("amplified", weight > 1);
+      cell.classList.toggle("prefix", place < row.prefix);
+      cell.classList.toggle("suffix", place >= row.length - row.suffix);
+      fill(cell, texts[row.tokens[i]]);
+      cell.tabIndex = -1;
+      cell.setAttribute("role", "gridcell");
+      cell.setAttribute("aria-label", `${visible(texts[row.tokens[i]])}, weight ${weight}, entropy ${entropyOf(row, i)}`);
+      cell.dataset.row = index;
+      cell.dataset.place = place;
+      cells[index].set(place, cell);
+      made.push(cell);
+    });
+    return made;
+  };
+  const fill = (cell, text) => {  // white space gets a sign; a line break stays one
+    for (const part of text ? text.split(/(\n|\t|^ +| +$)/).filter(Boolean) : ["∅"]) {
+      cell.append(/^[\n\t ]+$|^∅$/.test(part) ? element("span", "blank", visible(part) + (part === "\n" ? "\n" : "")) : part);
+    }
+  };
+  const entropyOf = (row, i) => row.entropies && row.entropies[i] !== null ? `${(row.entropies[i] / 1000).toFixed(3)} nats` : "not recorded";
+
+  // ---- one token: what it weighs, where else it stands, and why that makes it a conflict or not
+
+  const inspect = (cell) => {
+    for (const marked of at("completions").querySelectorAll(".current, .same-opposite, .same-side")) {
+      marked.classList.remove("current", "same-opposite", "same-side");
+    }
+    if (!cell) {
+      at("inspector").replaceChildren(element("p", "", "Point at a token, or press Tab and then the arrow keys."));
+      return;
+    }
+    cell.classList.add("current");
+    const index = Number(cell.dataset.row), place = Number(cell.dataset.place), row = rows[index];
+    const right = row.length - 1 - place, i = slot(row, place), weight = weightsOf(row)[place];
+    const runsOf = [place < row.prefix && "prefix run", right < row.suffix && "suffix run"].filter(Boolean);
+    const fromTheLeft = () => place, fromTheRight = (other) => other.length - 1 - right;
+    const left = matches(index, row.tokens[i], fromTheLeft), fromRight = matches(index, row.tokens[i], fromTheRight);
+    const sides = [["left", "prefix run", left, fromTheLeft], ["right", "suffix run", fromRight, fromTheRight]]
+      .filter(([, name]) => !runsOf.length || runsOf.includes(name));
+    for (const [other, where] of sides.flatMap(([, , found]) => found)) {
+      const same = cells[other].get(where);
+      if (same) same.classList.add(sign(rows[other]) * sign(row) < 0 ? "same-opposite" : "same-side");
+    }
+    const what = element("p");
+    const word = weight === 0 ? "protected" : weight > 1 ? "amplified" : weight < 1 ? "damped" : "untouched";
+    what.append(element("b", "", visible(texts[row.tokens[i]])), ` entropy ${entropyOf(row, i)} · weight ${weight}${run.wouldBe && weight !== 1 ? " (would be)" : ""}, ${word}`
+      + ` · place ${place + 1} from the left, ${right + 1} from the right${runsOf.length ? ` · ${runsOf.join(" and ")}` : ""}`);
+    const lines = [what, element("p", "", reason(row, runsOf, left, fromRight, weight))];
+    for (const [side, , found, placeIn] of sides) lines.push(element("p", "about", elsewhere(index, side, found, placeIn)));
+    at("inspector").replaceChildren(...lines);
+  };
+  const matches = (index, token, placeIn) =>  // [row, place] of the same token at the aligned place in the other completions
+    rows.map((other, j) => [j, placeIn(other)]).filter(([j, where]) => j !== index && tokenAt(rows[j], where) === token);
+  const elsewhere = (index, side, found, placeIn) => {
+    const same = found.map(([j]) => name(rows[j]));
+    const different = rows.map((_, j) => j).filter((j) => j !== index && rows[j].tokens && !found.some(([k]) => k === j)).map((j) => {
+      const token = tokenAt(rows[j], placeIn(rows[j]));
+      return `${name(rows[j])} ${token === undefined ? "nothing shown" : visible(texts[token])}`;
+    });
+    return `Same place from the ${side}: the same in ${same.length ? same.join(", ") : "none"}${different.length ? `; other in ${different.slice(0, 12).join(", ")}` : ""}.`;
+  };
+  const name = (row) => `#${row.row + 1}${sign(row) > 0 ? "+" : sign(row) < 0 ? "−" : ""}`;
+  const reason = (row, runsOf, left, fromRight, weight) => {
+    const opposite = (found) => found.filter(([j]) => sign(rows[j]) * sign(row) < 0).length;
+    const other = sign(row) > 0 ? "worse" : "better";
+    if (runsOf.length) {
+      const side = runsOf[0] === "prefix run" ? "left" : "right";
+      const count = opposite(side === "left" ? left : fromRight);
+      const so = weight === 0 ? "so it is not unlearnt here" : weight > 1 ? "so it counts more here" : `but its weight is ${weight}`;
+      return `In conflict: the same token stands at this place from the ${side} in ${counted(count, `${other} completion`)}, ${so}.`;
+    }
+    if (sign(row) === 0) return "No conflict: a completion without advantage neither votes nor is marked.";
+    if (opposite(left) || opposite(fromRight)) {
+      const side = opposite(left) ? "left" : "right";
+      return `No conflict: a ${other} completion has it at this place from the ${side}, but the unbroken run has ended before it.`;
+    }
+    return `No conflict: no ${other} completion has this token at this place, from the left or from the right.`;
+  };
+
+  // ---- pointing and keys
+
+  const grid = at("completions");
+  grid.addEventListener("mouseover", (event) => {
+    const cell = event.target.closest(".token");
+    if (cell) inspect(cell);
+  });
+  grid.addEventListener("focusin", (event) => { if (event.target.classList.contains("token")) inspect(event.target); });
+  grid.addEventListener("click", (event) => { const cell = event.target.closest(".token"); if (cell) go(cell); });
+  const go = (cell) => {
+    for (const old of grid.querySelectorAll('.token[tabindex="0"]')) old.tabIndex = -1;
+    cell.tabIndex = 0;
+    cell.focus();
+    cell.scrollIntoView({ block: "nearest" });
+  };
+  grid.addEventListener("keydown", (event) => {
+    const cell = event.target.closest(".token");
+    if (!cell || event.altKey || event.ctrlKey || event.metaKey) return;
+    const all = [...grid.querySelectorAll(".tokens .token")];
+    const line = all.filter((other) => other.dataset.row === cell.dataset.row), i = line.indexOf(cell);
+    const lines = [...new Set(all.map((other) => other.dataset.row))], j = lines.indexOf(cell.dataset.row);
+    const beside = (row) => {  // the token at the same place in another completion, or its last one
+      const other = all.filter((token) => token.dataset.row === row);
+      return other.find((token) => token.dataset.place === cell.dataset.place) || other[other.length - 1];
+    };
+    const target = {
+      ArrowRight: () => line[i + 1], ArrowLeft: () => line[i - 1], Home: () => line[0], End: () => line[line.length - 1],
+      ArrowDown: () => j + 1 < lines.length ? beside(lines[j + 1]) : null, ArrowUp: () => j > 0 ? beside(lines[j - 1]) : null,
+    }[event.key];
+    if (!target) return;
+    event.preventDefault();
+    const next = target();
+    if (next) go(next);
+  });
+
+  options(at("run"), runs.map((run) => run.label));
+  at("run-choice").hidden = runs.length === 1;
+  at("run").addEventListener("change", showRun);
+  at("step").addEventListener("change", showStep);
+  at("group").addEventListener("change", showGroup);
+  showRun();
+})();
