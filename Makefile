@@ -1,15 +1,22 @@
-# make demo   train the embedded demo on a CPU       make test   run all tests       make gpu-check   needs a GPU
+# make demo   train the embedded demo on a CPU, and report     make test       run all tests
+# make pictures   the README's pictures, from the demo         make gpu-check  needs a GPU
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 DEMO_FLAGS ?=
 
-.PHONY: demo test gpu-check
+.PHONY: demo test pictures gpu-check
 demo: $(VENV)/.cpu
 	$(VENV)/bin/python train_model.py recipes/demo.yaml --overwrite $(DEMO_FLAGS)
+	$(VENV)/bin/python report_run.py recipes/demo.yaml $(DEMO_FLAGS)
 
 test: $(VENV)/.unsloth
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -rs
+
+pictures: $(VENV)/.cpu
+	$(VENV)/bin/python train_model.py recipes/demo.yaml --overwrite --output_root runs/pictures
+	$(VENV)/bin/python report_run.py recipes/demo.yaml --output_root runs/pictures --out runs/pictures/report
+	$(VENV)/bin/python benchmarks/screenshots.py runs/pictures/report docs/images
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

@@ -181,7 +181,8 @@ class CompletionLog:
         if protected:
             self.protected_tokens += protected
             self.protected_completions += 1
-            self.pieces.update({piece for text in protected_texts(completion, weights) for piece in PIECES.findall(text)})
+            pieces = (piece for text in protected_texts(completion, weights) for piece in PIECES.findall(text))
+            self.pieces.update(list(dict.fromkeys(pieces)))  # each once, in their order
 
 
 def protected_texts(completion: Completion, weights: list[float]) -> list[str]:

@@ -7,7 +7,8 @@ from typing import Any
 from gtpo.run_record import RunRecord
 
 SEEDS = {"model.random_seed", "training.seed", "training.data_seed"}
-SAYS_NOTHING = ("run_name", "output_root", "env", "wandb", "training.report_to", "training.logging_dir", "training.project")
+SAYS_NOTHING = ("run_name", "output_root", "env", "wandb", "watch", "evaluation.batch_size", "training.report_to",
+                "training.logging_steps", "training.save_steps", "training.save_total_limit")  # of what is trained
 
 
 @dataclass(frozen=True)

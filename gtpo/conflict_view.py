@@ -65,9 +65,9 @@ def _percent(conflicts: int, tokens: int) -> str:
 
 
 def _run_view(run: RunRecord, label: str, wanted: list[int], table: TokenTable, size: int) -> dict[str, Any]:
-    """The wanted and the chosen steps, the groups with most conflicts first, as many as fit."""
+    """The wanted and the chosen steps, their most telling groups first, as many as fit."""
     reasons = choose_steps(run, wanted)
-    by_step = {step: _most_conflicts_first(run, step) for step in reasons}
+    by_step = {step: _most_telling_first(run, step) for step in reasons}
     shown: dict[int, list[dict]] = {step: [] for step in reasons}
     weight = float(run.value("gtpo_runtime.w_raw", 2.0))
     for place in range(GROUPS_PER_STEP):  # each step's best first, so that none is left without
@@ -84,9 +84,10 @@ def _run_view(run: RunRecord, label: str, wanted: list[int], table: TokenTable, 
     }
 
 
-def _most_conflicts_first(run: RunRecord, step: int) -> list[Group]:
+def _most_telling_first(run: RunRecord, step: int) -> list[Group]:
+    """Groups that show best where a run ends: those with many tokens in conflict, and many that are not."""
     groups = [group for group in run.completions.groups if group.step == step]
-    return sorted(groups, key=lambda group: -group.conflicts / max(1, group.tokens))
+    return sorted(groups, key=lambda group: -group.conflicts * (group.tokens - group.conflicts) / max(1, group.tokens) ** 2)
 
 
 def _group_view(completions: list[Completion], table: TokenTable, weight: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ and dark themes decide them.
 """
 
 import io
+import math
 import re
 import statistics
 from pathlib import Path
@@ -114,15 +115,16 @@ def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, i
         steps, means, lows, highs = _binned(series, points)
         if not steps:
             continue
-        line, single = _line(i, colours), len(configuration.runs) == 1
-        noisy = single and len(steps) > 20 and panel.name != "held_out"
-        if noisy:
-            axis.plot(steps, means, color=line.get_color(), linewidth=0.8, alpha=0.35)
-        elif not single:
-            axis.fill_between(steps, lows, highs, color=line.get_color(), alpha=0.18, linewidth=0)
-        smooth = _running_mean(means, max(1, len(means) // 20)) if noisy else means
-        few = len(steps) <= 20
-        axis.plot(steps, smooth, color=line.get_color(), linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None),
+        colour, few, seeds = colours[i % len(COLOURS)], len(steps) <= 20 or panel.name == "held_out", len(configuration.runs) > 1
+        smooth, *band = (values if few else _running_mean(values, max(1, len(values) // 30)) for values in (means, lows, highs))
+        if seeds:
+            low = -math.inf if panel.name == "reward" else 0  # a band ends where its metric does
+            high = 1 if panel.share else math.inf
+            axis.fill_between(steps, [max(low, value) for value in band[0]], [min(high, value) for value in band[1]], color=colour,
+                              alpha=0.18, linewidth=0)
+        elif not few:
+            axis.plot(steps, means, color=colour, linewidth=0.8, alpha=0.35)
+        axis.plot(steps, smooth, color=colour, linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None),
                   marker="os^Dv*"[i % 6] if few else None, markersize=4)
     if panel.name == "entropy":
         for threshold in sorted({float(run.value("gtpo_runtime.ent_threshold", 0.7)) for c in configurations for run in c.runs}):

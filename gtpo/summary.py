@@ -38,17 +38,27 @@ def _did_it_learn(configuration: Configuration) -> Answer:
                 "careful", "no clear change")
         told.append(f"The mean reward went from {before:.2f} ({_steps(width, 'first')}) to {after:.2f} ({_steps(width, 'last')}).")
         told += _shares(configuration)
-    for run in configuration.runs:
-        before, after = run.evaluations.get("before"), run.evaluations.get("after")
-        if before and after:
-            told.append(f"On {after['problems']} held-out problems{_of_run(configuration, run)}, greedy accuracy went from "
-                        f"{before['accuracy']:.1%} to {after['accuracy']:.1%}, format from {before['format']:.1%} to {after['format']:.1%}.")
-            if verdict == "yes" and after["accuracy"] < before["accuracy"]:
-                verdict, word = "careful", "reward yes, accuracy no"
+    if held_out := _held_out(configuration):
+        before, after, sentence = held_out
+        told.append(sentence)
+        if verdict == "yes" and after < before:
+            verdict, word = "careful", "reward yes, accuracy no"
     no_signal = panel_series(PANEL["no_signal"], configuration)
     if no_signal and (share := statistics.fmean(windows(no_signal)[1])) > 0.5:
         told.append(f"Near the end {share:.0%} of the groups had no signal: all their completions earned the same reward.")
     return Answer(question, verdict, word, told or ["No rewards were recorded."])
+
+
+def _held_out(configuration: Configuration) -> tuple[float, float, str] | None:
+    """Mean accuracy before and after training, and both as a sentence."""
+    pairs = [(run.evaluations["before"], run.evaluations["after"]) for run in configuration.runs
+             if {"before", "after"} <= run.evaluations.keys()]
+    if not pairs:
+        return None
+    means = {name: [statistics.fmean(pair[when][name] for pair in pairs) for when in (0, 1)] for name in ("accuracy", "format")}
+    seeds = f" (means of {len(pairs)} runs)" if len(pairs) > 1 else ""
+    return *means["accuracy"], (f"On {pairs[0][1]['problems']} held-out problems{seeds}, greedy accuracy went from "
+                                "{0:.1%} to {1:.1%}, ".format(*means["accuracy"]) + "format from {0:.1%} to {1:.1%}.".format(*means["format"]))
 
 
 def _shares(configuration: Configuration) -> list[str]:
@@ -82,25 +92,33 @@ def _did_it_stay_stable(configuration: Configuration) -> Answer:
             worries.append("filter switched off everything")
             told.append(f"In {_count(everything, 'step')} it switched off every completion: no gradient at all.")
     told += _alarms(configuration, worries)
-    skipped = sum(max(run.series("gtpo/skipped_steps").values(), default=0) for run in configuration.runs)
-    if skipped:
-        worries.append("skipped steps")
-    told.append(f"{_count(int(skipped), 'optimizer step')} skipped for non-finite gradients." if skipped else "No optimizer step was skipped.")
+    if any(counts := [run.series("gtpo/skipped_steps") for run in configuration.runs]):
+        skipped = int(sum(max(count.values(), default=0) for count in counts))
+        told.append(f"{_count(skipped, 'optimizer step')} skipped for non-finite gradients." if skipped else "No optimizer step was skipped.")
+        worries += ["skipped steps"] * (skipped > 0)
     truncated = panel_series(PANEL["truncated"], configuration)
     if truncated and (share := statistics.fmean(windows(truncated)[1])) > 0.5:
         worries.append("most completions truncated")
         told.append(f"{share:.0%} of the last completions were cut off at the length limit.")
-    for run in configuration.runs:
-        if not run.finished:
-            worries.append("not finished")
-            of = f" of {run.max_steps}" if run.max_steps else ""
-            told.append(f"The run{_of_run(configuration, run)} is still going or ended early: step {run.last_step}{of} is the last one known.")
-        elif run.max_steps and run.last_step < run.max_steps:
-            told.append(f"The run{_of_run(configuration, run)} was stopped at step {run.last_step} of {run.max_steps}.")
+    told += _ends(configuration, worries)
     if not entropy and not worries:
         return Answer("Did it stay stable?", "unknown", "unknown", told)
     worries = list(dict.fromkeys(worries))
     return Answer("Did it stay stable?", "careful" if worries else "yes", "; ".join(worries) or "yes", told)
+
+
+def _ends(configuration: Configuration, worries: list[str]) -> list[str]:
+    told = []
+    for run in configuration.runs:
+        of = f" of {run.max_steps}" if run.max_steps else ""
+        which = f"The run {run.path.name}" if len(configuration.runs) > 1 else "The run"
+        if not run.finished:
+            worries.append("not finished")
+            told.append(f"{which} is still going or ended early: step {run.last_step}{of} is the last one known.")
+        elif run.max_steps and run.last_step < run.max_steps:
+            worries.append("stopped early")
+            told.append(f"{which} was stopped at step {run.last_step}{of}.")
+    return told
 
 
 def _alarms(configuration: Configuration, worries: list[str]) -> list[str]:
@@ -137,13 +155,9 @@ def _what_was_protected(configuration: Configuration) -> Answer:
     else:
         told.append("No token had a weight other than 1.")
     if not weighted:
-        told.append("This trainer weighs every token 1; it protected nothing.")
+        told.append("This trainer weighs every token 1, so it protected nothing.")
         return Answer(question, "unknown", "nothing: no token weights", told, texts)
     return Answer(question, "yes" if tokens else "unknown", f"{tokens:,} tokens" if tokens else "see below", told, texts)
-
-
-def _of_run(configuration: Configuration, run) -> str:
-    return f" ({run.path.name})" if len(configuration.runs) > 1 else ""
 
 
 def _steps(width: int, which: str) -> str:

@@ -1,0 +1,254 @@
+"""A report in a real headless Chromium: what is seen, what pointing and keys do, and that nothing is fetched or run."""
+
+import json
+import re
+
+import pytest
+import report_run
+from benchmarks.screenshots import NARROW, WIDE, browser, set_scheme, why_no_browser
+from run_on_disk import RIGHT, WRONG, group, rising, write_run
+
+pytestmark = pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser()))
+
+EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
+GROUPS = {  # number -> rows
+    0: [(RIGHT, 20.0), (WRONG, 10.0), (RIGHT, 20.0), ([*WRONG[:3], " ", "=7\n", *WRONG[4:]], 10.0)],
+    1: [([*RIGHT[:3], EVIL, *RIGHT[4:]], 20.0), (WRONG, 1.5)],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps, in which one completion, prompt, reference and name are hostile."""
+    lines = [line for step in (1, 2) for number, rows in GROUPS.items() for line in group(rows, step=step, number=number)]
+    for line in lines:
+        if line["group"] == 1:
+            line |= {"prompt": [{"role": EVIL, "content": EVIL}], "answer": EVIL, "kept": line["row"] == 0}
+    run = write_run(tmp_path_factory.mktemp("report") / "run", lines, rising(30), recipe={"run_name": EVIL})
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "a<b>.jsonl").write_text(json.dumps({"correct": True, "well_formed": True}) + "\n")
+    assert report_run.main([str(run)]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as driver:
+        yield driver
+
+
+@pytest.fixture
+def page(chromium, run):
+    """The report, freshly opened in light colours, with logs emptied before."""
+    set_scheme(chromium, dark=False)
+    chromium.get("about:blank")
+    for log in ("browser", "performance"):
+        chromium.get_log(log)
+    chromium.get((run / "report.html").as_uri())
+    choose(chromium, "#group", "prompt 1")
+    return chromium
+
+
+def find(page, selector):
+    return page.find_elements("css selector", selector)
+
+
+def choose(page, select: str, text: str) -> None:
+    from selenium.webdriver.support.select import Select
+
+    options = Select(find(page, select)[0])
+    options.select_by_visible_text(next(option.text for option in options.options if text in option.text))
+
+
+def shown_tokens(page) -> list[list[str]]:
+    """The text of every token by completion, in the order of the page."""
+    return page.execute_script(
+        "return [...document.querySelectorAll('.tokens')].map(row => [...row.querySelectorAll('.token')].map(t => t.textContent))")
+
+
+def press(page, *keys) -> None:
+    from selenium.webdriver import ActionChains
+
+    ActionChains(page).send_keys(*keys).perform()
+
+
+def current(page) -> tuple[int, int]:
+    """Row and place of the token that has the focus."""
+    return tuple(page.execute_script("const d = document.activeElement.dataset; return [Number(d.row), Number(d.place)]"))
+
+
+def test_the_page_has_no_console_errors_and_asks_for_nothing(page):
+    for dark in (False, True):
+        set_scheme(page, dark=dark)
+        for number in ("prompt 1", "prompt 2"):
+            choose(page, "#group", number)
+    assert page.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    requested = {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"}
+    assert {url.partition(":")[0] for url in requested} <= {"file", "data"}
+    assert [url for url in requested if url.startswith("file:")] == [page.current_url]
+
+
+def test_a_request_would_be_seen_and_is_forbidden(page):
+    """The two checks above can fail: the console and the page's own policy see a script that wants something."""
+    page.execute_script("const i = new Image(); i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i)")
+    assert "Content Security Policy" in " ".join(entry["message"] for entry in page.get_log("browser"))
+
+
+def test_the_completions_are_there_token_by_token_better_beside_worse(page):
+    assert [heading.text for heading in find(page, ".sides h3")] == ["Better than the group (2)", "Worse than the group (2)"]
+    tokens = shown_tokens(page)
+    assert tokens[0] == [token.replace("\n", "⏎\n") for token in RIGHT]
+    assert tokens[3] == [token.replace("\n", "⏎\n") for token in [*WRONG[:3], "·", "=7\n", *WRONG[4:]]]
+    better, worse = (side.rect for side in find(page, ".sides > div"))
+    assert better["y"] == worse["y"] and better["x"] + better["width"] <= worse["x"]
+    assert "A +5.00" in find(page, ".about")[0].text and "reward 20.00" in find(page, ".about")[0].text
+    assert "What is 2+2?" in find(page, "#prompt")[0].text and "<answer>4</answer>" in find(page, "#prompt")[0].text
+
+
+def test_colours_and_lines_say_what_weights_and_runs_are(page, run):
+    lines = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()][:4]
+    found = page.execute_script(
+        "return [...document.querySelectorAll('.tokens .token')].map(t => [t.dataset.row, t.dataset.place, t.className].map(String))")
+    names = {0.0: "protected", 1.0: "", 2.0: "amplified"}
+    for row, place, classes in found:
+        line, place = lines[int(row)], int(place)
+        expected = {"token", names[line["weights"][place]], "prefix" if place < line["prefix"] else "",
+                    "suffix" if place >= len(line["ids"]) - line["suffix"] else ""} - {""}
+        assert set(classes.split()) == expected
+    assert len(found) == sum(len(line["ids"]) for line in lines)
+
+
+def test_a_filtered_completion_says_so(page):
+    choose(page, "#group", "prompt 2")
+    assert [("filtered" in box.get_attribute("class"), re.search("kept ✓|filtered ✗", box.text)[0]) for box in find(page, ".completion")] == [
+        (False, "kept ✓"), (True, "filtered ✗")]
+
+
+def test_pointing_at_a_token_shows_its_entropy_its_weight_and_why_it_is_in_conflict(page):
+    from selenium.webdriver import ActionChains
+
+    assert "entropy" not in find(page, "#inspector")[0].text
+    ActionChains(page).move_to_element(find(page, '[data-row="1"][data-place="2"]')[0]).perform()
+    said = find(page, "#inspector")[0].text
+    assert "2+2 entropy 0.003 nats · weight 0, protected · place 3 from the left, 9 from the right · prefix run" in said
+    assert "the same token stands at this place from the left in 2 better completions, so it is not unlearnt here" in said
+    assert "the same in #1+, #3+, #4−." in said
+
+
+def test_pointing_highlights_the_same_token_at_the_same_place(page):
+    from selenium.webdriver import ActionChains
+
+    def marked(name):
+        return {(cell.get_attribute("data-row"), cell.get_attribute("data-place")) for cell in find(page, f"#completions .{name}")}
+
+    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="10"]')[0]).perform()  # the last one: from the right
+    assert marked("same-opposite") == {("1", "10"), ("3", "11")}
+    assert marked("same-side") == {("2", "10")}
+    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="3"]')[0]).perform()  # =4, which no worse one has
+    assert marked("same-opposite") == set()
+    assert "no worse completion has this token at this place" in find(page, "#inspector")[0].text
+
+
+def test_a_token_after_the_end_of_a_run_says_that_the_run_has_ended(page):
+    from selenium.webdriver import ActionChains
+
+    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="5"]')[0]).perform()
+    assert "but the unbroken run has ended before it" in find(page, "#inspector")[0].text
+
+
+def test_the_keyboard_reaches_and_walks_the_tokens(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.execute_script("document.getElementById('group').focus()")
+    press(page, Keys.TAB)  # the summary of the prompt
+    press(page, Keys.TAB)
+    assert current(page) == (0, 0)
+    walked = []
+    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT, Keys.END, Keys.ARROW_UP, Keys.HOME, Keys.ARROW_LEFT):
+        press(page, key)
+        walked.append(current(page))
+    assert walked == [(0, 1), (0, 2), (2, 2), (2, 1), (2, 10), (0, 10), (0, 0), (0, 0)]
+    assert "<reasoning> entropy 0.001 nats" in find(page, "#inspector")[0].text
+    press(page, Keys.END)
+    press(page, Keys.SHIFT, Keys.TAB)
+    press(page, Keys.NULL)
+    page.execute_script("document.querySelector('#question summary').focus()")
+    press(page, Keys.TAB)
+    assert current(page) == (0, 10), "Tab comes back to the token that was left"
+
+
+def test_every_token_and_control_has_a_name_for_those_who_hear_the_page(page):
+    labels = page.execute_script("return [...document.querySelectorAll('[role=gridcell]')].map(t => t.getAttribute('aria-label'))")
+    assert labels[0] == "<reasoning>, weight 2, entropy 0.001 nats" and all(labels)
+    assert page.execute_script("return [...document.querySelectorAll('select')].every(s => s.labels.length === 1)")
+    assert page.execute_script("return [...document.querySelectorAll('figure')].every(f => f.getAttribute('aria-label'))")
+    assert find(page, "[aria-live=polite]")
+
+
+def test_script_tags_from_a_model_stay_text(page):
+    choose(page, "#group", "prompt 2")
+    assert EVIL in shown_tokens(page)[0]
+    assert find(page, "#prompt")[0].text.count(EVIL) == 3
+    assert find(page, "h1")[0].text == EVIL
+    assert page.execute_script("return window.hacked") is None
+    assert not find(page, "img") and len(find(page, "script")) == 2
+
+
+def test_another_step_can_be_chosen(page):
+    choose(page, "#step", "2 (")
+    assert find(page, "#step option:checked")[0].text.startswith("2 (last")
+    assert len(find(page, ".completion")) == 2
+
+
+def test_light_and_dark_follow_the_system_and_the_button(page):
+    def background():
+        return page.execute_script("return getComputedStyle(document.body).backgroundColor")
+
+    light = background()
+    set_scheme(page, dark=True)
+    dark = background()
+    assert (light, dark) == ("rgb(255, 255, 255)", "rgb(21, 24, 29)")
+    find(page, "#theme")[0].click()
+    assert background() == light
+    assert find(page, "#theme")[0].get_attribute("aria-pressed") == "false"
+
+
+CONTRAST = """
+const canvas = document.createElement("canvas").getContext("2d");
+const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
+const light = (c) => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
+const style = getComputedStyle(document.documentElement), colour = (name) => rgb(style.getPropertyValue(name).trim());
+return arguments[0].map(([ink, ground]) => { const [a, b] = [light(colour(ink)), light(colour(ground))].sort((x, y) => y - x); return (a + .05) / (b + .05); });
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_stands_out_from_its_ground_in_light_and_in_dark(page, dark):
+    set_scheme(page, dark=dark)
+    text = [[ink, ground] for ink in ("--ink", "--faint", "--link") for ground in ("--page", "--card")]
+    text += [["--ink", "--protected"], ["--ink", "--amplified"], ["--yes", "--card"], ["--no", "--card"], ["--careful", "--card"]]
+    lines = [[f"--series-{i}", "--card"] for i in range(2)] + [["--protected-line", "--page"], ["--amplified-line", "--page"]]
+    assert min(page.execute_script(CONTRAST, text)) >= 4.5
+    assert min(page.execute_script(CONTRAST, lines)) >= 3
+
+
+def test_a_narrow_screen_shows_everything_below_each_other(run):
+    with browser(NARROW) as page:
+        page.get((run / "report.html").as_uri())
+        assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+        better, worse = (side.rect for side in find(page, ".sides > div"))
+        assert better["x"] == worse["x"] and better["y"] + better["height"] <= worse["y"]
+    assert NARROW[0] < WIDE[0]
+
+
+def test_two_configurations_have_a_legend_and_a_run_to_choose(chromium, tmp_path):
+    runs = [write_run(tmp_path / name, group(GROUPS[0], weight=weight), rising(3), recipe=recipe) for name, weight, recipe in (
+        ("a", 2.0, {}), ("b", None, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}}))]
+    assert report_run.main([*map(str, runs), "--out", str(tmp_path / "both")]) == 0
+    chromium.get((tmp_path / "both" / "report.html").as_uri())
+    assert [item.text for item in find(chromium, "#curves .legend li")][:2] == ["UnslothGTPOTrainer", "UnslothGRPOTrainer"]
+    assert not find(chromium, "#would-be")[0].is_displayed()
+    choose(chromium, "#run", "UnslothGRPOTrainer")
+    assert find(chromium, "#would-be")[0].is_displayed()
+    assert len(find(chromium, "#completions .protected")) == 10
