@@ -80,16 +80,14 @@ def main(argv: list[str]) -> int:
     page = Path(argv[0], "report.html").resolve()
     folder = Path(argv[1] if len(argv) == 2 else "docs/images")
     folder.mkdir(parents=True, exist_ok=True)
-    for size, place in ((WIDE, ""), (NARROW, "_narrow")):
+    for size, place, parts in ((WIDE, "", ("summary", "curves", "conflicts")), (NARROW, "_narrow", ("conflicts",))):
         with browser(size) as driver:
             driver.get(page.as_uri())
-            for dark in (False, True):
+            driver.execute_script(POINT)
+            for dark in (False, True) if size == WIDE else (False,):
                 set_scheme(driver, dark=dark)
-                name = f"{'dark' if dark else 'light'}{place}.png"
-                take(driver, "#summary", folder / f"summary_{name}")
-                take(driver, "#curves", folder / f"curves_{name}")
-                driver.execute_script(POINT)
-                take(driver, "#conflicts", folder / f"conflicts_{name}")
+                for part in parts:
+                    take(driver, f"#{part}", folder / f"{part}_{'dark' if dark else 'light'}{place}.png")
     print(f"Pictures: {folder}")
     return 0
 

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -13,6 +12,7 @@ from gtpo import conflict_view, curves, summary
 from gtpo.configurations import Configuration, configurations, differences, windows
 from gtpo.recipe import RecipeError
 from gtpo.run_record import RunRecord, read_run
+from gtpo.scores import Score
 
 MAKER = "GTPO report_run.py"  # in every file we write; a file without it is not ours to replace
 TEMPLATES = Path(__file__).parent / "templates"
@@ -45,10 +45,11 @@ def render(runs: list[RunRecord], steps: list[int]) -> bytes:
     found = configurations(runs)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
                                      trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": _percent, "visible": visible}
+    environment.filters |= {"interval": _interval, "visible": visible}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     values = {
         "maker": MAKER, "runs": runs, "configurations": found, "answers": [summary.answers(configuration) for configuration in found],
+        "score_names": list(dict.fromkeys(name for run in runs for found in run.evaluations.values() for name in found.scores.scores)),
         "svgs": curves.inline_svgs(found), "numbers": _numbers(found),
         "differences": differences(runs) if len(runs) > 1 else {}, "dashes": curves.DASHES, "colours": len(curves.COLOURS),
         "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"), "script": script,
@@ -95,8 +96,11 @@ def _number(panel: curves.Panel, values: list[float]) -> str:
     return f"{mean:.1%}" if panel.share else f"{mean:.4g}"
 
 
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1%}"
+def _interval(score: Score | None, name: str) -> str:
+    if score is None:
+        return "-"
+    factor, unit = (1, "") if name == "mean length" else (100, " %")
+    return f"{factor * score.mean:.1f}{unit} [{factor * score.low:.1f}, {factor * score.high:.1f}]"
 
 
 def _check_ours(file: Path) -> None:

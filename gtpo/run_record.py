@@ -10,17 +10,27 @@ import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from gtpo.completion_log import CompletionLog
+from gtpo.evaluation_file import read
 from gtpo.recipe import Recipe, RecipeError
+from gtpo.scores import Scores, scores
 
 ALARM = "alarm/"
 STATE = "trainer_state.json"
+
+
+class Evaluated(NamedTuple):
+    """An evaluation file and the scores of its rows."""
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]
+    scores: Scores
 
 
 @dataclass
@@ -33,7 +43,8 @@ class RunRecord:
     state_file: Path | None
     logged: dict[int, dict[str, float]]  # step -> metrics
     alarms: list[tuple[int, str, Any]]  # step, condition, evidence
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)  # file's stem -> numbers
+    evaluations: dict[str, Evaluated] = field(default_factory=dict)  # by the file's stem
+    notes: list[str] = field(default_factory=list)  # what could not be read
 
     @property
     def name(self) -> str:
@@ -91,9 +102,10 @@ def read_run(path: Path) -> RunRecord:
     text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     state_file, state = _newest_state(path)
     logged, alarms = _history(state.get("log_history"))
+    evaluations, notes = _evaluations(path / "evaluation")
     record = RunRecord(
         path=path, recipe=_recipe(path, text), recipe_text=text, versions=_versions(path), state=state, state_file=state_file,
-        logged=logged, alarms=alarms, evaluations=_evaluations(path / "evaluation"),
+        logged=logged, alarms=alarms, evaluations=evaluations, notes=notes,
     )
     if not (record.last_step or record.evaluations):
         raise RecipeError(f"{path}: there is nothing to report yet: no metrics in {STATE} or a checkpoint, no completions.jsonl "
@@ -144,22 +156,24 @@ def _history(entries: object) -> tuple[dict[int, dict[str, float]], list[tuple[i
     return dict(sorted(logged.items())), alarms
 
 
-def _evaluations(folder: Path) -> dict[str, dict[str, float]]:
-    """Numbers of each evaluation file, recomputed from its lines."""
-    found = {}
-    for file in sorted(folder.glob("*.jsonl"), key=lambda file: (file.stem != "before", file.stem != "after", file.stem)):
-        rows = [row for row in _read_json_lines(file) if isinstance(row.get("correct"), bool)]
-        if rows:
-            found[file.stem] = {
-                "problems": len({row.get("problem", i) if isinstance(row.get("problem"), int | str) else i for i, row in enumerate(rows)}),
-                "completions": len(rows), "accuracy": _share(rows, "correct"), "format": _share(rows, "well_formed"),
-                "truncated": _share(rows, "truncated") if any("truncated" in row for row in rows) else math.nan,
-            }
-    return found
+def _evaluations(folder: Path) -> tuple[dict[str, Evaluated], list[str]]:
+    """Each evaluation file's scores by its stem, before and after training first, and why others have none."""
+    found, notes = {}, []
+    for file in sorted(folder.glob("*.jsonl"), key=_before_then_by_step_then_after):
+        try:
+            header, rows, _, _ = read(file)
+            ks = [k for k in (2, 4, 8, 16, 32, 64, 128) if k <= header["samples"]]
+            found[file.stem] = Evaluated(header, rows, scores(rows, header["samples"], ks))
+        except RecipeError as error:
+            notes.append(str(error))
+        except ValueError as error:
+            notes.append(f"{file}: {error} yet")
+    return found, notes
 
 
-def _share(rows: list[dict], name: str) -> float:
-    return sum(bool(row.get(name)) for row in rows) / len(rows)
+def _before_then_by_step_then_after(file: Path) -> tuple[int, int, str]:
+    step = re.fullmatch(r"step-(\d+)", file.stem)
+    return {"before": 0, "after": 2}.get(file.stem, 1 if step else 3), int(step[1]) if step else 0, file.stem
 
 
 def _read_json(file: Path) -> dict:
@@ -169,16 +183,3 @@ def _read_json(file: Path) -> dict:
     except (OSError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _read_json_lines(file: Path) -> list[dict]:
-    rows = []
-    with file.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows

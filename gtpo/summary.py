@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from gtpo.configurations import Configuration, spread, windows
 from gtpo.curves import PANELS, panel_series
+from gtpo.scores import differences
 
 FEW_STEPS = 6
 NEARLY_DETERMINISTIC = 0.1  # of the initial entropy
@@ -39,9 +40,9 @@ def _did_it_learn(configuration: Configuration) -> Answer:
         told.append(f"The mean reward went from {before:.2f} ({_steps(width, 'first')}) to {after:.2f} ({_steps(width, 'last')}).")
         told += _shares(configuration)
     if held_out := _held_out(configuration):
-        before, after, sentence = held_out
+        gain, sentence = held_out
         told.append(sentence)
-        if verdict == "yes" and after < before:
+        if verdict == "yes" and gain < 0:
             verdict, word = "careful", "reward yes, accuracy no"
     no_signal = panel_series(PANEL["no_signal"], configuration)
     if no_signal and (share := statistics.fmean(windows(no_signal)[1])) > 0.5:
@@ -49,16 +50,23 @@ def _did_it_learn(configuration: Configuration) -> Answer:
     return Answer(question, verdict, word, told or ["No rewards were recorded."])
 
 
-def _held_out(configuration: Configuration) -> tuple[float, float, str] | None:
-    """Mean accuracy before and after training, and both as a sentence."""
+def _held_out(configuration: Configuration) -> tuple[float, str] | None:
+    """By how much accuracy rose from before to after training, and that as a sentence."""
     pairs = [(run.evaluations["before"], run.evaluations["after"]) for run in configuration.runs
              if {"before", "after"} <= run.evaluations.keys()]
     if not pairs:
         return None
-    means = {name: [statistics.fmean(pair[when][name] for pair in pairs) for when in (0, 1)] for name in ("accuracy", "format")}
-    seeds = f" (means of {len(pairs)} runs)" if len(pairs) > 1 else ""
-    return *means["accuracy"], (f"On {pairs[0][1]['problems']} held-out problems{seeds}, greedy accuracy went from "
-                                "{0:.1%} to {1:.1%}, ".format(*means["accuracy"]) + "format from {0:.1%} to {1:.1%}.".format(*means["format"]))
+    (accuracy, format_rate), after = ([[statistics.fmean(pair[when].scores.scores[name].mean for pair in pairs) for when in (0, 1)]
+                                       for name in ("accuracy", "format rate")], pairs[0][1])
+    how = "greedy" if not after.header["temperature"] else f"at temperature {after.header['temperature']:g}"
+    among = f", means of {len(pairs)} runs" if len(pairs) > 1 else ""
+    sure = ""
+    if len(pairs) == 1 and pairs[0][0].header["samples"] == after.header["samples"]:
+        change = differences(after.rows, pairs[0][0].rows, after.header["samples"]).scores["accuracy"]
+        sure = f" ({100 * change.mean:+.1f} points, 95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f})"
+    return accuracy[1] - accuracy[0], (
+        f"On {after.scores.problems} held-out problems ({how}{among}), accuracy went from {accuracy[0]:.1%} to {accuracy[1]:.1%}{sure}, "
+        f"format from {format_rate[0]:.1%} to {format_rate[1]:.1%}.")
 
 
 def _shares(configuration: Configuration) -> list[str]:

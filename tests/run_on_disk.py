@@ -71,3 +71,14 @@ def rising(steps: int, **changes) -> list[dict]:
         "frac_reward_zero_std": lambda s: 0.1, **{name.replace("__", "/"): value for name, value in changes.items()},
     }
     return [{"step": s, **{name: value(s) for name, value in metrics.items()}} for s in range(1, steps + 1)]
+
+
+def write_evaluation(file: Path, correct: list[list[bool]], **settings) -> None:
+    """An evaluation file: one row of verdicts per problem."""
+    header = {"problems": len(correct), "samples": len(correct[0]), "temperature": 0.0, "top_p": 1.0, "seed": 1, "max_completion_length": 9,
+              "weights": "w", "prompts": "p", **settings}
+    rows = [{"problem": problem, "sample": sample, "prompt": [], "reference": "4", "completion": RIGHT[0], "answer": "4" if right else "5",
+             "correct": right, "well_formed": True, "truncated": False, "tokens": 11}
+            for problem, row in enumerate(correct) for sample, right in enumerate(row)]
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("".join(json.dumps(line) + "\n" for line in [{"header": header}, *rows]), encoding="utf-8")

@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import report_run
 from conftest import ROOT
 
 from gtpo import cli, gtpo_training
@@ -18,15 +19,22 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in BLOCKS if kind == language]
 
 
-def commands() -> list[str]:
+def commands(verb: str = "train_model.py") -> list[str]:
     lines = "\n".join(blocks("bash")).splitlines()
-    return [line.split(" #")[0].strip() for line in lines if line.startswith("python train_model.py")]
+    return [line.split(" #")[0].strip() for line in lines if line.startswith(f"python {verb}")]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_is_a_valid_recipe(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert cli.read_recipe(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("command", commands("report_run.py"))
+def test_every_report_command_names_runs(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    runs, _, _ = report_run._parse(shlex.split(command)[2:])
+    assert runs
 
 
 def test_there_are_at_least_seven_example_commands():
@@ -87,4 +95,5 @@ def test_the_flags_and_switches_it_names_exist():
 
     for flag in set(re.findall(r"--([A-Za-z_][\w.-]*)", README)):
         key = flag.replace("-", "_")
-        assert key in ALIASES or key in SWITCHES or key_path(key.split(".")) or key == "section.key", flag
+        known = key in ALIASES or key in SWITCHES or key_path(key.split(".")) or key == "section.key"
+        assert known or f"--{flag} " in report_run.__doc__, flag

@@ -6,7 +6,7 @@ import re
 import pytest
 import report_run
 from benchmarks.screenshots import NARROW, WIDE, browser, set_scheme, why_no_browser
-from run_on_disk import RIGHT, WRONG, group, rising, write_run
+from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
 
 pytestmark = pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser()))
 
@@ -25,8 +25,7 @@ def run(tmp_path_factory):
         if line["group"] == 1:
             line |= {"prompt": [{"role": EVIL, "content": EVIL}], "answer": EVIL, "kept": line["row"] == 0}
     run = write_run(tmp_path_factory.mktemp("report") / "run", lines, rising(30), recipe={"run_name": EVIL})
-    (run / "evaluation").mkdir()
-    (run / "evaluation" / "a<b>.jsonl").write_text(json.dumps({"correct": True, "well_formed": True}) + "\n")
+    write_evaluation(run / "evaluation" / "a<b>.jsonl", [[True]])
     assert report_run.main([str(run)]) == 0
     return run
 

@@ -9,7 +9,7 @@ import pytest
 import report_run
 import torch
 from conftest import ROOT
-from run_on_disk import RIGHT, WRONG, group, rising, write_run
+from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
 
 from gtpo import curves
 from gtpo.completion_log import Completion, CompletionLog
@@ -169,14 +169,13 @@ def test_a_rising_reward_is_learning_and_a_falling_one_is_not(tmp_path):
 def test_the_summary_gives_the_numbers(tmp_path):
     run = write_run(tmp_path / "run", [line for step in (1, 40) for line in group(TWO, step=step)], rising(40))
     for name, right in (("before", 1), ("after", 3)):
-        (run / "evaluation").mkdir(exist_ok=True)
-        (run / "evaluation" / f"{name}.jsonl").write_text("".join(
-            json.dumps({"completion": "", "correct": i < right, "well_formed": True}) + "\n" for i in range(4)))
+        write_evaluation(run / "evaluation" / f"{name}.jsonl", [[i < right] for i in range(4)])
     learn, stable, protected = told(read_run(run)).values()
     assert learn.sentences[:3] == [
         "The mean reward went from 5.62 (first 4 steps) to 14.62 (last 4 steps).",
         "In the same steps well-formed completions from 100% to 100%, correct ones from 50% to 50%.",
-        "On 4 held-out problems, greedy accuracy went from 25.0% to 75.0%, format from 100.0% to 100.0%."]
+        "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 % interval +0.0 to +100.0), "
+        "format from 100.0% to 100.0%."]
     assert stable.word == "yes" and "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
     assert protected.sentences[1].startswith("GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage")
     assert protected.texts[0] == ("<reasoning>\n", 2)
@@ -324,13 +323,29 @@ def test_a_recipe_and_its_flags_name_the_run_directory(tmp_path, monkeypatch, ca
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
 
 
-def test_an_evaluation_file_is_counted_anew_without_its_header_and_its_cut_line(tmp_path):
-    run = write_run(tmp_path / "run", history=rising(3))
-    (run / "evaluation").mkdir()
-    lines = [{"header": {"model": "m"}}, *({"problem": i // 2, "sample": i % 2, "correct": i == 0, "well_formed": True, "truncated": i == 3}
-                                           for i in range(4))]
-    (run / "evaluation" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"problem": 2, "corr')
-    assert read_run(run).evaluations == {"test": {"problems": 2, "completions": 4, "accuracy": 0.25, "format": 1.0, "truncated": 0.25}}
+def test_evaluations_are_tabled_with_their_intervals_and_in_their_order(tmp_path):
+    run = write_run(tmp_path / "run", history=ONE_CURVE)
+    for name in ("mine", "after", "step-100", "step-20", "before"):
+        write_evaluation(run / "evaluation" / f"{name}.jsonl", [[True], [False]])
+    write_evaluation(run / "evaluation" / "many.jsonl", [[True, False], [False, False]], temperature=0.7)
+    assert report_run.main([str(run)]) == 0
+    table = (run / "report.html").read_text().split('id="evaluation"')[1].split("</table>")[0]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
+    assert [row[0] for row in rows] == ["evaluation", "before", "step-20", "step-100", "after", "many", "mine"]
+    many = dict(zip(rows[0], rows[5], strict=True))
+    assert (many["accuracy"], many["pass@2"], many["temperature"]) == ("25.0 % [0.0, 50.0]", "50.0 % [0.0, 100.0]", "0.7")
+    assert dict(zip(rows[0], rows[1], strict=True))["pass@2"] == "-"
+
+
+def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
+    run = write_run(tmp_path / "run", history=ONE_CURVE)
+    write_evaluation(run / "evaluation" / "cut.jsonl", [[True], [True]])
+    cut = run / "evaluation" / "cut.jsonl"
+    cut.write_text(cut.read_text()[:-20])
+    (run / "evaluation" / "other.jsonl").write_text('{"a": 1}\n')
+    record = read_run(run)
+    assert (record.evaluations["cut"].scores.problems, list(record.evaluations)) == (1, ["cut"])
+    assert len(record.notes) == 1 and "other.jsonl: the first line is no header of an evaluation" in record.notes[0]
 
 
 def test_a_report_loads_no_model(tmp_path):
