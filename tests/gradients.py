@@ -167,7 +167,7 @@ def two_steps(folder: str, class_path: str, **options) -> tuple[dict, dict]:
 def distance_from_grpo(folder: str, **options) -> float:
     """Largest difference of any LoRA weight between GRPO and GTPO without lambda, gate and penalty, after two steps."""
     grpo, _ = two_steps(folder, "custom_trainer.original.UnslothGRPOTrainer", **options)
-    gtpo, _ = two_steps(folder, "ablations.WithoutTokenWeights", **options)
+    gtpo, _ = two_steps(folder, "benchmarks.ablations.WithoutTokenWeights", **options)
     return max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ COMPLETION = re.compile(r"<reasoning>\n.+\n</reasoning>\n<answer>(\d+)</answer>"
 @pytest.fixture(scope="module")
 def make_demo():
     """The script as a module; `demo/` is not a package."""
+    sys.path.insert(0, str(DEMO))
     spec = importlib.util.spec_from_file_location("make_demo", DEMO / "make_demo.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(DEMO))
     return module
 
 

@@ -57,7 +57,7 @@ def test_with_lambda_a_step_is_not_grpos(tmp_path):
 def test_several_iterations_use_the_parents_ratio_and_clip_by_the_advantages_sign(tmp_path):
     options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 5e-2, "epsilon": 0.05}
     grpo, logs = gradients.two_steps(str(tmp_path), "custom_trainer.original.UnslothGRPOTrainer", **options)
-    gtpo, our_logs = gradients.two_steps(str(tmp_path), "ablations.WithoutTokenWeights", **options)
+    gtpo, our_logs = gradients.two_steps(str(tmp_path), "benchmarks.ablations.WithoutTokenWeights", **options)
     assert max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo) < 1e-6
     assert logs[1]["clip_ratio/region_mean"] > 0  # clipping did happen
     assert our_logs[1]["clip_ratio/region_mean"] == pytest.approx(logs[1]["clip_ratio/region_mean"])

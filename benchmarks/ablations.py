@@ -1,4 +1,4 @@
-"""Variants as a user would write them: five lines, chosen by dotted path."""
+"""Ablations as a user would write them: small classes, chosen by dotted path. `compare.py` trains them."""
 
 import torch
 
