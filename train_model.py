@@ -17,7 +17,12 @@ from gtpo.recipe import Recipe, RecipeError
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    command = cli.parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if "--export" in argv:
+        import export_model
+
+        return export_model.main([word for word in argv if word != "--export"])
+    command = cli.parse(argv)
     with _log_to_console() as early_log:
         try:
             _run(command, early_log)
@@ -55,7 +60,7 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) ->
 
 def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handlers.MemoryHandler | None = None) -> Path:
     """Train as `recipe` says and return the run directory; `recipe.env` must already be set."""
-    from gtpo import backends, base_model, data, problems, runs
+    from gtpo import backends, base_model, data, model_card, problems, runs
     from gtpo.arguments import precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
     from gtpo.continuation import continued, tokenizer_section
@@ -89,6 +94,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
     watch(trainer, recipe.watch, run_dir)
+    model_card.describe_saves(policy.model, trainer, recipe, run_dir)
 
     is_main = trainer.accelerator.is_main_process
     if is_main:
@@ -106,6 +112,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
         held_out.say(f"Before, {before.problems} held-out problems: {before}")
         held_out.say(f"After,  {after.problems} held-out problems: {after}")
     if is_main:
+        policy.model.create_or_update_model_card(run_dir)  # once more: now the evaluation is there
         print(f"Run directory: {run_dir}")
     return run_dir
 

@@ -34,6 +34,18 @@ def lora_config(folder: Path):
     return config
 
 
+def attach(model, folder: Path, base: str):
+    """`model` as a PeftModel with the adapter; raises RecipeError where it does not fit."""
+    from peft import get_peft_model
+
+    try:
+        model = get_peft_model(model, lora_config(folder))
+    except ValueError as error:
+        raise _misfit(folder, base, str(error).splitlines()[0]) from error
+    load_weights(model, folder, base)
+    return model
+
+
 def load_weights(model, folder: Path, base: str) -> None:
     """Put the adapter's weights into `model`, which has a fresh one; raises RecipeError unless each has its place."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict

@@ -1,6 +1,7 @@
 """A base model before it is loaded: where it is, and whether it fits this machine."""
 
 import os
+import re
 
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
@@ -30,13 +31,24 @@ def check_context(section: ModelSection, config) -> None:
 def check_memory(section: ModelSection, config) -> None:
     """Raises RecipeError if the weights alone, in float32, do not fit what this machine has free."""
     import psutil
+
+    count = parameters(config)
+    needed, free = 4 * count, psutil.virtual_memory().available
+    if needed > 0.9 * free:
+        raise RecipeError(f"model.model_name: {section.model_name!r} has {count / 1e9:.1f} billion parameters, "
+                          f"{needed / 2**30:.0f} GiB in float32, and this machine without a GPU has {free / 2**30:.0f} GiB "
+                          "free; use a smaller model, or a machine with an NVIDIA GPU")
+
+
+def parameters(config) -> int:
+    """How many weights a model of this configuration has; nothing is loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    needed, free = 4 * parameters, psutil.virtual_memory().available
-    if needed > 0.9 * free:
-        raise RecipeError(f"model.model_name: {section.model_name!r} has {parameters / 1e9:.1f} billion parameters, "
-                          f"{needed / 2**30:.0f} GiB in float32, and this machine without a GPU has {free / 2**30:.0f} GiB "
-                          "free; use a smaller model, or a machine with an NVIDIA GPU")
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the model `name` is on the hub, as far as its look goes: no folder here, and no path."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None and not os.path.isdir(name)

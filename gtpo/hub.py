@@ -1,6 +1,8 @@
-"""A short look at a hub name, instead of the hub client's minutes of retries."""
+"""The hub: a short look at a name, instead of the client's minutes of retries; and, only when asked, a push."""
 
+import contextlib
 import os
+from pathlib import Path
 
 from gtpo.recipe import RecipeError
 
@@ -33,3 +35,39 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> None:
     except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
         raise RecipeError(f"{key}: {name!r} is not in the local cache and the hub cannot be reached "
                           f"({type(error).__name__}); connect to the network, or use {instead}") from None
+
+
+def push(folder: Path, repository: str) -> str:
+    """Upload `folder` to the hub repository, made private if it is new; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _hub_errors(repository):
+        address = api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Merged model")
+    return str(address)
+
+
+def check_push(repository: str) -> None:
+    """Raises RecipeError if nothing could be pushed to `repository`: a name that is none, no login, no network."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
+    with _hub_errors(repository):
+        validate_repo_id(repository)
+        HfApi().whoami()
+
+
+@contextlib.contextmanager
+def _hub_errors(repository: str):
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        yield
+    except HFValidationError:
+        raise RecipeError(f"--push: {repository!r} is no hub name; give one like owner/name") from None
+    except LocalTokenNotFoundError:
+        raise RecipeError("--push: there is no login to the hub; run `hf auth login`, or set HF_TOKEN") from None
+    except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
+        raise RecipeError(f"--push: {repository} cannot be pushed to ({' '.join(str(error).split())})") from None

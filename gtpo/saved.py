@@ -95,7 +95,7 @@ def saved_tokenizer(saved: Saved, **keys) -> tuple[str, Any]:
         return backend, load_tokenizer(section, backend)
     own = section.model_copy(update={"model_name": str(saved.adapter), "chat_template": keys.get("chat_template")})
     tokenizer = load_tokenizer(own, backend)
-    _check_vocabulary(saved, section, tokenizer)
+    check_vocabulary(saved, section, tokenizer)
     return backend, tokenizer
 
 
@@ -155,7 +155,7 @@ def _fit_context(section: ModelSection) -> ModelSection:
     return section.model_copy(update={"max_seq_length": length, "max_prompt_length": length})
 
 
-def _check_vocabulary(saved: Saved, section: ModelSection, tokenizer) -> None:
+def check_vocabulary(saved: Saved, section: ModelSection, tokenizer) -> None:
     """Raises RecipeError if the base model numbers ordinary tokens differently; special ones get added and renamed."""
     from transformers import AutoTokenizer
 

@@ -3,9 +3,11 @@
 import re
 import shlex
 
+import export_model
 import pytest
 import report_run
 from conftest import ROOT
+from test_saved import save_adapter
 
 from gtpo import cli, gtpo_training
 from gtpo.dotted_paths import check_dotted_path
@@ -35,6 +37,11 @@ def test_every_report_command_names_runs(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     runs, _, _ = report_run._parse(shlex.split(command)[2:])
     assert runs
+
+
+@pytest.mark.parametrize("command", commands("export_model.py"))
+def test_every_export_command_is_understood(command):
+    assert export_model.parser().parse_args(shlex.split(command)[2:]).out
 
 
 def test_there_are_at_least_seven_example_commands():
@@ -85,7 +92,9 @@ def test_every_dataset_recipe_is_valid(text, tmp_path, monkeypatch):
     assert cli.read_recipe(["recipe.yaml"]).dataset
 
 
-def test_every_python_example_runs(monkeypatch):
+def test_every_python_example_runs(monkeypatch, tmp_path, tiny_policy):
+    save_adapter(tmp_path / "runs/MY_RUN", tiny_policy)
+    monkeypatch.chdir(tmp_path)
     for text in blocks("python"):
         exec(compile(text, "README", "exec"), {"__name__": "example"})
 
@@ -93,7 +102,9 @@ def test_every_python_example_runs(monkeypatch):
 def test_the_flags_and_switches_it_names_exist():
     from gtpo.schema import ALIASES, SWITCHES, key_path
 
-    for flag in set(re.findall(r"--([A-Za-z_][\w.-]*)", README)):
+    ours = re.sub(r"^(vllm|git|python llama.cpp/).*$", "", README, flags=re.MULTILINE)  # other programs have flags of their own
+    of_export = [flag for action in export_model.parser()._actions for flag in action.option_strings]
+    for flag in set(re.findall(r"--([A-Za-z_][\w.-]*)", ours)):
         key = flag.replace("-", "_")
         known = key in ALIASES or key in SWITCHES or key_path(key.split(".")) or key == "section.key"
-        assert known or f"--{flag} " in report_run.__doc__, flag
+        assert known or f"--{flag} " in report_run.__doc__ or f"--{flag}" in [*of_export, "--export"], flag

@@ -1,0 +1,61 @@
+"""Merge a trained adapter into its base model: `python export_model.py RUN OUT [--dtype bfloat16]`.
+
+RUN is a run directory, a checkpoint or an adapter folder. OUT gets the whole model with tokenizer, generation config and
+model card, for transformers, vLLM or llama.cpp. It is loaded again and its logits are held against those of base model
+and adapter; if they differ beyond rounding, nothing is kept. Exit code 2: it could not be done.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from gtpo.recipe import RecipeError
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="export_model.py", description=__doc__, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("run", metavar="RUN", help="run directory, checkpoint or adapter folder")
+    made.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist")
+    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+                      help="of the merged weights (default: %(default)s); small updates survive in float16 and float32 only")
+    made.add_argument("--model-name", metavar="BASE", help="base model to merge into, instead of the one that RUN names")
+    made.add_argument("--push", metavar="HUB_REPO", help="upload OUT to this hub repository too (made private if it is new)")
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("gtpo").setLevel(logging.INFO)
+    try:
+        _run(options)
+    except RecipeError as error:
+        for sentence in str(error).splitlines():
+            print(f"error: {sentence}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from gtpo import hub
+    from gtpo.export import check_free, export
+    from gtpo.saved import find_saved
+
+    check_free(options.out)
+    saved = find_saved(options.run, base=options.model_name)
+    if saved.recipe is not None:
+        os.environ.update(saved.recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
+    if options.push:
+        hub.check_push(options.push)
+    print(f"Compared: {export(saved, options.out, dtype=options.dtype)}")
+    print(f"Merged model: {options.out}")
+    if options.push:
+        print(f"Pushed to: {hub.push(options.out, options.push)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

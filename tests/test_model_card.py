@@ -1,0 +1,113 @@
+"""What a run's model card says: the method by its name, the numbers of its files, and nothing of this machine."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from huggingface_hub import ModelCard
+from test_train_model import demo_flags, here, run_dir  # noqa: F401
+
+import export_model
+import train_model
+from custom_trainer.original import UnslothGRPOTrainer
+from custom_trainer.released import ReleasedGTPOTrainer
+from gtpo import cli, model_card
+from gtpo.gtpo_training import UnslothGTPOTrainer
+
+
+class MyTrainer(UnslothGTPOTrainer):
+    """Somebody's variant."""
+
+
+class MyBaseline(UnslothGRPOTrainer):
+    """Somebody's variant of the baseline."""
+
+
+def card_of(recipe, trainer: type, folder, history=()) -> str:
+    made = object.__new__(trainer)  # its class and its state are all that a card looks at
+    made.state = SimpleNamespace(global_step=7, log_history=list(history))
+    return model_card.adapter_card(recipe, folder, made)
+
+
+def recipe_with(*flags: str):
+    return cli.read_recipe([str(ROOT / "recipes/gsm8k_qwen3b.yaml"), *flags])
+
+
+def test_a_run_writes_its_card_and_one_into_every_checkpoint(here, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("SOME_API_KEY", "x" * 8)
+    assert train_model.main(demo_flags("--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "8",
+                                       "--env.HF_TOKEN", "hf_secretsecretsecretsecret")) == 0
+    folder = run_dir(here)
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["gtpo", "lora", "trl"]}
+    assert "**GTPO** (Group-relative Trajectory-based Policy Optimization, [arXiv 2508.03772]" in card.text
+    last = [row for row in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "reward" in row][-1]
+    for text in ("| reward | " + f"{last['reward']:.4g}", "| before | 8 | 1 | 0.0 |", "| after | 8 | 1 | 0.0 |", "rank 16, alpha 16",
+                 "threshold 0.7 nats, gamma 0.1, lambda 2.0", "local files (`train.jsonl`), split train", "| optimizer steps | 2 |"):
+        assert text in card.text, text
+    early = (folder / "checkpoint-1/README.md").read_text()
+    assert "| optimizer steps | 1 |" in early and "GTPO" in early and "More Information Needed" not in early
+    assert export_model.main([str(folder), str(here / "merged")]) == 0
+    for file in (folder / "README.md", folder / "checkpoint-2/README.md", here / "merged/README.md"):
+        text = file.read_text()
+        for private in ("GRPO", "None", str(ROOT), str(here), "hf_secret", "xxxxxxxx", "HF_TOKEN"):
+            assert private not in text, (file, private)
+
+    for place in (folder, here / "merged"):
+        (code,) = re.findall(r"```python\n(.*?)```", (place / "README.md").read_text(), re.DOTALL)
+        exec(compile(code.replace("FOLDER_OR_REPOSITORY", str(place)), "card", "exec"), {})
+    merged = ModelCard.load(here / "merged/README.md")
+    assert merged.data.library_name == "transformers" and "| after | 8 |" in merged.text and "rounding alone" in merged.text
+
+
+@pytest.mark.parametrize("path, trainer, tag, expected", [
+    ("gtpo.gtpo_training.UnslothGTPOTrainer", UnslothGTPOTrainer, "gtpo", "trained with **GTPO** ("),
+    ("custom_trainer.released.ReleasedGTPOTrainer", ReleasedGTPOTrainer, "gtpo", "computed as in its authors' released code"),
+    ("custom_trainer.original.UnslothGRPOTrainer", UnslothGRPOTrainer, "grpo", "trained with **GRPO** ("),
+    ("test_model_card.MyTrainer", MyTrainer, "gtpo", "by `test_model_card.MyTrainer`, a variant of **GTPO** ("),
+    ("test_model_card.MyBaseline", MyBaseline, "grpo", "by `test_model_card.MyBaseline`, a variant of **GRPO** ("),
+])
+def test_the_method_is_named_for_what_it_is(tmp_path, path, trainer, tag, expected):
+    text = card_of(recipe_with("--trainer.class_path", path), trainer, tmp_path)
+    assert expected in text and ModelCard(text).data.tags[0] == tag
+    assert ("gamma 0.1" in text) == (tag == "gtpo")
+    if tag == "gtpo":
+        assert "GRPO" not in text
+
+
+def test_hub_names_are_metadata_and_local_ones_are_not(tmp_path):
+    data = ModelCard(card_of(recipe_with(), UnslothGTPOTrainer, tmp_path)).data
+    assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-3B-Instruct", "adapter")
+    assert data.datasets == ["openai/gsm8k"]
+    for base in (str(tmp_path), "../model", "~/model"):
+        text = card_of(recipe_with("--model-name", base, "--dataset.path", str(tmp_path / "mine.jsonl")), UnslothGTPOTrainer, tmp_path)
+        data = ModelCard(text).data
+        assert data.base_model is None and data.datasets is None and str(tmp_path.parent) not in text
+
+
+def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
+    recipe = recipe_with("--trainer.class_path", "test_model_card.MyTrainer")
+    (tmp_path / "README.md").write_text(card_of(recipe, MyTrainer, tmp_path))
+    saved = SimpleNamespace(recipe=recipe, base="Qwen/Qwen2.5-3B-Instruct", adapter=tmp_path, run_dir=tmp_path)
+    text = model_card.merged_card(saved, "bfloat16", "as good as equal")
+    assert "a variant of **GTPO**" in text and "Held against base model and adapter after merging: as good as equal." in text
+    assert "The recipe loads the base model in 4 bits; merged into, and compared on, is the one in 16 bits." in text
+    assert ModelCard(text).data.base_model_relation == "finetune"
+    (tmp_path / "README.md").unlink()
+    assert "by `test_model_card.MyTrainer`, a trainer that its recipe names" in model_card.merged_card(saved, "bfloat16", "")
+
+
+def test_an_adapter_without_a_recipe_claims_no_method(tmp_path):
+    saved = SimpleNamespace(recipe=None, base="owner/name", adapter=tmp_path, run_dir=None)
+    text = model_card.merged_card(saved, "float16", "equal")
+    assert "how the adapter was trained is not recorded with it" in text and "GTPO" not in text
+    assert ModelCard(text).data.tags is None
+
+
+def test_a_damaged_evaluation_is_left_out_and_said(tmp_path, caplog):
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation/after.jsonl").write_text("{\n")
+    assert "## Evaluation" not in card_of(recipe_with(), UnslothGTPOTrainer, tmp_path)
+    assert "Left out of the model card: " in caplog.text
