@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, AfterValidator, ConfigDict, ValidationError, model_validator
 
 from gtpo.answers import format_score
 
 PIECES = re.compile(r"(?:<[/|]?[\w-]+\|?>\s*)+|[^<\n]+\n*|<|\n+")  # tags in a row, else lines
-Number = Annotated[float | None, BeforeValidator(lambda value: None if isinstance(value, float) and not math.isfinite(value) else value)]
+Number = Annotated[float | None, AfterValidator(lambda value: value if value is not None and math.isfinite(value) else None)]
 
 
 class Completion(BaseModel):
@@ -181,7 +181,7 @@ class CompletionLog:
         if protected:
             self.protected_tokens += protected
             self.protected_completions += 1
-            pieces = (piece for text in protected_texts(completion, weights) for piece in PIECES.findall(text))
+            pieces = (piece[:200] for text in protected_texts(completion, weights) for piece in PIECES.findall(text))
             self.pieces.update(list(dict.fromkeys(pieces)))  # each once, in their order
 
 

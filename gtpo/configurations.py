@@ -2,12 +2,12 @@
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gtpo.run_record import RunRecord
 
 SEEDS = {"model.random_seed", "training.seed", "training.data_seed"}
-SAYS_NOTHING = ("run_name", "output_root", "env", "wandb", "watch", "evaluation.batch_size", "training.report_to",
+SAYS_NOTHING = ("run_name", "output_root", "env", "wandb", "watch", "alarm", "evaluation.batch_size", "training.report_to",
                 "training.logging_steps", "training.save_steps", "training.save_total_limit")  # of what is trained
 
 
@@ -38,7 +38,9 @@ def configurations(runs: list[RunRecord]) -> list[Configuration]:
         recipe = _flat(members[0].recipe)
         parts = [_part(key, recipe.get(key), [other.get(key) for other in flat]) for key in differing]
         label = ", ".join(parts) or members[0].name
-        found.append(Configuration(label + (f" ({len(members)} seeds)" if len(members) > 1 else ""), members))
+        seeds = {repr([_flat(run.recipe).get(key) for key in sorted(SEEDS)]) for run in members}
+        noun = "seeds" if len(seeds) == len(members) else "runs"
+        found.append(Configuration(label + (f" ({len(members)} {noun})" if len(members) > 1 else ""), members))
     return found
 
 
@@ -49,12 +51,27 @@ def differences(runs: list[RunRecord]) -> dict[str, list[Any]]:
     return {key: [recipe.get(key) for recipe in flat] for key in keys if len({repr(recipe.get(key)) for recipe in flat}) > 1}
 
 
-def windows(series: dict[int, list[float]]) -> tuple[list[float], list[float], int]:
-    """The values of the first and of the last tenth of the steps (at most 50), and how many steps that is."""
+class Window(NamedTuple):
+    """A stretch of a series: its values, and its steps as a person says them."""
+
+    values: list[float]
+    steps: str
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+
+def windows(series: dict[int, list[float]]) -> tuple[Window, Window]:
+    """The first and the last tenth of the steps that have values, at most 50."""
     steps = list(series)
     width = max(1, min(50, len(steps) // 10))
-    first, last = steps[:width], steps[-width:]
-    return [v for step in first for v in series[step]], [v for step in last for v in series[step]], width
+    return _window(series, steps[:width]), _window(series, steps[-width:])
+
+
+def _window(series: dict[int, list[float]], steps: list[int]) -> Window:
+    return Window([value for step in steps for value in series[step]],
+                  f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}")
 
 
 def spread(values: list[float]) -> float:

@@ -51,7 +51,7 @@ def choose_steps(run: RunRecord, wanted: list[int]) -> dict[int, str]:
         if step not in shares:
             raise RecipeError(f"--steps: {step} is not in {log.file}, which has steps {min(shares)} to {max(shares)}")
     middle = with_tokens[len(with_tokens) // 2]
-    reasons = {with_tokens[0]: "first", middle: "middle", with_tokens[-1]: "last"} if len(with_tokens) > 1 else {middle: "only"}
+    reasons = {with_tokens[0]: "first", middle: "middle", with_tokens[-1]: "last"} if len(with_tokens) > 1 else {middle: "the only one"}
     most = sorted(with_tokens, key=lambda step: -shares[step][0] / max(1, shares[step][1]))
     for step in most[:2]:
         reasons[step] = f"{reasons[step]}, many conflicts" if step in reasons else "many conflicts"
@@ -69,7 +69,7 @@ def _run_view(run: RunRecord, label: str, wanted: list[int], table: TokenTable, 
     reasons = choose_steps(run, wanted)
     by_step = {step: _most_telling_first(run, step) for step in reasons}
     shown: dict[int, list[dict]] = {step: [] for step in reasons}
-    weight = float(run.value("gtpo_runtime.w_raw", 2.0))
+    weight = run.number("gtpo_runtime.w_raw", 2.0)
     for place in range(GROUPS_PER_STEP):  # each step's best first, so that none is left without
         for step, groups in by_step.items():
             if place < len(groups):

@@ -126,8 +126,17 @@ def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, i
             axis.plot(steps, means, color=colour, linewidth=0.8, alpha=0.35)
         axis.plot(steps, smooth, color=colour, linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None),
                   marker="os^Dv*"[i % 6] if few else None, markersize=4)
+    unit = panel.unit
     if panel.name == "entropy":
-        for threshold in sorted({float(run.value("gtpo_runtime.ent_threshold", 0.7)) for c in configurations for run in c.runs}):
+        thresholds = sorted({run.number("gtpo_runtime.ent_threshold", 0.7) for c in configurations for run in c.runs})
+        drawn = [value for line in axis.get_lines() for value in line.get_ydata()] + thresholds
+        if min(drawn) < thresholds[-1] / 10:  # falling towards zero is as bad as rising: let it be seen
+            axis.set_yscale("log")
+            axis.set_ylim(max(min(drawn), 1e-4) * 0.7, max(drawn) * 1.6)
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+            unit = f"{unit}, log scale"
+        for threshold in thresholds:
             axis.axhline(threshold, color=mark, linewidth=1, linestyle=(0, (4, 3)))
             axis.annotate(f"threshold {threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), xytext=(-2, 3),
                           textcoords="offset points", ha="right", color=mark, fontsize=8)
@@ -138,12 +147,12 @@ def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, i
     if panel.share:
         high = min(1.0, max(0.1, high)) if panel.rare else 1.0
         axis.set_ylim(-0.03 * high, 1.03 * high)
-    elif panel.name != "reward":
-        axis.set_ylim(bottom=min(low, 0))
+    elif panel.name != "reward" and axis.get_yscale() == "linear":
+        axis.set_ylim(min(low, 0), 1.05 * high)
     axis.set_title(panel.title, loc="left", color=ink, fontsize=10, fontweight="bold")
-    axis.set_ylabel(panel.unit, color=ink)
+    axis.set_ylabel(unit, color=ink)
     axis.set_xlabel("step", color=ink)
-    axis.tick_params(colors=ink, length=3)
+    axis.tick_params(which="both", colors=ink, length=3)
     axis.grid(color=grid, linewidth=0.7)
     axis.set_axisbelow(True)
     for side, spine in axis.spines.items():

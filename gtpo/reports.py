@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import os
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def write_report(run_dirs: list[Path], page: Path, picture: Path, *, steps: list
     """Write `page` and `picture` for the runs together; raises RecipeError, and then leaves both as they were."""
     for file in (page, picture):
         _check_ours(file)
-    runs = [read_run(path) for path in run_dirs]
+    runs = [read_run(path) for path in {path.resolve(): path for path in run_dirs}.values()]  # one named twice is one
     html = render(runs, steps)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
@@ -83,16 +82,12 @@ def _numbers(found: list[Configuration]) -> list[tuple[curves.Panel, list[tuple[
         cells = []
         for configuration in found:
             series = curves.panel_series(panel, configuration)
-            first, last, _ = windows(series) if series else ([], [], 0)
-            cells.append((_number(panel, first), _number(panel, last)))
+            cells.append(tuple(_number(panel, window.mean) for window in windows(series)) if series else ("-", "-"))
         table.append((panel, cells))
     return table
 
 
-def _number(panel: curves.Panel, values: list[float]) -> str:
-    if not values:
-        return "-"
-    mean = statistics.fmean(values)
+def _number(panel: curves.Panel, mean: float) -> str:
     return f"{mean:.1%}" if panel.share else f"{mean:.4g}"
 
 

@@ -22,6 +22,7 @@ from gtpo.recipe import Recipe, RecipeError
 from gtpo.scores import Scores, scores
 
 ALARM = "alarm/"
+ALARM_LINE = re.compile(r"Alarm at step (\d+): (.+)")  # as gtpo.alarm says it in train.log
 STATE = "trainer_state.json"
 
 
@@ -42,7 +43,7 @@ class RunRecord:
     state: dict[str, Any]  # what trainer_state.json holds; empty where there is none
     state_file: Path | None
     logged: dict[int, dict[str, float]]  # step -> metrics
-    alarms: list[tuple[int, str, Any]]  # step, condition, evidence
+    alarms: list[tuple[int, str, str]]  # step, condition, evidence; "" for what is not known
     evaluations: dict[str, Evaluated] = field(default_factory=dict)  # by the file's stem
     notes: list[str] = field(default_factory=list)  # what could not be read
 
@@ -60,7 +61,8 @@ class RunRecord:
 
     @property
     def max_steps(self) -> int | None:
-        return self.state.get("max_steps") or None
+        steps = self.state.get("max_steps")
+        return steps if isinstance(steps, int) and steps > 0 else None
 
     @cached_property
     def completions(self) -> CompletionLog:
@@ -83,6 +85,10 @@ class RunRecord:
             values = values.get(part) if isinstance(values, dict) else None
         return default if values is None else values
 
+    def number(self, key: str, default: float) -> float:
+        value = self.value(key)
+        return float(value) if isinstance(value, int | float) else default
+
     @property
     def has_token_weights(self) -> bool:
         """Whether its trainer weighs tokens; where the completions do not say, whether it logs conflicts."""
@@ -101,11 +107,11 @@ def read_run(path: Path) -> RunRecord:
                           f"{inside if inside else 'the one that train_model.py printed last'}")
     text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     state_file, state = _newest_state(path)
-    logged, alarms = _history(state.get("log_history"))
+    logged, conditions = _history(state.get("log_history", []))
     evaluations, notes = _evaluations(path / "evaluation")
     record = RunRecord(
         path=path, recipe=_recipe(path, text), recipe_text=text, versions=_versions(path), state=state, state_file=state_file,
-        logged=logged, alarms=alarms, evaluations=evaluations, notes=notes,
+        logged=logged, alarms=_alarms(path / "train.log", conditions), evaluations=evaluations, notes=notes,
     )
     if not (record.last_step or record.evaluations):
         raise RecipeError(f"{path}: there is nothing to report yet: no metrics in {STATE} or a checkpoint, no completions.jsonl "
@@ -141,19 +147,30 @@ def _newest_state(path: Path) -> tuple[Path | None, dict]:
     return None, {}
 
 
-def _history(entries: object) -> tuple[dict[int, dict[str, float]], list[tuple[int, str, Any]]]:
-    """Metrics by step, and the alarms among them."""
+def _history(entries: list) -> tuple[dict[int, dict[str, float]], list[tuple[int, str]]]:
+    """Metrics by step, and the alarms among them: step and condition."""
     logged: dict[int, dict[str, float]] = {}
-    alarms = []
-    for entry in entries if isinstance(entries, list) else []:
+    conditions = []
+    for entry in entries:
         if not (isinstance(entry, dict) and isinstance(step := entry.get("step"), int)):
             continue
         for name, value in entry.items():
             if name.startswith(ALARM):
-                alarms.append((step, name.removeprefix(ALARM), value))
+                conditions.append((step, name.removeprefix(ALARM)))
             elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 logged.setdefault(step, {})[name] = float(value)
-    return dict(sorted(logged.items())), alarms
+    return dict(sorted(logged.items())), conditions
+
+
+def _alarms(log: Path, conditions: list[tuple[int, str]]) -> list[tuple[int, str, str]]:
+    """The alarms of the history with their evidence from the log, and those of the log since."""
+    evidence: dict[int, list[str]] = {}
+    if log.is_file():
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            for match in filter(None, map(ALARM_LINE.search, lines)):
+                evidence.setdefault(int(match[1]), []).append(match[2].strip())
+    alarms = [(step, condition, evidence[step].pop(0) if evidence.get(step) else "") for step, condition in conditions]
+    return sorted(alarms + [(step, "", text) for step, texts in evidence.items() for text in texts])
 
 
 def _evaluations(folder: Path) -> tuple[dict[str, Evaluated], list[str]]:

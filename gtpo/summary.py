@@ -31,13 +31,12 @@ def _did_it_learn(configuration: Configuration) -> Answer:
     verdict, word = "unknown", "too early to say"
     reward = panel_series(PANEL["reward"], configuration)
     if reward:
-        first, last, width = windows(reward)
-        before, after = statistics.fmean(first), statistics.fmean(last)
+        first, last = windows(reward)
         if len(reward) >= FEW_STEPS:
-            noise = 2 * math.hypot(spread(first) / math.sqrt(len(first)), spread(last) / math.sqrt(len(last)))
-            verdict, word = ("yes", "yes") if after - before > noise else ("no", "it got worse") if before - after > noise else (
-                "careful", "no clear change")
-        told.append(f"The mean reward went from {before:.2f} ({_steps(width, 'first')}) to {after:.2f} ({_steps(width, 'last')}).")
+            noise = 2 * math.hypot(*(spread(window.values) / math.sqrt(len(window.values)) for window in (first, last)))
+            verdict, word = ("yes", "yes") if last.mean - first.mean > noise else (
+                "no", "it got worse") if first.mean - last.mean > noise else ("careful", "no clear change")
+        told.append(f"The mean reward went from {first.mean:.2f} ({first.steps}) to {last.mean:.2f} ({last.steps}).")
         told += _shares(configuration)
     if held_out := _held_out(configuration):
         gain, sentence = held_out
@@ -45,7 +44,7 @@ def _did_it_learn(configuration: Configuration) -> Answer:
         if verdict == "yes" and gain < 0:
             verdict, word = "careful", "reward yes, accuracy no"
     no_signal = panel_series(PANEL["no_signal"], configuration)
-    if no_signal and (share := statistics.fmean(windows(no_signal)[1])) > 0.5:
+    if no_signal and (share := windows(no_signal)[1].mean) > 0.5:
         told.append(f"Near the end {share:.0%} of the groups had no signal: all their completions earned the same reward.")
     return Answer(question, verdict, word, told or ["No rewards were recorded."])
 
@@ -71,27 +70,27 @@ def _held_out(configuration: Configuration) -> tuple[float, str] | None:
 
 def _shares(configuration: Configuration) -> list[str]:
     parts = []
-    for name, text in (("format", "well-formed completions"), ("correct", "correct ones")):
+    for name, text in (("format", "well-formed completions went"), ("correct", "correct ones")):
         if series := panel_series(PANEL[name], configuration):
-            first, last, _ = windows(series)
-            parts.append(f"{text} from {statistics.fmean(first):.0%} to {statistics.fmean(last):.0%}")
-    return [f"In the same steps {', '.join(parts)}."] if parts else []
+            first, last = windows(series)
+            parts.append(f"{text} from {first.mean:.0%} to {last.mean:.0%}")
+    return [f"Meanwhile {', '.join(parts)}."] if parts else []
 
 
 def _did_it_stay_stable(configuration: Configuration) -> Answer:
     told, worries = [], []
     entropy = panel_series(PANEL["entropy"], configuration)
-    threshold = float(configuration.runs[0].value("gtpo_runtime.ent_threshold", 0.7))
+    threshold = configuration.runs[0].number("gtpo_runtime.ent_threshold", 0.7)
     if entropy:
         values = [value for step in entropy.values() for value in step]
-        first, last, width = windows(entropy)
-        told.append(f"Mean entropy lay between {min(values):.3f} and {max(values):.3f} nats (threshold {threshold:g}), "
-                    f"{statistics.fmean(last):.3f} in the {_steps(width, 'last')}.")
+        first, last = windows(entropy)
+        told.append(f"Mean entropy lay between {min(values):.3f} and {max(values):.3f} nats (threshold {threshold:g}); "
+                    f"it went from {first.mean:.3f} ({first.steps}) to {last.mean:.3f} ({last.steps}).")
         if max(values) > threshold:
             worries.append("entropy above the threshold")
-        if statistics.fmean(last) < NEARLY_DETERMINISTIC * statistics.fmean(first):
+        if first.mean > 0 and last.mean < NEARLY_DETERMINISTIC * first.mean:
             worries.append("nearly deterministic")
-            told.append(f"Entropy fell to {statistics.fmean(last) / statistics.fmean(first):.0%} of what it was: the policy hardly explores.")
+            told.append(f"Entropy fell to {last.mean / first.mean:.0%} of what it was: the policy hardly explores.")
     if filtered := panel_series(PANEL["filtered"], configuration):
         shares = [statistics.fmean(values) for values in filtered.values()]
         everything = sum(value >= 1 for values in filtered.values() for value in values)
@@ -105,7 +104,7 @@ def _did_it_stay_stable(configuration: Configuration) -> Answer:
         told.append(f"{_count(skipped, 'optimizer step')} skipped for non-finite gradients." if skipped else "No optimizer step was skipped.")
         worries += ["skipped steps"] * (skipped > 0)
     truncated = panel_series(PANEL["truncated"], configuration)
-    if truncated and (share := statistics.fmean(windows(truncated)[1])) > 0.5:
+    if truncated and (share := windows(truncated)[1].mean) > 0.5:
         worries.append("most completions truncated")
         told.append(f"{share:.0%} of the last completions were cut off at the length limit.")
     told += _ends(configuration, worries)
@@ -133,10 +132,18 @@ def _alarms(configuration: Configuration, worries: list[str]) -> list[str]:
     alarms = [alarm for run in configuration.runs for alarm in run.alarms]
     if not alarms:
         return ["No alarm was raised."]
-    conditions = Counter(condition for _, condition, _ in alarms)
     worries.append(_count(len(alarms), "alarm"))
-    return [f"Alarm {condition.replace('_', ' ')}: {_count(count, 'time')}, first at step "
-            f"{min(step for step, other, _ in alarms if other == condition)}." for condition, count in conditions.items()]
+    kinds: dict[str, list[tuple[int, str]]] = {}
+    for step, condition, evidence in sorted(alarms):
+        kinds.setdefault(condition, []).append((step, evidence))
+    return [_alarm(condition, times) for condition, times in kinds.items()]
+
+
+def _alarm(condition: str, times: list[tuple[int, str]]) -> str:
+    step, evidence = times[0]
+    name = f" ({condition.replace('_', ' ')})" if condition else ""
+    often = f" {len(times)} times, first" if len(times) > 1 else ""
+    return f"Alarm{name}{often} at step {step}{f': {evidence}' if evidence else ''}."
 
 
 def _what_was_protected(configuration: Configuration) -> Answer:
@@ -144,10 +151,10 @@ def _what_was_protected(configuration: Configuration) -> Answer:
     series = panel_series(PANEL["conflict"], configuration)
     if not series:
         return Answer(question, "unknown", "not recorded", ["Neither conflict tokens nor the tokens of completions were recorded."])
-    first, last, width = windows(series)
+    first, last = windows(series)
     share = statistics.fmean(value for values in series.values() for value in values)
-    told = [f"{share:.1%} of the completion tokens were in conflict: {statistics.fmean(first):.1%} in the {_steps(width, 'first')}, "
-            f"{statistics.fmean(last):.1%} in the {_steps(width, 'last')}."]
+    told = [f"{share:.1%} of the completion tokens were in conflict: {first.mean:.1%} in {first.steps}, "
+            f"{last.mean:.1%} in {last.steps}."]
     logs = [run.completions for run in configuration.runs]
     tokens, times = sum(log.protected_tokens for log in logs), sum(log.protected_completions for log in logs)
     amplified, worse = sum(log.amplified_tokens for log in logs), sum(log.worse for log in logs)
@@ -166,10 +173,6 @@ def _what_was_protected(configuration: Configuration) -> Answer:
         told.append("This trainer weighs every token 1, so it protected nothing.")
         return Answer(question, "unknown", "nothing: no token weights", told, texts)
     return Answer(question, "yes" if tokens else "unknown", f"{tokens:,} tokens" if tokens else "see below", told, texts)
-
-
-def _steps(width: int, which: str) -> str:
-    return f"{which} step" if width == 1 else f"{which} {width} steps"
 
 
 def _count(number: int, noun: str) -> str:

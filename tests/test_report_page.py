@@ -97,8 +97,9 @@ def test_a_request_would_be_seen_and_is_forbidden(page):
 def test_the_completions_are_there_token_by_token_better_beside_worse(page):
     assert [heading.text for heading in find(page, ".sides h3")] == ["Better than the group (2)", "Worse than the group (2)"]
     tokens = shown_tokens(page)
-    assert tokens[0] == [token.replace("\n", "⏎\n") for token in RIGHT]
-    assert tokens[3] == [token.replace("\n", "⏎\n") for token in [*WRONG[:3], "·", "=7\n", *WRONG[4:]]]
+    assert tokens[0] == [token.replace("\n", "⏎") for token in RIGHT]
+    assert tokens[3] == [token.replace("\n", "⏎") for token in [*WRONG[:3], "·", "=7\n", *WRONG[4:]]]
+    assert find(page, ".tokens")[0].text.split("\n") == ["<reasoning>⏎", "2+2=4⏎", "</reasoning>⏎", "<answer>4</answer><end>"]
     better, worse = (side.rect for side in find(page, ".sides > div"))
     assert better["y"] == worse["y"] and better["x"] + better["width"] <= worse["x"]
     assert "A +5.00" in find(page, ".about")[0].text and "reward 20.00" in find(page, ".about")[0].text
@@ -192,6 +193,13 @@ def test_script_tags_from_a_model_stay_text(page):
     assert find(page, "h1")[0].text == EVIL
     assert page.execute_script("return window.hacked") is None
     assert not find(page, "img") and len(find(page, "script")) == 2
+
+
+def test_signs_that_cannot_be_seen_are_written_out(chromium, tmp_path):
+    run = write_run(tmp_path / "run", group([([*RIGHT[:3], "\u202eabc", "\u200b", "a\x00", "\ttab", "", "a\n\nb\n"], 20.0), (WRONG, 1.0)]))
+    assert report_run.main([str(run)]) == 0
+    chromium.get((run / "report.html").as_uri())
+    assert shown_tokens(chromium)[0][3:] == ["\\u202eabc", "\\u200b", "a\\u0000", "⇥tab", "∅", "a⏎\n⏎\nb⏎"]
 
 
 def test_another_step_can_be_chosen(page):

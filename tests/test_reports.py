@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
 
-from gtpo import curves
+from gtpo import curves, reports
 from gtpo.completion_log import Completion, CompletionLog
 from gtpo.configurations import configurations, differences
 from gtpo.conflict_view import choose_steps, conflict_view
@@ -95,6 +95,17 @@ def test_lists_that_do_not_fit_together_are_not_shown():
     assert Completion(**{**line, "prefix": 99, "suffix": -1}).conflicts == len(RIGHT)
 
 
+@pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), "9" * 5000, -0.0, 10**30, None])
+def test_numbers_that_are_none_do_not_stop_a_report(tmp_path, nonsense):
+    lines = group(TWO)
+    lines[0] |= {"reward": nonsense, "advantage": nonsense, "entropy": nonsense, "rewards": {"r": nonsense}, "weights": [nonsense] * len(RIGHT),
+                 "entropies": [nonsense] * len(RIGHT)}
+    history = [{"step": step, "reward": nonsense, "gtpo/completion_entropy": nonsense, "grad_norm": 1.0} for step in range(1, 9)]
+    run = write_run(tmp_path / "run", lines, history, max_steps=nonsense, recipe={"gtpo_runtime": {"ent_threshold": "high"}})
+    page = reports.render([read_run(run)], []).decode()
+    assert json.loads(data_of(page), parse_constant=pytest.fail)["runs"]
+
+
 # ---- runs that ended early
 
 
@@ -132,6 +143,11 @@ def test_runs_that_differ_in_the_seed_and_the_name_are_one_configuration(tmp_pat
     assert differences(runs) == {"run_name": ["s1", "s2", "s3"], "model.random_seed": [1, 2, 3]}
 
 
+def test_runs_with_the_same_seed_are_no_seeds(tmp_path):
+    runs = [read_run(write_run(tmp_path / name, history=ONE_CURVE, recipe={"run_name": name})) for name in "ab"]
+    assert [configuration.label for configuration in configurations(runs)] == ["a (2 runs)"]
+
+
 def test_the_legend_names_what_differs_between_recipes(tmp_path):
     recipes = [{}, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}}, {"training": {"learning_rate": 5e-4}}]
     runs = [read_run(write_run(tmp_path / str(i), history=rising(3), recipe=recipe)) for i, recipe in enumerate(recipes)]
@@ -156,6 +172,12 @@ def test_every_metric_of_the_list_has_a_panel_and_the_entropy_its_threshold(tmp_
         assert "var(--series-0)" in svg and not re.search(r"#[0-9a-f]{6}|https?:", svg)
 
 
+def test_entropy_falling_towards_zero_is_drawn_on_a_log_scale(tmp_path):
+    for name, last, scale in (("falls", 0.01, True), ("stays", 0.3, False)):
+        run = read_run(write_run(tmp_path / name, history=rising(30, gtpo__completion_entropy=lambda s, last=last: 0.4 if s < 20 else last)))
+        assert ("log scale" in curves.inline_svgs(configurations([run]))["entropy"]) == scale
+
+
 # ---- the summary
 
 
@@ -172,8 +194,8 @@ def test_the_summary_gives_the_numbers(tmp_path):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[i < right] for i in range(4)])
     learn, stable, protected = told(read_run(run)).values()
     assert learn.sentences[:3] == [
-        "The mean reward went from 5.62 (first 4 steps) to 14.62 (last 4 steps).",
-        "In the same steps well-formed completions from 100% to 100%, correct ones from 50% to 50%.",
+        "The mean reward went from 5.62 (steps 1 to 4) to 14.62 (steps 37 to 40).",
+        "Meanwhile well-formed completions went from 100% to 100%, correct ones from 50% to 50%.",
         "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 % interval +0.0 to +100.0), "
         "format from 100.0% to 100.0%."]
     assert stable.word == "yes" and "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
@@ -195,11 +217,18 @@ def test_what_is_not_stable_is_named(tmp_path, changes, worry):
     assert (stable.verdict, stable.word) == ("careful", worry)
 
 
-def test_an_alarm_is_told_with_its_first_step_and_drawn(tmp_path):
+def test_alarms_are_told_with_their_evidence_and_drawn(tmp_path):
     history = rising(30)
-    history[11]["alarm/low_entropy"] = "entropy 0.01"
-    run = write_run(tmp_path / "run", history=history)
-    assert "Alarm low entropy: 1 time, first at step 12." in told(read_run(run))["stable"].sentences
+    for step, condition in ((12, "entropy_low"), (12, "truncated"), (20, "entropy_low")):
+        history[step - 1][f"alarm/{condition}"] = 1.0
+    run = write_run(tmp_path / "run", history=history[:25], checkpoint=25)
+    (run / "train.log").write_text("".join(f"2026-01-01 WARNING gtpo.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in (
+        (12, "the mean entropy is 0.001"), (12, "90% are cut off"), (20, "still low"), (27, "after the checkpoint"))))
+    stable = told(read_run(run))["stable"]
+    assert stable.word == "4 alarms; not finished"
+    assert [sentence for sentence in stable.sentences if sentence.startswith("Alarm")] == [
+        "Alarm (entropy low) 2 times, first at step 12: the mean entropy is 0.001.", "Alarm (truncated) at step 12: 90% are cut off.",
+        "Alarm at step 27: after the checkpoint."]
     assert report_run.main([str(run)]) == 0
     assert "Dotted verticals are alarms." in (run / "report.html").read_text()
 

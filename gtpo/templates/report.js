@@ -41,7 +41,9 @@
   const signed = (value) => value === null ? "?" : (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(2);
   const sign = (row) => Math.sign(row.advantage || 0);
   const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
-  const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·") || "∅";
+  const HIDDEN = /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u200b-\u200f\u2028-\u202f\u205f-\u206f\u3000\ufeff]/gu;
+  const hidden = (text) => text.replace(HIDDEN, (sign) => `\\u${sign.codePointAt(0).toString(16).padStart(4, "0")}`);
+  const visible = (text) => hidden(text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·")) || "∅";
 
   // ---- a token by its place: completions too long to show have a gap in their middle
 
@@ -60,6 +62,8 @@
   const showRun = () => {
     run = runs[at("run").value];
     at("would-be").hidden = !run.wouldBe;
+    at("damped").hidden = !run.steps.some((step) => step.groups.some((group) => group.rows.some(
+      (row) => (row.weights || []).some(([weight]) => weight > 0 && weight < 1))));
     options(at("step"), run.steps.map((step) => `${step.step} (${step.why})`));
     showStep();
   };
@@ -136,21 +140,24 @@
       cell.classList.toggle("amplified", weight > 1);
       cell.classList.toggle("prefix", place < row.prefix);
       cell.classList.toggle("suffix", place >= row.length - row.suffix);
-      fill(cell, texts[row.tokens[i]]);
+      const text = texts[row.tokens[i]], ends = /\n*$/.exec(text)[0];
+      fill(cell, text);
       cell.tabIndex = -1;
       cell.setAttribute("role", "gridcell");
       cell.setAttribute("aria-label", `${visible(texts[row.tokens[i]])}, weight ${weight}, entropy ${entropyOf(row, i)}`);
       cell.dataset.row = index;
       cell.dataset.place = place;
       cells[index].set(place, cell);
-      made.push(cell);
+      made.push(cell, ends);  // the line breaks that end a token stand behind it: its box ends with the line
     });
     return made;
   };
-  const fill = (cell, text) => {  // white space gets a sign; a line break stays one
-    for (const part of text ? text.split(/(\n|\t|^ +| +$)/).filter(Boolean) : ["∅"]) {
-      cell.append(/^[\n\t ]+$|^∅$/.test(part) ? element("span", "blank", visible(part) + (part === "\n" ? "\n" : "")) : part);
+  const fill = (cell, text) => {  // white space gets a sign; a line break within a token stays one
+    const inner = text.replace(/\n+$/, "");
+    for (const part of inner.split(/(\n|\t|^ +| +$)/).filter(Boolean)) {
+      cell.append(/^[\n\t ]+$/.test(part) ? element("span", "blank", visible(part) + (part === "\n" ? "\n" : "")) : hidden(part));
     }
+    if (inner !== text || !text) cell.append(element("span", "blank", visible(text.slice(inner.length))));
   };
   const entropyOf = (row, i) => row.entropies && row.entropies[i] !== null ? `${(row.entropies[i] / 1000).toFixed(3)} nats` : "not recorded";
 
