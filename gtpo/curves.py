@@ -109,37 +109,11 @@ def _inline(svg: str) -> str:
 
 
 def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, ink: str, grid: str, mark: str) -> None:
-    points = max(50, MOST_POINTS // sum(len(configuration.runs) > 0 for configuration in configurations))
     for i, configuration in enumerate(configurations):
-        series = panel_series(panel, configuration)
-        steps, means, lows, highs = _binned(series, points)
-        if not steps:
-            continue
-        colour, few, seeds = colours[i % len(COLOURS)], len(steps) <= 20 or panel.name == "held_out", len(configuration.runs) > 1
-        smooth, *band = (values if few else _running_mean(values, max(1, len(values) // 30)) for values in (means, lows, highs))
-        if seeds:
-            low = -math.inf if panel.name == "reward" else 0  # a band ends where its metric does
-            high = 1 if panel.share else math.inf
-            axis.fill_between(steps, [max(low, value) for value in band[0]], [min(high, value) for value in band[1]], color=colour,
-                              alpha=0.18, linewidth=0)
-        elif not few:
-            axis.plot(steps, means, color=colour, linewidth=0.8, alpha=0.35)
-        axis.plot(steps, smooth, color=colour, linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None),
-                  marker="os^Dv*"[i % 6] if few else None, markersize=4)
-    unit = panel.unit
-    if panel.name == "entropy":
-        thresholds = sorted({run.number("gtpo_runtime.ent_threshold", 0.7) for c in configurations for run in c.runs})
-        drawn = [value for line in axis.get_lines() for value in line.get_ydata()] + thresholds
-        if min(drawn) < thresholds[-1] / 10:  # falling towards zero is as bad as rising: let it be seen
-            axis.set_yscale("log")
-            axis.set_ylim(max(min(drawn), 1e-4) * 0.7, max(drawn) * 1.6)
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter("")
-            unit = f"{unit}, log scale"
-        for threshold in thresholds:
-            axis.axhline(threshold, color=mark, linewidth=1, linestyle=(0, (4, 3)))
-            axis.annotate(f"threshold {threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), xytext=(-2, 3),
-                          textcoords="offset points", ha="right", color=mark, fontsize=8)
+        points = _binned(panel_series(panel, configuration), max(50, MOST_POINTS // len(configurations)))
+        if points[0]:
+            _draw_line(axis, panel, i, colours, *points, seeds=len(configuration.runs) > 1)
+    unit = f"{panel.unit}{', log scale' if panel.name == 'entropy' and _draw_thresholds(axis, configurations, mark) else ''}"
     if len(configurations) == 1:
         for step in {step for run in configurations[0].runs for step, _, _ in run.alarms}:
             axis.axvline(step, color=mark, linewidth=0.8, linestyle=":")
@@ -158,6 +132,38 @@ def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, i
     for side, spine in axis.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(grid)
+
+
+def _draw_line(axis, panel: Panel, i: int, colours, steps, means, lows, highs, *, seeds: bool) -> None:
+    """One configuration: a band where it has seeds, else the single steps; above it the running mean."""
+    colour, few = colours[i % len(COLOURS)], len(steps) <= 20 or panel.name == "held_out"
+    smooth, lows, highs = (values if few else _running_mean(values, max(1, len(values) // 30)) for values in (means, lows, highs))
+    if seeds:
+        low, high = -math.inf if panel.name == "reward" else 0, 1 if panel.share else math.inf  # a band ends where its metric does
+        axis.fill_between(steps, [max(low, value) for value in lows], [min(high, value) for value in highs], color=colour,
+                          alpha=0.18, linewidth=0)
+    elif not few:
+        axis.plot(steps, means, color=colour, linewidth=0.8, alpha=0.35)
+    axis.plot(steps, smooth, color=colour, linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None),
+              marker="os^Dv*"[i % 6] if few else None, markersize=4)
+
+
+def _draw_thresholds(axis, configurations: list[Configuration], mark: str) -> bool:
+    """The thresholds beside the entropies; whether that took a log scale."""
+    entropies = [value for line in axis.get_lines() for value in line.get_ydata()]
+    thresholds = sorted({run.number("gtpo_runtime.ent_threshold", 0.7) for c in configurations for run in c.runs})
+    for threshold in thresholds:
+        axis.axhline(threshold, color=mark, linewidth=1, linestyle=(0, (4, 3)))
+        axis.annotate(f"threshold {threshold:g}", (1, threshold), xycoords=("axes fraction", "data"), xytext=(-2, 3),
+                      textcoords="offset points", ha="right", color=mark, fontsize=8)
+    lowest = min([*entropies, *thresholds])
+    if lowest >= thresholds[-1] / 10:
+        return False
+    axis.set_yscale("log")  # falling towards zero is as bad as rising: let it be seen
+    axis.set_ylim(max(lowest, 1e-4) * 0.7, max([*entropies, *thresholds]) * 1.6)
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+    return True
 
 
 def _line(i: int, colours):

@@ -57,6 +57,14 @@ def test_every_file_it_names_exists():
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/report.md"])
+def test_its_pictures_exist_and_are_small(page):
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / page).read_text())
+    assert pictures
+    for picture in pictures:
+        assert 5_000 < (ROOT / page).parent.joinpath(picture).stat().st_size < 200_000, picture
+
+
 def test_every_python_file_of_the_product_is_in_its_tree():
     for file in [*ROOT.glob("*.py"), *ROOT.glob("gtpo/*.py")]:
         if file.stem != "__init__":
