@@ -52,7 +52,8 @@ def load_weights(model, folder: Path, base: str) -> None:
     from safetensors.torch import load_file
 
     weights = load_file(folder / WEIGHTS)
-    places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    with_embeddings = any(".base_layer." in name for name in weights)  # peft adds them where they are adapted
+    places = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
     for name in sorted(weights.keys() | places.keys()):
         layer = name.removeprefix("base_model.model.").split(".lora_")[0]
         if name not in places:

@@ -18,7 +18,7 @@ def check_model(name: str, key: str = "model.model_name") -> None:
     else:
         from gtpo.hub import look_up
 
-        look_up(key, name, kind="model", instead="a local folder")
+        look_up(key, name, kind="model", instead=f"a local folder (there is none called {name!r} here)")
 
 
 def check_context(section: ModelSection, config) -> None:

@@ -114,7 +114,7 @@ def test_texts_are_the_runs_own_completions_where_there_are_any(run_dir, caplog)
 
 def test_a_merge_without_the_adapter_is_refused(run_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(export, "merged", lambda model: model.unload())
-    assert "the merge is wrong; nothing was kept" in refusal(capsys, run_dir, tmp_path / "merged")
+    assert "the merge is wrong, so use the adapter itself; nothing was kept" in refusal(capsys, run_dir, tmp_path / "merged")
 
 
 @pytest.mark.parametrize("dtype", export.DTYPES)
@@ -125,6 +125,22 @@ def test_a_merge_that_leaves_one_layer_out_is_refused(run_dir, tmp_path, capsys,
 
     monkeypatch.setattr(export, "merged", all_but_one)
     assert "before any rounding, " in refusal(capsys, run_dir, tmp_path / "merged", "--dtype", dtype)
+
+
+def test_an_adapter_on_tied_embeddings_which_peft_adds_to_the_output_too_is_refused(tmp_path, capsys):
+    from peft import LoraConfig, get_peft_model
+
+    tokenizer = tiny.tiny_tokenizer()
+    config = tiny.tiny_model(tokenizer).config
+    config.tie_word_embeddings = True
+    model = type(tiny.tiny_model(tokenizer))(config)
+    for place in ("base", "adapter"):
+        tokenizer.save_pretrained(tmp_path / place)
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LoraConfig(target_modules=["embed_tokens"]))
+    torch.nn.init.normal_(model.get_submodule("base_model.model.model.embed_tokens.lora_embedding_A")["default"])
+    model.save_pretrained(tmp_path / "adapter")
+    assert "the merge is wrong" in refusal(capsys, tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_what_gets_lost_between_saving_and_loading_is_refused(run_dir, tmp_path, capsys, monkeypatch):  # noqa: F811

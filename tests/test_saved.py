@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -156,6 +156,15 @@ def test_the_tokenizer_and_chat_template_saved_with_the_adapter_are_kept(run_dir
     assert load_saved(find_saved(tiny_policy)).tokenizer.chat_template == tiny.CHAT_TEMPLATE
 
 
+def test_an_adapter_on_the_embeddings_is_loaded_too(tmp_path, tiny_policy):
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"))
+    torch.nn.init.normal_(adapted.get_submodule("base_model.model.model.embed_tokens.lora_embedding_A")["default"])
+    adapted.save_pretrained(tmp_path / "adapter")
+    policy = load_saved(find_saved(str(tmp_path / "adapter")))
+    assert torch.equal(logits(policy), adapted.eval()(policy.tokenizer(TEXT, return_tensors="pt")["input_ids"]).logits)
+
+
 def test_a_model_without_a_recipe_is_loaded_within_its_context(tiny_policy):
     assert load_saved(find_saved(tiny_policy)).model.config.max_position_embeddings == 2048  # shorter than the default length
     with pytest.raises(RecipeError, match="model.max_seq_length: 4000 is more than the 2048 tokens"):
@@ -176,7 +185,8 @@ def test_what_is_not_there_or_no_model_is_refused_with_a_sentence(tmp_path):
     assert "holds no recipe.yaml, adapter_config.json or config.json" in refusal(tmp_path)
     (tmp_path / "file").touch()
     assert "it is a file" in refusal(tmp_path / "file")
-    assert "'no/such-model' is not in the local cache" in refusal("no/such-model")
+    told = refusal("runs/mistyped")
+    assert "'runs/mistyped' is not in the local cache" in told and told.endswith("use a local folder (there is none called 'runs/mistyped' here)")
 
 
 def test_a_run_without_an_adapter_is_refused(run_dir):
