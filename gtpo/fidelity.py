@@ -38,7 +38,8 @@ class Fidelity(NamedTuple):
             return f"the merged model's logits are not finite in {dtype}; use --dtype float32"
         if self.difference > ROUNDINGS * self.rounding + ARITHMETIC:
             return (f"the merged model's logits differ from those of base model and adapter by {self.difference:.2%}, and "
-                    f"rounding to {dtype} explains {self.rounding:.2%} (the adapter makes {self.effect:.2%}): the merge is wrong, so use the adapter itself")
+                    f"rounding to {dtype} explains {self.rounding:.2%} (the adapter makes {self.effect:.2%}): the merge is "
+                    "wrong, so use the adapter itself")
         if self.effect and not self.kept > KEPT:
             return (f"{max(self.kept, 0):.0%} of what the adapter changes is left in {dtype}: its weights are so small that they "
                     f"get lost in rounding; use --dtype {'float16 or float32' if dtype == 'bfloat16' else 'float32'}")
