@@ -82,4 +82,5 @@ def test_unsloth_still_takes_the_arguments_that_the_backend_gives_it(figures):
     """FastLanguageModel itself needs a GPU; its signature does not."""
     assert {"model_name", "max_seq_length", "load_in_4bit", "fast_inference", "max_lora_rank", "gpu_memory_utilization",
             "trust_remote_code", "random_state"} <= set(figures["from_pretrained"])
-    assert {"r", "lora_alpha", "target_modules", "use_gradient_checkpointing", "random_state"} <= set(figures["get_peft_model"])
+    assert {"r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "modules_to_save", "kwargs",
+            "use_gradient_checkpointing", "random_state"} <= set(figures["get_peft_model"])
