@@ -1,5 +1,6 @@
 """Runs sorted by what differs between their recipes: runs that differ in the seed alone are one configuration."""
 
+import math
 import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -61,12 +62,29 @@ class Window(NamedTuple):
     def mean(self) -> float:
         return statistics.fmean(self.values)
 
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return spread(self.values) / math.sqrt(len(self.values))
+
 
 def windows(series: dict[int, list[float]]) -> tuple[Window, Window]:
     """The first and the last tenth of the steps that have values, at most 50."""
     steps = list(series)
-    width = max(1, min(50, len(steps) // 10))
+    width = _width(steps)
     return _window(series, steps[:width]), _window(series, steps[-width:])
+
+
+def best_window(series: dict[int, list[float]]) -> Window:
+    """The stretch of that length with the highest mean, among those that follow one another."""
+    steps = list(series)
+    width = _width(steps)
+    starts = range(0, len(steps) - width + 1, width)
+    return max((_window(series, steps[start : start + width]) for start in starts), key=lambda window: window.mean)
+
+
+def _width(steps: list[int]) -> int:
+    return max(1, min(50, len(steps) // 10))
 
 
 def _window(series: dict[int, list[float]], steps: list[int]) -> Window:

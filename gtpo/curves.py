@@ -112,7 +112,7 @@ def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, i
     for i, configuration in enumerate(configurations):
         points = _binned(panel_series(panel, configuration), max(50, MOST_POINTS // len(configurations)))
         if points[0]:
-            _draw_line(axis, panel, i, colours, *points, seeds=len(configuration.runs) > 1)
+            _draw_line(axis, panel, i, colours, *points, seeds=len(configuration.runs) > 1, alone=len(configurations) == 1)
     unit = f"{panel.unit}{', log scale' if panel.name == 'entropy' and _draw_thresholds(axis, configurations, mark) else ''}"
     if len(configurations) == 1:
         for step in {step for run in configurations[0].runs for step, _, _ in run.alarms}:
@@ -134,15 +134,15 @@ def _draw(axis, panel: Panel, configurations: list[Configuration], colours, *, i
         spine.set_color(grid)
 
 
-def _draw_line(axis, panel: Panel, i: int, colours, steps, means, lows, highs, *, seeds: bool) -> None:
-    """One configuration: a band where it has seeds, else the single steps; above it the running mean."""
+def _draw_line(axis, panel: Panel, i: int, colours, steps, means, lows, highs, *, seeds: bool, alone: bool) -> None:
+    """One configuration: a band where it has seeds, else the single steps if it is alone; above it the running mean."""
     colour, few = colours[i % len(COLOURS)], len(steps) <= 20 or panel.name == "held_out"
     smooth, lows, highs = (values if few else _running_mean(values, max(1, len(values) // 30)) for values in (means, lows, highs))
     if seeds:
         low, high = -math.inf if panel.name == "reward" else 0, 1 if panel.share else math.inf  # a band ends where its metric does
         axis.fill_between(steps, [max(low, value) for value in lows], [min(high, value) for value in highs], color=colour,
                           alpha=0.18, linewidth=0)
-    elif not few:
+    elif alone and not few:
         axis.plot(steps, means, color=colour, linewidth=0.8, alpha=0.35)
     axis.plot(steps, smooth, color=colour, linewidth=1.8, dashes=DASHES[i % len(DASHES)] or (None, None),
               marker="os^Dv*"[i % 6] if few else None, markersize=4)

@@ -5,7 +5,7 @@ import statistics
 from collections import Counter
 from typing import NamedTuple
 
-from gtpo.configurations import Configuration, spread, windows
+from gtpo.configurations import Configuration, best_window, windows
 from gtpo.curves import PANELS, panel_series
 from gtpo.scores import differences
 
@@ -33,7 +33,7 @@ def _did_it_learn(configuration: Configuration) -> Answer:
     if reward:
         first, last = windows(reward)
         if len(reward) >= FEW_STEPS:
-            noise = 2 * math.hypot(*(spread(window.values) / math.sqrt(len(window.values)) for window in (first, last)))
+            noise = 2 * math.hypot(first.error, last.error)
             verdict, word = ("yes", "yes") if last.mean - first.mean > noise else (
                 "no", "it got worse") if first.mean - last.mean > noise else ("careful", "no clear change")
         told.append(f"The mean reward went from {first.mean:.2f} ({first.steps}) to {last.mean:.2f} ({last.steps}).")
@@ -78,7 +78,8 @@ def _shares(configuration: Configuration) -> list[str]:
 
 
 def _did_it_stay_stable(configuration: Configuration) -> Answer:
-    told, worries = [], []
+    worries: list[str] = []
+    told = _fall(configuration, worries)
     entropy = panel_series(PANEL["entropy"], configuration)
     threshold = configuration.runs[0].number("gtpo_runtime.ent_threshold", 0.7)
     if entropy:
@@ -112,6 +113,18 @@ def _did_it_stay_stable(configuration: Configuration) -> Answer:
         return Answer("Did it stay stable?", "unknown", "unknown", told)
     worries = list(dict.fromkeys(worries))
     return Answer("Did it stay stable?", "careful" if worries else "yes", "; ".join(worries) or "yes", told)
+
+
+def _fall(configuration: Configuration, worries: list[str]) -> list[str]:
+    """Whether the reward lost more than a third of its gain, and more than noise (four standard errors) explains."""
+    reward = panel_series(PANEL["reward"], configuration)
+    if len(reward) < FEW_STEPS:
+        return []
+    (first, last), best = windows(reward), best_window(reward)
+    if best.mean - last.mean <= max((best.mean - first.mean) / 3, 4 * math.hypot(best.error, last.error)):
+        return []
+    worries.append("reward fell")
+    return [f"The reward fell from {best.mean:.2f} at its best ({best.steps}) to {last.mean:.2f}."]
 
 
 def _ends(configuration: Configuration, worries: list[str]) -> list[str]:
@@ -159,7 +172,8 @@ def _what_was_protected(configuration: Configuration) -> Answer:
     tokens, times = sum(log.protected_tokens for log in logs), sum(log.protected_completions for log in logs)
     amplified, worse = sum(log.amplified_tokens for log in logs), sum(log.worse for log in logs)
     pieces = sum((log.pieces for log in logs), Counter())
-    texts = [(text, count) for text, count in pieces.most_common(8) if text.strip()][:5]
+    most = max(pieces.values(), default=0)
+    texts = [(text, count) for text, count in pieces.most_common(8) if text.strip() and count > 0.1 * most][:5]
     weighted = configuration.runs[0].has_token_weights
     would = "" if weighted else "would have "
     if not any(log.groups for log in logs):

@@ -204,6 +204,7 @@ def test_the_summary_gives_the_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(("changes", "worry"), [
+    ({"reward": lambda s: 5 + s % 2 + (s if s < 30 else 0)}, "reward fell"),
     ({"gtpo__completion_entropy": lambda s: 0.4 if s < 20 else 0.01}, "nearly deterministic"),
     ({"gtpo__completion_entropy": lambda s: 0.02 * s}, "entropy above the threshold"),
     ({"gtpo__frac_filtered": lambda s: float(s > 30)}, "filter switched off everything"),
