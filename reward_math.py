@@ -12,8 +12,10 @@ column `answer` holds references as `gtpo.answers.format_reference` makes them, 
 | `scaled_adaptive_reward_func` | a correct answer in perfect format, more where it is rare     | 0, 5 to 10 |
 
 `final_reward` and `released_reward` log the means of their parts as `reward/formatting_avg`, `reward/correctness_avg`
-and `reward/total_avg`, through the `log_metric` that TRL hands them: use one of the two. The others log nothing and can
-stand beside either. A completion whose reference is None cannot be judged: its reward is None, which TRL leaves out.
+and `reward/total_avg`, and the shares of completions in perfect format and with a correct answer as
+`reward/format_rate` and `reward/correct_rate`, through the `log_metric` that TRL hands them: use one of the two. The
+others log nothing and can stand beside either. A completion whose reference is None cannot be judged: its reward is
+None, which TRL leaves out.
 """
 
 from collections import defaultdict
@@ -73,11 +75,14 @@ def _format_and_correctness(completions, answer, score, is_correct, log_metric) 
         correct = reference is not None and formatting == PERFECT_FORMAT and is_correct(text, reference)
         parts.append(None if reference is None else (formatting, CORRECT * correct))
     if log_metric is not None:
-        judged = [part for part in parts if part is not None] or [(nan, nan)]  # TRL gathers: every process must log
-        formatting, correctness = (sum(column) / len(judged) for column in zip(*judged))
+        judged = [(*part, part[0] == PERFECT_FORMAT) for part in parts if part is not None]
+        judged = judged or [(nan, nan, nan)]  # TRL gathers: every process must log
+        formatting, correctness, formed = (sum(column) / len(judged) for column in zip(*judged))
         log_metric("reward/formatting_avg", formatting)
         log_metric("reward/correctness_avg", correctness)
         log_metric("reward/total_avg", formatting + correctness)
+        log_metric("reward/format_rate", formed)
+        log_metric("reward/correct_rate", correctness / CORRECT)
     return [None if part is None else sum(part) for part in parts]
 
 

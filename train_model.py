@@ -1,7 +1,7 @@
 """Train LoRA adapters with GTPO: `python train_model.py [config.yaml] [--section.key value ...]`.
 
 Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists every key. Exit code 2: the recipe or the
-machine cannot do it, and nothing was written.
+machine cannot do it, and nothing was written; 3: an alarm stopped the run, and all is saved.
 """
 
 import contextlib
@@ -13,6 +13,10 @@ from pathlib import Path
 
 from gtpo import cli
 from gtpo.recipe import Recipe, RecipeError
+
+
+class RunStopped(Exception):
+    """An alarm stopped the run, as its recipe says; everything is saved."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
             for sentence in str(error).splitlines():
                 print(f"error: {sentence}", file=sys.stderr)
             return 2
+        except RunStopped as stopped:
+            print(f"stopped: {stopped}", file=sys.stderr)
+            return 3
         except Exception:
             logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file; the terminal gets it anyway
             raise
@@ -93,7 +100,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     from gtpo.held_out import HeldOut
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
-    watch(trainer, recipe.watch, run_dir)
+    alarm = watch(trainer, recipe, run_dir)
     model_card.describe_saves(policy.model, trainer, recipe, run_dir)
 
     is_main = trainer.accelerator.is_main_process
@@ -114,6 +121,8 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     if is_main:
         policy.model.create_or_update_model_card(run_dir)  # once more: now the evaluation is there
         print(f"Run directory: {run_dir}")
+    if alarm.stopped_by:
+        raise RunStopped(f"{alarm.stopped_by}; the run was stopped there, its adapter and a checkpoint are saved")
     return run_dir
 
 
@@ -171,11 +180,21 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+class _Console(logging.StreamHandler):
+    """Writes to stderr, above a progress bar rather than into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 @contextlib.contextmanager
 def _log_to_console():
     """Messages to stderr; they are kept for the log file too, which exists only once the run directory does."""
     root = logging.getLogger()
-    console = logging.StreamHandler()
+    console = _Console()
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.NOTSET if os.environ.get("RANK", "0") == "0" else logging.ERROR)  # one process speaks
     console.addFilter(lambda record: record.name != "gtpo.watch")  # those lines are on the screen already

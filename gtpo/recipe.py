@@ -19,7 +19,7 @@ from gtpo.sections import (
     WandbSection,
 )
 from gtpo.trl_options import FREE_FOR_GTPO
-from gtpo.watch_sections import WatchSection
+from gtpo.watch_sections import AlarmSection, WatchSection
 
 SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$|\d)", re.IGNORECASE)
 SECRET_VALUE = re.compile(r"(hf_|sk-|wandb_v\d_)\w{16,}")
@@ -58,6 +58,7 @@ class Recipe(Section):
     gtpo_runtime: RuntimeSection = RuntimeSection()
     evaluation: EvaluationSection = EvaluationSection()
     watch: WatchSection = WatchSection()
+    alarm: AlarmSection = AlarmSection()
     wandb: WandbSection = WandbSection()
 
     @property

@@ -27,12 +27,14 @@ class Recorder(TrainerCallback):
 
     A rollout spread over processes is gathered and written by the first of them. Entropies are those of the first pass
     over the rollout. A trainer that keeps what its loss saw in `seen_by_loss` (GTPO's) is asked for them; of any other, TRL's
-    loss shows them and Unsloth's does not: null there.
+    loss shows them and Unsloth's does not: null there. `latest` is this process's part of the last rollout, all there is
+    without a file.
     """
 
-    def __init__(self, trainer: GRPOTrainer, file: Path, *, tokens_every: int = 1):
+    def __init__(self, trainer: GRPOTrainer, file: Path | None, *, tokens_every: int = 1):
         self.trainer, self.file, self.tokens_every = trainer, file, tokens_every
         self.rollouts = 0
+        self.latest: list[dict] = []
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
         self._token_texts = TokenTexts(self._tokenizer)
         self._rollout: dict | None = None  # the rollout under way, until all of its rows were seen
@@ -121,7 +123,10 @@ class Recorder(TrainerCallback):
                 lines[row] = {"step": seen["step"], **rollout["lines"][row], **line}
                 if rollout["with_tokens"]:
                     lines[row] |= self._tokens(rollout, row, entropies)
-        texts = gather_object([_as_line(lines[row]) for row in sorted(lines)])  # all processes meet here
+        self.latest = [lines[row] for row in sorted(lines)]
+        if self.file is None:
+            return
+        texts = gather_object([_as_line(line) for line in self.latest])  # all processes meet here
         if self.trainer.accelerator.is_main_process:
             with self.file.open("a", encoding="utf-8") as file:
                 for text in texts:  # each line whole, also for somebody who reads while we write

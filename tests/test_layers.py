@@ -13,7 +13,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
     "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections"}, "chat_tokenizer": {"recipe", "sections"},
-    "arguments": {"recipe", "sections", "trl_options"}, "watch": {"recorder", "watch_sections"},
+    "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder"}, "alarm": set(),
     "watch_sections": {"sections"}, "recorder": {"groups", "shaping", "token_texts"}, "token_texts": set(),
     "runs": {"cli", "recipe"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
     "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},

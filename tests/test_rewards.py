@@ -139,13 +139,14 @@ def test_what_trl_hands_over_is_accepted_and_each_metric_is_logged_once_as_a_mea
         "prompts": ["?"] * 4, "completions": completions, "completion_ids": [[1, 2]] * 4, "trainer_state": object(),
         "log_extra": lambda column, values: None, "answer": ["18", "18", "18", None], "level": ["Level 1"] * 4,
     }  # fmt: skip
-    expected = {"reward/formatting_avg": 7, "reward/correctness_avg": 10 / 3, "reward/total_avg": 31 / 3}
+    expected = {"reward/formatting_avg": 7, "reward/correctness_avg": 10 / 3, "reward/total_avg": 31 / 3,
+                "reward/format_rate": 2 / 3, "reward/correct_rate": 1 / 3}
     for reward in REWARDS:
         logged = []
         reward(**handed, log_metric=lambda *metric: logged.append(metric))
         if reward in (final_reward, released_reward):
             assert dict(logged) == pytest.approx(expected)
-            assert len(logged) == 3
+            assert len(logged) == 5
         else:
             assert logged == []
 
@@ -153,7 +154,9 @@ def test_what_trl_hands_over_is_accepted_and_each_metric_is_logged_once_as_a_mea
 def test_metrics_are_logged_even_where_nothing_can_be_judged_since_trl_gathers_them_over_processes():
     logged = []
     assert final_reward(["x"], [None], log_metric=lambda *metric: logged.append(metric)) == [None]
-    assert [name for name, _ in logged] == ["reward/formatting_avg", "reward/correctness_avg", "reward/total_avg"]
+    assert [name for name, _ in logged] == [f"reward/{name}" for name in (
+        "formatting_avg", "correctness_avg", "total_avg", "format_rate", "correct_rate")]
+    assert all(value != value for _, value in logged)  # NaN, which TRL leaves out of its means
 
 
 def test_rewards_work_off_the_main_thread_and_on_a_million_characters():

@@ -55,7 +55,7 @@ def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(h
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["trl"] and versions["commit"] != "" and versions["python"]
     log = (folder / "train.log").read_text()
-    assert "step    1  reward" in log
+    assert "step 1/2  reward" in log
     assert "None" not in (folder / "README.md").read_text()  # peft's card; TRL's would name a base model None
     for line in ("[GTPO] Backend: transformers + peft on CPU", "[GTPO] Set ENT_THRESHOLD = 0.7", "[GTPO] Set PAD_ID = 467",
                  "2000 problems; 0 of 2000 dropped", "torch_compile_options are unused on a CPU"):

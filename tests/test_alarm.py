@@ -1,0 +1,191 @@
+"""The collapse alarm, on drawn sequences of log lines, and at the end of real runs."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from gtpo.alarm import CONDITIONS, METRICS, Alarm
+from gtpo.watch_sections import AlarmSection
+
+HEALTHY = {"reward": 12.0, "loss": 0.0, "grad_norm": 0.3, "gtpo/skipped_steps": 0.0, "gtpo/initial_entropy": 0.5,
+           "gtpo/completion_entropy": 0.4, "gtpo/frac_filtered": 0.1, "reward/format_rate": 0.9, "frac_reward_zero_std": 0.5,
+           "completions/clipped_ratio": 0.1}
+NAN = math.nan
+
+
+def alarm_of(**given) -> Alarm:
+    section = AlarmSection(**{"window": 5, "entropy_rising": None, **given})
+    return Alarm(action=section.action, window=section.window, limits=section.limits(0.7))
+
+
+def raised(alarm: Alarm, *stretches: tuple[int, dict]) -> list[tuple[int, str, str]]:
+    """Every event of a run of healthy log lines with some metrics replaced: (log line, condition, evidence)."""
+    lines = [{**HEALTHY, **changed} for count, changed in stretches for _ in range(count)]
+    return [(number, *event) for number, line in enumerate(lines, 1) for event in alarm.see(line).items()]
+
+
+CASES = {  # condition: a metric, its value at the healthy edge, one beyond it, and what the evidence says
+    "entropy_above": ("gtpo/completion_entropy", 0.69, 0.8, "is 0.72 nats, above 0.7 (it began at 0.50)"),
+    "entropy_low": ("gtpo/completion_entropy", 0.06, 0.02, "is 0.020 nats, 4% of the initial 0.50"),
+    "all_filtered": ("gtpo/frac_filtered", 0.95, 1.0, "switches off 100% of the completions: no gradient is left"),
+    "format_falling": ("reward/format_rate", 0.7, 0.6, "fell to 60%, from 90% at its best"),
+    "no_signal": ("frac_reward_zero_std", 0.9, 1.0, "in 100% of the groups all rewards are equal"),
+    "truncated": ("completions/clipped_ratio", 0.45, 0.75, "62% of the completions are cut off"),
+}
+BAD = {condition: {metric: beyond} for condition, (metric, _, beyond, _) in CASES.items()}
+
+
+@pytest.mark.parametrize("condition", CASES)
+def test_a_condition_that_holds_for_a_window_is_told_once_with_its_evidence(condition):
+    metric, edge, beyond, evidence = CASES[condition]
+    assert raised(alarm_of(), (10, {}), (30, {metric: edge})) == []
+    ((line, name, said),) = raised(alarm_of(), (10, {}), (30, {metric: beyond}))
+    assert name == condition and evidence in said and "\n" not in said
+    assert 11 <= line <= 15
+
+
+@pytest.mark.parametrize("condition", CASES)
+def test_one_bad_line_is_noise(condition):
+    assert raised(alarm_of(), *[(6, {}), (1, BAD[condition])] * 4) == []
+
+
+@pytest.mark.parametrize("condition", CASES)
+def test_a_condition_is_told_again_once_it_had_recovered(condition):
+    bad = BAD[condition]
+    events = raised(alarm_of(), (5, {}), (10, bad), (15, {}), (10, bad))
+    assert [name for _, name, _ in events] == [condition, condition]
+    flickering = raised(alarm_of(), (5, {}), (10, bad), (3, {}), (10, bad))
+    assert [name for _, name, _ in flickering] == [condition]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_null_switches_a_condition_off(condition):
+    everything = {metric: beyond for metric, _, beyond, _ in CASES.values()}
+    lines = [(5, {}), (20, {**everything, "gtpo/completion_entropy": 0.9, "gtpo/skipped_steps": 9.0}), (20, BAD["entropy_low"])]
+    given = {"entropy_rising": 0.2}
+    assert {name for _, name, _ in raised(alarm_of(**given), *lines)} == set(CONDITIONS)
+    left = {name for _, name, _ in raised(alarm_of(**{**given, condition: None}), *lines)}
+    assert left == set(CONDITIONS) - {condition}
+
+
+def test_a_steep_rise_is_told_long_before_the_threshold():
+    rising = [(1, {"gtpo/completion_entropy": 0.1 + 0.05 * i}) for i in range(10)]
+    ((line, name, said),) = raised(alarm_of(entropy_rising=0.2), *rising)
+    assert name == "entropy_rising" and "from 0.20 to 0.45 nats within 5 log lines" in said
+    slowly = [(1, {"gtpo/completion_entropy": 0.1 + 0.01 * i}) for i in range(50)]
+    assert raised(alarm_of(entropy_rising=0.2), *slowly) == []
+
+
+def test_a_policy_that_began_above_the_threshold_may_stay_there():
+    assert raised(alarm_of(), (30, {"gtpo/initial_entropy": 1.1, "gtpo/completion_entropy": 1.0})) == []
+    assert raised(alarm_of(), (30, {"gtpo/initial_entropy": None, "gtpo/completion_entropy": 1.0})) == []  # nor measured it
+
+
+def test_without_gtpos_metrics_entropy_is_held_against_the_first_window():
+    grpo = {name: value for name, value in HEALTHY.items() if not name.startswith("gtpo/")}
+    lines = [{**grpo, "entropy": entropy} for entropy in [0.4] * 5 + [0.03] * 9]
+    alarm = alarm_of()
+    events = [event for line in lines for event in alarm.see(line).items()]
+    assert [name for name, _ in events] == ["entropy_low"] and "of the initial 0.40" in events[0][1]
+
+
+def test_metrics_that_are_not_logged_raise_nothing():
+    alarm = alarm_of()
+    assert all(alarm.see({"reward": 0.0}) == {} for _ in range(30))
+
+
+def test_non_finite_steps_are_counted_where_they_are_skipped_and_where_they_are_not():
+    assert raised(alarm_of(), (5, {}), (9, {"gtpo/skipped_steps": 2.0, "grad_norm": NAN})) == []  # two, skipped
+    skipping = [(1, {"gtpo/skipped_steps": float(count)}) for count in (0, 1, 2, 3, 3, 3, 3, 3, 3)]
+    ((line, name, said),) = raised(alarm_of(), (5, {}), *skipping)
+    assert (line, name) == (9, "non_finite") and said.startswith("3 steps within 5 log lines")
+    plain = {"gtpo/skipped_steps": None}
+    assert raised(alarm_of(), (9, plain), (2, {**plain, "grad_norm": math.inf}), (9, plain)) == []
+    ((line, name, _),) = raised(alarm_of(), (9, plain), (1, {**plain, "grad_norm": NAN}), (1, plain), (2, {**plain, "loss": NAN}))
+    assert (line, name) == (13, "non_finite")
+    ((line, name, _),) = raised(alarm_of(window=50), (3, {**plain, "grad_norm": NAN}))  # a run that begins so
+    assert (line, name) == (3, "non_finite")
+
+
+def test_a_metric_that_is_not_finite_counts_as_unknown():
+    assert raised(alarm_of(), (30, {"gtpo/completion_entropy": NAN, "reward/format_rate": None})) == []
+
+
+def test_the_state_survives_a_checkpoint():
+    alarm = alarm_of()
+    raised(alarm, (10, {}), (4, BAD["no_signal"]))
+    again = Alarm.from_state(json.loads(json.dumps(alarm.state())))
+    assert [name for _, name, _ in raised(again, (9, BAD["no_signal"]))] == ["no_signal"]
+    told = Alarm.from_state(json.loads(json.dumps(again.state())))
+    assert raised(told, (9, BAD["no_signal"])) == []
+
+
+@pytest.mark.parametrize("action, saves, stops", [("warn", False, False), ("save", True, False), ("stop", True, True)])
+def test_an_event_is_logged_as_a_metric_and_acts_as_the_recipe_says(caplog, action, saves, stops):
+    alarm = alarm_of(action=action)
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    for step in range(1, 12):
+        logs = {**HEALTHY, **BAD["truncated"]}
+        state = SimpleNamespace(global_step=step, log_history=[{**logs, "step": step}])
+        alarm.on_log(None, state, control, logs=logs)
+        for record in (logs, state.log_history[-1]):
+            assert record.get("alarm/truncated") == (1.0 if step == 5 else None)
+    alarm.on_log(None, state, control, logs={"eval_reward": 1.0})  # no line of training
+    assert (control.should_save, control.should_training_stop) == (saves, stops)
+    (message,) = caplog.messages
+    assert message.startswith("[GTPO] Alarm at step 5: 75% of the completions are cut off before their end; ")
+    assert alarm.stopped_by == (message.removeprefix("[GTPO] ") if stops else None)
+
+
+def test_every_condition_has_a_threshold_in_the_recipe_and_reads_metrics_that_somebody_logs():
+    assert AlarmSection().limits(0.7).keys() == CONDITIONS.keys()
+    assert set(METRICS) <= HEALTHY.keys()
+
+
+# ---- real runs
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(here, *flags: str) -> tuple[int, list[dict]]:
+    import test_train_model
+    import train_model
+
+    code = train_model.main(test_train_model.demo_flags("--training.save_steps", "100", *flags))
+    return code, test_train_model.history(test_train_model.run_dir(here))
+
+
+# GTPO's gate is off where the policy began above the threshold; the released trainer's never is.
+GATE_SHUT = ["--trainer.class_path", "custom_trainer.released.ReleasedGTPOTrainer", "--gtpo_runtime.ent_threshold", "0.0",
+             "--training.max_steps", "6", "--alarm.window", "3"]
+
+
+def test_a_run_whose_gate_shuts_everything_is_told_so_and_stopped_with_all_saved(here, capsys):
+    code, history = run(here, *GATE_SHUT, "--alarm.action", "stop")
+    assert code == 3
+    steps = [line for line in history if "reward" in line]
+    assert len(steps) == 3 and steps[-1]["alarm/all_filtered"] == 1.0 and "alarm/all_filtered" not in steps[1]
+    (folder,) = (here / "runs").iterdir()
+    for name in ("adapter_model.safetensors", "trainer_state.json", "checkpoint-3/adapter_model.safetensors"):
+        assert (folder / name).is_file(), name
+    stateful = json.loads((folder / "checkpoint-3/trainer_state.json").read_text())["stateful_callbacks"]
+    assert stateful["Alarm"]["attributes"]["told"] == {"all_filtered": 0}
+    said = "Alarm at step 3: the entropy filter switches off 100% of the completions: no gradient is left"
+    assert said in (folder / "train.log").read_text()
+    captured = capsys.readouterr()
+    assert f"stopped: {said}" in captured.err and f"Run directory: {folder.relative_to(here)}" in captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_a_warning_lets_the_run_go_on_and_none_says_nothing(here):
+    code, history = run(here, *GATE_SHUT)
+    assert code == 0 and [line["step"] for line in history if "alarm/all_filtered" in line] == [3]
+    assert len([line for line in history if "reward" in line]) == 6
+    code, history = run(here, *GATE_SHUT, "--alarm.action", "none", "--overwrite")
+    assert code == 0 and not [line for line in history if "alarm/all_filtered" in line]
