@@ -14,7 +14,7 @@ GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.U
 
 
 @pytest.fixture(scope="module", params=[GTPO, GRPO, "custom_trainer.released.ReleasedGTPOTrainer",
-                                        "ablations.WithoutTokenWeights"])
+                                        "benchmarks.ablations.WithoutTokenWeights"])
 def recorded(request, tmp_path_factory):
     return request.param, recordings.record(request.param, tmp_path_factory.mktemp("recorded"), reward=recordings.some_unjudged)
 
