@@ -61,7 +61,8 @@ def _parse(argv: list[str]) -> tuple[list[Path], Path | None, list[int]]:
         if word.startswith("--"):
             raise RecipeError(f"{word}: unknown flag; use --out and --steps, or give the recipe first and then its flags")
     if not words:
-        raise RecipeError("no run given; use: python report_run.py RUN [RUN ...], with the directory that train_model.py printed last")
+        raise RecipeError("no run given; use: python report_run.py RUN [RUN ...], with the directory that train_model.py "
+                          "printed last")
     return [Path(word) for word in words], out, steps
 
 

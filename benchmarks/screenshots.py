@@ -92,7 +92,8 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-POINT = "const t = document.querySelectorAll('.token.protected'); (t[t.length - 1] || document.querySelector('.tokens .token')).focus()"
+POINT = """const protectedTokens = document.querySelectorAll('.tokens .protected');
+(protectedTokens[protectedTokens.length - 1] || document.querySelector('.tokens .token')).focus()"""
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

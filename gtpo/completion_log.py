@@ -21,7 +21,7 @@ Number = Annotated[float | None, AfterValidator(lambda value: value if value is 
 
 
 class Completion(BaseModel):
-    """One line of the file. `would_weigh` is for trainers without token weights."""
+    """One line of the file; lists per token that do not fit together count as not recorded."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -51,7 +51,9 @@ def choose_steps(run: RunRecord, wanted: list[int]) -> dict[int, str]:
         if step not in shares:
             raise RecipeError(f"--steps: {step} is not in {log.file}, which has steps {min(shares)} to {max(shares)}")
     middle = with_tokens[len(with_tokens) // 2]
-    reasons = {with_tokens[0]: "first", middle: "middle", with_tokens[-1]: "last"} if len(with_tokens) > 1 else {middle: "the only one"}
+    reasons = {with_tokens[0]: "first", middle: "middle", with_tokens[-1]: "last"}
+    if len(with_tokens) == 1:
+        reasons = {middle: "the only one"}
     most = sorted(with_tokens, key=lambda step: -shares[step][0] / max(1, shares[step][1]))
     for step in most[:2]:
         reasons[step] = f"{reasons[step]}, many conflicts" if step in reasons else "many conflicts"
@@ -93,7 +95,8 @@ def _most_telling_first(run: RunRecord, step: int) -> list[Group]:
 def _group_view(completions: list[Completion], table: TokenTable, weight: float) -> dict[str, Any]:
     first = completions[0]
     reach = max(30, GROUP_TOKENS // (2 * len(completions)))
-    return {"group": first.group, "prompt": _prompt(first.prompt), "reference": None if first.answer is None else _cut(str(first.answer)),
+    return {"group": first.group, "prompt": _prompt(first.prompt),
+            "reference": None if first.answer is None else _cut(str(first.answer)),
             "rows": [_row_view(completion, table, weight, reach) for completion in completions]}
 
 
@@ -141,4 +144,6 @@ def _text(content: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= TEXT else f"{text[: TEXT // 2]}\n... {len(text) - TEXT:,} characters left out ...\n{text[-TEXT // 2 :]}"
+    if len(text) <= TEXT:
+        return text
+    return f"{text[: TEXT // 2]}\n... {len(text) - TEXT:,} characters left out ...\n{text[-TEXT // 2 :]}"

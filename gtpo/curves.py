@@ -36,7 +36,7 @@ PANELS = (
     Panel("reward", "Reward", "", (("reward", 1),)),
     Panel("format", "Format rate", "share of completions", (("reward/format_rate", 1), ("reward/formatting_avg", 0.1)), True),
     Panel("correct", "Correct rate", "share of completions", (("reward/correct_rate", 1), ("reward/correctness_avg", 0.1)), True),
-    Panel("held_out", "Held-out accuracy", "share of problems", (("evaluation/accuracy", 1), ("eval_evaluation/accuracy", 1)), True),
+    Panel("held_out", "Held-out accuracy", "share of problems", (("evaluation/accuracy", 1),), True),
     Panel("entropy", "Entropy", "nats per token", (("gtpo/completion_entropy", 1), ("entropy", 1))),
     Panel("conflict", "Conflict tokens", "share of tokens", (("gtpo/frac_conflict_tokens", 1),), True, True),
     Panel("filtered", "Filtered completions", "share, entropy above threshold", (("gtpo/frac_filtered", 1),), True, True),
@@ -139,7 +139,8 @@ def _draw_line(axis, panel: Panel, i: int, colours, steps, means, lows, highs, *
     colour, few = colours[i % len(COLOURS)], len(steps) <= 20 or panel.name == "held_out"
     smooth, lows, highs = (values if few else _running_mean(values, max(1, len(values) // 30)) for values in (means, lows, highs))
     if seeds:
-        low, high = -math.inf if panel.name == "reward" else 0, 1 if panel.share else math.inf  # a band ends where its metric does
+        low = -math.inf if panel.name == "reward" else 0  # a band ends where its metric does
+        high = 1 if panel.share else math.inf
         axis.fill_between(steps, [max(low, value) for value in lows], [min(high, value) for value in highs], color=colour,
                           alpha=0.18, linewidth=0)
     elif alone and not few:

@@ -47,8 +47,8 @@ def render(runs: list[RunRecord], steps: list[int]) -> bytes:
     environment.filters |= {"interval": _interval, "visible": visible}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     values = {
-        "maker": MAKER, "runs": runs, "configurations": found, "answers": [summary.answers(configuration) for configuration in found],
-        "score_names": list(dict.fromkeys(name for run in runs for found in run.evaluations.values() for name in found.scores.scores)),
+        "maker": MAKER, "runs": runs, "configurations": found, "score_names": _score_names(runs),
+        "answers": [summary.answers(configuration) for configuration in found],
         "svgs": curves.inline_svgs(found), "numbers": _numbers(found),
         "differences": differences(runs) if len(runs) > 1 else {}, "dashes": curves.DASHES, "colours": len(curves.COLOURS),
         "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"), "script": script,
@@ -87,6 +87,10 @@ def _numbers(found: list[Configuration]) -> list[tuple[curves.Panel, list[tuple[
     return table
 
 
+def _score_names(runs: list[RunRecord]) -> list[str]:
+    return list(dict.fromkeys(name for run in runs for found in run.evaluations.values() for name in found.scores.scores))
+
+
 def _number(panel: curves.Panel, mean: float) -> str:
     return f"{mean:.1%}" if panel.share else f"{mean:.4g}"
 
@@ -105,4 +109,5 @@ def _check_ours(file: Path) -> None:
     if file.exists():
         with file.open("rb") as existing:
             if MAKER.encode() not in existing.read(2000):
-                raise RecipeError(f"{file}: exists and is no report of ours, so it stays; move it away, or choose another place with --out")
+                raise RecipeError(f"{file}: exists and is no report of ours, so it stays; move it away, or choose another place "
+                                  "with --out")

@@ -55,8 +55,9 @@ def _held_out(configuration: Configuration) -> tuple[float, str] | None:
              if {"before", "after"} <= run.evaluations.keys()]
     if not pairs:
         return None
-    (accuracy, format_rate), after = ([[statistics.fmean(pair[when].scores.scores[name].mean for pair in pairs) for when in (0, 1)]
-                                       for name in ("accuracy", "format rate")], pairs[0][1])
+    accuracy, format_rate = ([statistics.fmean(pair[when].scores.scores[name].mean for pair in pairs) for when in (0, 1)]
+                             for name in ("accuracy", "format rate"))
+    after = pairs[0][1]
     how = "greedy" if not after.header["temperature"] else f"at temperature {after.header['temperature']:g}"
     among = f", means of {len(pairs)} runs" if len(pairs) > 1 else ""
     sure = ""
@@ -64,8 +65,8 @@ def _held_out(configuration: Configuration) -> tuple[float, str] | None:
         change = differences(after.rows, pairs[0][0].rows, after.header["samples"]).scores["accuracy"]
         sure = f" ({100 * change.mean:+.1f} points, 95 % interval {100 * change.low:+.1f} to {100 * change.high:+.1f})"
     return accuracy[1] - accuracy[0], (
-        f"On {after.scores.problems} held-out problems ({how}{among}), accuracy went from {accuracy[0]:.1%} to {accuracy[1]:.1%}{sure}, "
-        f"format from {format_rate[0]:.1%} to {format_rate[1]:.1%}.")
+        f"On {after.scores.problems} held-out problems ({how}{among}), accuracy went from {accuracy[0]:.1%} to {accuracy[1]:.1%}"
+        f"{sure}, format from {format_rate[0]:.1%} to {format_rate[1]:.1%}.")
 
 
 def _shares(configuration: Configuration) -> list[str]:
@@ -102,7 +103,8 @@ def _did_it_stay_stable(configuration: Configuration) -> Answer:
     told += _alarms(configuration, worries)
     if any(counts := [run.series("gtpo/skipped_steps") for run in configuration.runs]):
         skipped = int(sum(max(count.values(), default=0) for count in counts))
-        told.append(f"{_count(skipped, 'optimizer step')} skipped for non-finite gradients." if skipped else "No optimizer step was skipped.")
+        told.append(f"{_count(skipped, 'optimizer step')} skipped for non-finite gradients." if skipped else
+                    "No optimizer step was skipped.")
         worries += ["skipped steps"] * (skipped > 0)
     truncated = panel_series(PANEL["truncated"], configuration)
     if truncated and (share := windows(truncated)[1].mean) > 0.5:
@@ -163,7 +165,7 @@ def _what_was_protected(configuration: Configuration) -> Answer:
     question = "What did the conflict rule protect?"
     series = panel_series(PANEL["conflict"], configuration)
     if not series:
-        return Answer(question, "unknown", "not recorded", ["Neither conflict tokens nor the tokens of completions were recorded."])
+        return Answer(question, "unknown", "not recorded", ["Neither conflict tokens nor completions were recorded."])
     first, last = windows(series)
     share = statistics.fmean(value for values in series.values() for value in values)
     told = [f"{share:.1%} of the completion tokens were in conflict: {first.mean:.1%} in {first.steps}, "
@@ -179,8 +181,8 @@ def _what_was_protected(configuration: Configuration) -> Answer:
     if not any(log.groups for log in logs):
         told.append("Which tokens they were is not recorded.")
     elif tokens or amplified:
-        told.append(f"GTPO {would}protected {tokens:,} tokens (weight 0) in {times:,} of {worse:,} completions with a negative advantage, "
-                    f"and {would}amplified {amplified:,} in better ones.")
+        told.append(f"GTPO {would}protected {tokens:,} tokens (weight 0) in {times:,} of {worse:,} completions with a negative "
+                    f"advantage, and {would}amplified {amplified:,} in better ones.")
     else:
         told.append("No token had a weight other than 1.")
     if not weighted:

@@ -17,8 +17,8 @@ RIGHT = ["<reasoning>", "\n", "2+2", "=4", "\n", "</reasoning>", "\n", "<answer>
 WRONG = ["<reasoning>", "\n", "2+2", "=5", "\n", "</reasoning>", "\n", "<answer>", "5", "</answer>", "<end>"]
 
 
-def group(rows: list[tuple[list[str], float]], *, step: int = 1, number: int = 0, weight: float | None = 2.0, rollout: int | None = None,
-          **more) -> list[dict]:
+def group(rows: list[tuple[list[str], float]], *, step: int = 1, number: int = 0, weight: float | None = 2.0,
+          rollout: int | None = None, **more) -> list[dict]:
     """One group as lines of completions.jsonl: tokens and reward per row; `weight` None for a trainer without weights."""
     rewards = torch.tensor([reward for _, reward in rows])
     advantages = rewards - rewards.mean()
@@ -31,8 +31,8 @@ def group(rows: list[tuple[list[str], float]], *, step: int = 1, number: int = 0
         "step": step, "rollout": step if rollout is None else rollout, "group": number, "row": row,
         "prompt": [{"role": "user", "content": "What is 2+2?"}],
         "completion": "".join(tokens).removesuffix("<end>"), "answer": "<answer>4</answer>", "reward": reward,
-        "rewards": {"final_reward": reward}, "advantage": advantages[row].item(), "entropy": 0.25, "kept": None if weight is None else True,
-        "truncated": False, "ids": [_id(token) for token in tokens], "tokens": tokens,
+        "rewards": {"final_reward": reward}, "advantage": advantages[row].item(), "entropy": 0.25,
+        "kept": None if weight is None else True, "truncated": False, "ids": [_id(token) for token in tokens], "tokens": tokens,
         "weights": None if weights is None else weights[row, : len(tokens)].tolist(),
         "entropies": [round(0.001 * (i + 1), 3) for i in range(len(tokens))],
         "prefix": int(prefix[row].sum()), "suffix": int(suffix[row].sum()), **more,
@@ -43,11 +43,12 @@ def _id(token: str) -> int:
     return hash(token) % 2**31  # equal within a test run, which is all that is asked of it
 
 
-def write_run(folder: Path, lines: list[dict] = (), history: list[dict] = (), *, recipe: dict | None = None, max_steps: int | None = None,
-              checkpoint: int | None = None) -> Path:
+def write_run(folder: Path, lines: list[dict] = (), history: list[dict] = (), *, recipe: dict | None = None,
+              max_steps: int | None = None, checkpoint: int | None = None) -> Path:
     """A run directory; with `checkpoint`, of a run that has not finished. `recipe` holds sections to lay over RECIPE."""
     folder.mkdir(parents=True, exist_ok=True)
-    sections = {name: {**RECIPE.get(name, {}), **values} if isinstance(values, dict) else values for name, values in (recipe or {}).items()}
+    sections = {name: {**RECIPE.get(name, {}), **values} if isinstance(values, dict) else values
+                for name, values in (recipe or {}).items()}
     with (folder / "recipe.yaml").open("w", encoding="utf-8") as file:
         to_yaml({**RECIPE, **sections}, file)
     (folder / "versions.json").write_text(json.dumps({"gtpo": "0.1.0", "commit": "abc", "torch": "2"}))
@@ -75,10 +76,10 @@ def rising(steps: int, **changes) -> list[dict]:
 
 def write_evaluation(file: Path, correct: list[list[bool]], **settings) -> None:
     """An evaluation file: one row of verdicts per problem."""
-    header = {"problems": len(correct), "samples": len(correct[0]), "temperature": 0.0, "top_p": 1.0, "seed": 1, "max_completion_length": 9,
-              "weights": "w", "prompts": "p", **settings}
-    rows = [{"problem": problem, "sample": sample, "prompt": [], "reference": "4", "completion": RIGHT[0], "answer": "4" if right else "5",
-             "correct": right, "well_formed": True, "truncated": False, "tokens": 11}
+    header = {"problems": len(correct), "samples": len(correct[0]), "temperature": 0.0, "top_p": 1.0, "seed": 1,
+              "max_completion_length": 9, "weights": "w", "prompts": "p", **settings}
+    rows = [{"problem": problem, "sample": sample, "prompt": [], "reference": "4", "completion": RIGHT[0],
+             "answer": "4" if right else "5", "correct": right, "well_formed": True, "truncated": False, "tokens": 11}
             for problem, row in enumerate(correct) for sample, right in enumerate(row)]
     file.parent.mkdir(exist_ok=True)
     file.write_text("".join(json.dumps(line) + "\n" for line in [{"header": header}, *rows]), encoding="utf-8")

@@ -61,8 +61,8 @@ def choose(page, select: str, text: str) -> None:
 
 def shown_tokens(page) -> list[list[str]]:
     """The text of every token by completion, in the order of the page."""
-    return page.execute_script(
-        "return [...document.querySelectorAll('.tokens')].map(row => [...row.querySelectorAll('.token')].map(t => t.textContent))")
+    return page.execute_script("""
+        return [...document.querySelectorAll('.tokens')].map(row => [...row.querySelectorAll('.token')].map(t => t.textContent))""")
 
 
 def press(page, *keys) -> None:
@@ -99,7 +99,7 @@ def test_the_completions_are_there_token_by_token_better_beside_worse(page):
     tokens = shown_tokens(page)
     assert tokens[0] == [token.replace("\n", "⏎") for token in RIGHT]
     assert tokens[3] == [token.replace("\n", "⏎") for token in [*WRONG[:3], "·", "=7\n", *WRONG[4:]]]
-    assert find(page, ".tokens")[0].text.split("\n") == ["<reasoning>⏎", "2+2=4⏎", "</reasoning>⏎", "<answer>4</answer><end>"]
+    assert find(page, ".tokens")[0].text == "<reasoning>⏎\n2+2=4⏎\n</reasoning>⏎\n<answer>4</answer><end>"
     better, worse = (side.rect for side in find(page, ".sides > div"))
     assert better["y"] == worse["y"] and better["x"] + better["width"] <= worse["x"]
     assert "A +5.00" in find(page, ".about")[0].text and "reward 20.00" in find(page, ".about")[0].text
@@ -108,8 +108,8 @@ def test_the_completions_are_there_token_by_token_better_beside_worse(page):
 
 def test_colours_and_lines_say_what_weights_and_runs_are(page, run):
     lines = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()][:4]
-    found = page.execute_script(
-        "return [...document.querySelectorAll('.tokens .token')].map(t => [t.dataset.row, t.dataset.place, t.className].map(String))")
+    found = page.execute_script("""
+        return [...document.querySelectorAll('.tokens .token')].map(t => [t.dataset.row, t.dataset.place, t.className])""")
     names = {0.0: "protected", 1.0: "", 2.0: "amplified"}
     for row, place, classes in found:
         line, place = lines[int(row)], int(place)
@@ -121,8 +121,9 @@ def test_colours_and_lines_say_what_weights_and_runs_are(page, run):
 
 def test_a_filtered_completion_says_so(page):
     choose(page, "#group", "prompt 2")
-    assert [("filtered" in box.get_attribute("class"), re.search("kept ✓|filtered ✗", box.text)[0]) for box in find(page, ".completion")] == [
-        (False, "kept ✓"), (True, "filtered ✗")]
+    kept, filtered = find(page, ".completion")
+    assert "kept ✓" in kept.text and "filtered" not in kept.get_attribute("class")
+    assert "filtered ✗ no gradient" in filtered.text and "filtered" in filtered.get_attribute("class")
 
 
 def test_pointing_at_a_token_shows_its_entropy_its_weight_and_why_it_is_in_conflict(page):
@@ -140,7 +141,8 @@ def test_pointing_highlights_the_same_token_at_the_same_place(page):
     from selenium.webdriver import ActionChains
 
     def marked(name):
-        return {(cell.get_attribute("data-row"), cell.get_attribute("data-place")) for cell in find(page, f"#completions .{name}")}
+        cells = find(page, f"#completions .{name}")
+        return {(cell.get_attribute("data-row"), cell.get_attribute("data-place")) for cell in cells}
 
     ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="10"]')[0]).perform()  # the last one: from the right
     assert marked("same-opposite") == {("1", "10"), ("3", "11")}
@@ -165,7 +167,8 @@ def test_the_keyboard_reaches_and_walks_the_tokens(page):
     press(page, Keys.TAB)
     assert current(page) == (0, 0)
     walked = []
-    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT, Keys.END, Keys.ARROW_UP, Keys.HOME, Keys.ARROW_LEFT):
+    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT, Keys.END, Keys.ARROW_UP, Keys.HOME,
+                Keys.ARROW_LEFT):
         press(page, key)
         walked.append(current(page))
     assert walked == [(0, 1), (0, 2), (2, 2), (2, 1), (2, 10), (0, 10), (0, 0), (0, 0)]
@@ -179,7 +182,7 @@ def test_the_keyboard_reaches_and_walks_the_tokens(page):
 
 
 def test_every_token_and_control_has_a_name_for_those_who_hear_the_page(page):
-    labels = page.execute_script("return [...document.querySelectorAll('[role=gridcell]')].map(t => t.getAttribute('aria-label'))")
+    labels = [cell.get_attribute("aria-label") for cell in find(page, "[role=gridcell]")]
     assert labels[0] == "<reasoning>, weight 2, entropy 0.001 nats" and all(labels)
     assert page.execute_script("return [...document.querySelectorAll('select')].every(s => s.labels.length === 1)")
     assert page.execute_script("return [...document.querySelectorAll('figure')].every(f => f.getAttribute('aria-label'))")
@@ -196,7 +199,8 @@ def test_script_tags_from_a_model_stay_text(page):
 
 
 def test_signs_that_cannot_be_seen_are_written_out(chromium, tmp_path):
-    run = write_run(tmp_path / "run", group([([*RIGHT[:3], "\u202eabc", "\u200b", "a\x00", "\ttab", "", "a\n\nb\n"], 20.0), (WRONG, 1.0)]))
+    signs = ["\u202eabc", "\u200b", "a\x00", "\ttab", "", "a\n\nb\n"]
+    run = write_run(tmp_path / "run", group([([*RIGHT[:3], *signs], 20.0), (WRONG, 1.0)]))
     assert report_run.main([str(run)]) == 0
     chromium.get((run / "report.html").as_uri())
     assert shown_tokens(chromium)[0][3:] == ["\\u202eabc", "\\u200b", "a\\u0000", "⇥tab", "∅", "a⏎\n⏎\nb⏎"]
@@ -223,10 +227,18 @@ def test_light_and_dark_follow_the_system_and_the_button(page):
 
 CONTRAST = """
 const canvas = document.createElement("canvas").getContext("2d");
-const rgb = (colour) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); return [...canvas.getImageData(0, 0, 1, 1).data]; };
-const light = (c) => c.slice(0, 3).map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((s, v, i) => s + v * [.2126, .7152, .0722][i], 0);
-const style = getComputedStyle(document.documentElement), colour = (name) => rgb(style.getPropertyValue(name).trim());
-return arguments[0].map(([ink, ground]) => { const [a, b] = [light(colour(ink)), light(colour(ground))].sort((x, y) => y - x); return (a + .05) / (b + .05); });
+const style = getComputedStyle(document.documentElement);
+const rgb = (name) => {
+  canvas.fillStyle = style.getPropertyValue(name).trim();
+  canvas.fillRect(0, 0, 1, 1);
+  return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255);
+};
+const linear = (v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
+const luminance = (name) => rgb(name).map(linear).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+return arguments[0].map((pair) => {
+  const [light, dark] = pair.map(luminance).sort((x, y) => y - x);
+  return (light + .05) / (dark + .05);
+});
 """
 
 

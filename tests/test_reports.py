@@ -55,7 +55,8 @@ def test_a_cut_last_line_is_left_out_and_counted(tmp_path):
     assert (log.completions, log.unreadable) == (2, 1)
 
 
-@pytest.mark.parametrize("line", ["[]", "null", "{}", '{"step": "x"}', "\x00", '{"step": 1, "group": 0, "row": 0, "tokens": 7}', "{" * 5000])
+@pytest.mark.parametrize("line", [
+    "[]", "null", "{}", '{"step": "x"}', "\x00", '{"step": 1, "group": 0, "row": 0, "tokens": 7}', "{" * 5000])
 def test_a_line_that_is_no_completion_is_left_out(tmp_path, line):
     run = write_run(tmp_path / "run", group(TWO))
     with (run / "completions.jsonl").open("a") as file:
@@ -98,8 +99,8 @@ def test_lists_that_do_not_fit_together_are_not_shown():
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), "9" * 5000, -0.0, 10**30, None])
 def test_numbers_that_are_none_do_not_stop_a_report(tmp_path, nonsense):
     lines = group(TWO)
-    lines[0] |= {"reward": nonsense, "advantage": nonsense, "entropy": nonsense, "rewards": {"r": nonsense}, "weights": [nonsense] * len(RIGHT),
-                 "entropies": [nonsense] * len(RIGHT)}
+    lines[0] |= {"reward": nonsense, "advantage": nonsense, "entropy": nonsense, "rewards": {"r": nonsense},
+                 "weights": [nonsense] * len(RIGHT), "entropies": [nonsense] * len(RIGHT)}
     history = [{"step": step, "reward": nonsense, "gtpo/completion_entropy": nonsense, "grad_norm": 1.0} for step in range(1, 9)]
     run = write_run(tmp_path / "run", lines, history, max_steps=nonsense, recipe={"gtpo_runtime": {"ent_threshold": "high"}})
     page = reports.render([read_run(run)], []).decode()
@@ -122,7 +123,7 @@ def test_completions_go_on_where_the_checkpoint_ends(tmp_path):
     lines = [line for step in (1, 2, 3) for line in group(TWO, step=step)]
     record = read_run(write_run(tmp_path / "run", lines, [{"step": 1, "reward": 7.0}], checkpoint=1))
     assert record.series("reward") == {1: 7.0, 2: 15.0, 3: 15.0}
-    assert record.series("gtpo/frac_conflict_tokens") == {1: pytest.approx(10 / 22), 2: pytest.approx(10 / 22), 3: pytest.approx(10 / 22)}
+    assert record.series("gtpo/frac_conflict_tokens") == dict.fromkeys((1, 2, 3), pytest.approx(10 / 22))
 
 
 def test_a_run_with_completions_alone_has_a_report(tmp_path):
@@ -149,10 +150,12 @@ def test_runs_with_the_same_seed_are_no_seeds(tmp_path):
 
 
 def test_the_legend_names_what_differs_between_recipes(tmp_path):
-    recipes = [{}, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}}, {"training": {"learning_rate": 5e-4}}]
+    recipes = [{}, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}},
+               {"training": {"learning_rate": 5e-4}}]
     runs = [read_run(write_run(tmp_path / str(i), history=rising(3), recipe=recipe)) for i, recipe in enumerate(recipes)]
     assert [configuration.label for configuration in configurations(runs)] == [
-        "UnslothGTPOTrainer, learning_rate 0.0001", "UnslothGRPOTrainer, learning_rate 0.0001", "UnslothGTPOTrainer, learning_rate 0.0005"]
+        "UnslothGTPOTrainer, learning_rate 0.0001", "UnslothGRPOTrainer, learning_rate 0.0001",
+        "UnslothGTPOTrainer, learning_rate 0.0005"]
 
 
 def test_curves_of_seeds_have_their_mean_and_one_standard_deviation(tmp_path):
@@ -174,7 +177,8 @@ def test_every_metric_of_the_list_has_a_panel_and_the_entropy_its_threshold(tmp_
 
 def test_entropy_falling_towards_zero_is_drawn_on_a_log_scale(tmp_path):
     for name, last, scale in (("falls", 0.01, True), ("stays", 0.3, False)):
-        run = read_run(write_run(tmp_path / name, history=rising(30, gtpo__completion_entropy=lambda s, last=last: 0.4 if s < 20 else last)))
+        history = rising(30, gtpo__completion_entropy=lambda s, last=last: 0.4 if s < 20 else last)
+        run = read_run(write_run(tmp_path / name, history=history))
         assert ("log scale" in curves.inline_svgs(configurations([run]))["entropy"]) == scale
 
 
@@ -199,7 +203,8 @@ def test_the_summary_gives_the_numbers(tmp_path):
         "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 % interval +0.0 to +100.0), "
         "format from 100.0% to 100.0%."]
     assert stable.word == "yes" and "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
-    assert protected.sentences[1].startswith("GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage")
+    assert protected.sentences[1] == ("GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage, and "
+                                      "amplified 10 in better ones.")
     assert protected.texts[0] == ("<reasoning>\n", 2)
 
 
@@ -223,12 +228,13 @@ def test_alarms_are_told_with_their_evidence_and_drawn(tmp_path):
     for step, condition in ((12, "entropy_low"), (12, "truncated"), (20, "entropy_low")):
         history[step - 1][f"alarm/{condition}"] = 1.0
     run = write_run(tmp_path / "run", history=history[:25], checkpoint=25)
-    (run / "train.log").write_text("".join(f"2026-01-01 WARNING gtpo.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in (
-        (12, "the mean entropy is 0.001"), (12, "90% are cut off"), (20, "still low"), (27, "after the checkpoint"))))
+    said = [(12, "the mean entropy is 0.001"), (12, "90% are cut off"), (20, "still low"), (27, "after the checkpoint")]
+    (run / "train.log").write_text("".join(f"WARNING gtpo.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in said))
     stable = told(read_run(run))["stable"]
     assert stable.word == "4 alarms; not finished"
     assert [sentence for sentence in stable.sentences if sentence.startswith("Alarm")] == [
-        "Alarm (entropy low) 2 times, first at step 12: the mean entropy is 0.001.", "Alarm (truncated) at step 12: 90% are cut off.",
+        "Alarm (entropy low) 2 times, first at step 12: the mean entropy is 0.001.",
+        "Alarm (truncated) at step 12: 90% are cut off.",
         "Alarm at step 27: after the checkpoint."]
     assert report_run.main([str(run)]) == 0
     assert "Dotted verticals are alarms." in (run / "report.html").read_text()
@@ -298,7 +304,8 @@ def data_of(page: str) -> str:
 
 def test_texts_of_a_model_cannot_leave_their_place(tmp_path):
     evil = '</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>"\'&amp;\u2028\ud800'
-    lines = group([([*RIGHT, evil], 20.0), ([*WRONG, evil], 10.0)], prompt=[{"role": evil, "content": evil}], answer=evil, completion=evil)
+    lines = group([([*RIGHT, evil], 20.0), ([*WRONG, evil], 10.0)], prompt=[{"role": evil, "content": evil}], answer=evil,
+                  completion=evil)
     run = write_run(tmp_path / "run", lines, ONE_CURVE, recipe={"run_name": "x<b>&"})
     text = (run / "completions.jsonl").read_text().replace("\\ud800", "")  # half of a pair is no JSON for everybody
     (run / "completions.jsonl").write_text(text)
@@ -329,7 +336,8 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
         assert f"{name}: exists and is no report of ours" in capsys.readouterr().err
         assert (run / name).read_text() == "mine"
         (run / name).write_bytes(kept)
-    assert sorted(path.name for path in run.iterdir()) == ["curves.png", "recipe.yaml", "report.html", "trainer_state.json", "versions.json"]
+    assert {path.name for path in run.iterdir()} == {"curves.png", "recipe.yaml", "report.html", "trainer_state.json",
+                                                     "versions.json"}
 
 
 def test_several_runs_go_into_a_folder_of_their_own(tmp_path, monkeypatch):
@@ -380,9 +388,9 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
 
 def test_a_report_loads_no_model(tmp_path):
     run = write_run(tmp_path / "run", group(TWO), ONE_CURVE)
-    code = f"import sys, report_run; report_run.main([{str(run)!r}]); print(sorted({{'torch', 'transformers', 'trl'}} & set(sys.modules)))"
+    code = f"import sys, report_run; report_run.main([{str(run)!r}]); print({{'torch', 'transformers', 'trl'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")
+    assert done.stdout.endswith("set()\n")
 
 
 def test_help_needs_neither_matplotlib_nor_jinja2():
