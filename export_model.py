@@ -7,11 +7,13 @@ and adapter; if they differ beyond rounding, nothing is kept. Exit code 2: it co
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
+from gtpo.console import print_error
+from gtpo.environment import set_up
 from gtpo.recipe import RecipeError
+from gtpo.safe_text import SafeFormatter
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,13 +31,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(SafeFormatter("%(message)s"))
     logging.getLogger("gtpo").setLevel(logging.INFO)
     try:
         _run(options)
     except RecipeError as error:
-        for sentence in str(error).splitlines():
-            print(f"error: {sentence}", file=sys.stderr)
+        print_error(error)
         return 2
     return 0
 
@@ -47,8 +50,7 @@ def _run(options: argparse.Namespace) -> None:
 
     check_free(options.out)
     saved = find_saved(options.run, base=options.model_name)
-    if saved.recipe is not None:
-        os.environ.update(saved.recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
+    set_up(saved.recipe.env if saved.recipe else {})  # before torch, so that CUDA_VISIBLE_DEVICES counts
     if options.push:
         hub.check_push(options.push)
     print(f"Compared: {export(saved, options.out, dtype=options.dtype)}")

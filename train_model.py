@@ -12,7 +12,10 @@ import sys
 from pathlib import Path
 
 from gtpo import cli
+from gtpo.console import log_to_console, print_error
+from gtpo.environment import set_up
 from gtpo.recipe import Recipe, RecipeError
+from gtpo.safe_text import without_secrets
 
 
 class RunStopped(Exception):
@@ -27,12 +30,11 @@ def main(argv: list[str] | None = None) -> int:
 
         return export_model.main([word for word in argv if word != "--export"])
     command = cli.parse(argv)
-    with _log_to_console() as early_log:
+    with log_to_console() as early_log:
         try:
             _run(command, early_log)
         except RecipeError as error:
-            for sentence in str(error).splitlines():
-                print(f"error: {sentence}", file=sys.stderr)
+            print_error(error)
             return 2
         except RunStopped as stopped:
             print(f"stopped: {stopped}", file=sys.stderr)
@@ -55,7 +57,8 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) ->
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         return
     recipe = cli.make_recipe(command)
-    os.environ.update(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
+    set_up(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
+    sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
     if "dry_run" in command.switches:
         from gtpo.continuation import continued
         from gtpo.plan import print_plan
@@ -178,37 +181,6 @@ def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
 
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-class _Console(logging.StreamHandler):
-    """Writes to stderr, above a progress bar rather than into it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
-
-
-@contextlib.contextmanager
-def _log_to_console():
-    """Messages to stderr; they are kept for the log file too, which exists only once the run directory does."""
-    root = logging.getLogger()
-    console = _Console()
-    console.setFormatter(logging.Formatter("%(message)s"))
-    console.setLevel(logging.NOTSET if os.environ.get("RANK", "0") == "0" else logging.ERROR)  # one process speaks
-    console.addFilter(lambda record: record.name != "gtpo.watch")  # those lines are on the screen already
-    early = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-    logging.getLogger("gtpo").setLevel(logging.INFO)
-    for handler in (console, early):
-        root.addHandler(handler)
-    try:
-        yield early
-    finally:
-        for handler in (console, early):
-            root.removeHandler(handler)
-        if early.target is not None:
-            early.target.close()
 
 
 if __name__ == "__main__":

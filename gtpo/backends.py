@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gtpo import adapters
-from gtpo.base_model import check_context, check_memory
+from gtpo.base_model import check_context, check_memory, loading_error
 from gtpo.chat_tokenizer import ready_tokenizer
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
@@ -131,7 +131,7 @@ def load_policy(
     except RecipeError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # no weights, damaged ones, a missing quantizer
-        raise RecipeError(f"model: {section.model_name!r} cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise loading_error(f"model: {section.model_name!r} cannot be loaded", section, error) from error
     if lora and adapter:
         adapters.load_weights(policy.model, adapter, section.model_name)
     return policy

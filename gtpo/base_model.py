@@ -12,13 +12,31 @@ def check_model(name: str, key: str = "model.model_name") -> None:
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise RecipeError(f"{key}: the folder {name!r} has no config.json; give a model saved by transformers")
+        _check_files(key, name, os.listdir(name))
     elif name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise RecipeError(f"{key}: there is no folder {name!r}; give an existing one, or a hub name such as "
                           "Qwen/Qwen2.5-3B-Instruct")
     else:
         from gtpo.hub import look_up
 
-        look_up(key, name, kind="model", instead=f"a local folder (there is none called {name!r} here)")
+        _check_files(key, name, look_up(
+            key, name, kind="model", instead=f"a local folder (there is none called {name!r} here)"))
+
+
+def _check_files(key: str, name: str, files: list[str]) -> None:
+    """Raises RecipeError where the weights are there, but not as safetensors: other formats can hold code that runs."""
+    pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")) and "model" in file)
+    if pickled and not any(file.endswith(".safetensors") for file in files):
+        raise RecipeError(f"{key}: {name!r} has its weights in {pickled[0]}, which could run code when it is loaded; use a model in "
+                          "safetensors (transformers' save_pretrained writes it)")
+
+
+def loading_error(key: str, section: ModelSection, error: Exception) -> RecipeError:
+    """`error`, from loading a model or its tokenizer, as a sentence."""
+    if "custom code which must be executed" in str(error):  # transformers 5.17.0
+        return RecipeError(f"model.trust_remote_code: {section.model_name!r} comes with Python code of its own, which runs only if this is "
+                           "true; set it if you trust the author")
+    return RecipeError(f"{key} ({str(error).strip().splitlines()[0]})")
 
 
 def check_context(section: ModelSection, config) -> None:
@@ -32,7 +50,7 @@ def check_memory(section: ModelSection, config) -> None:
     """Raises RecipeError if the weights alone, in float32, do not fit what this machine has free."""
     import psutil
 
-    count = parameters(config)
+    count = parameters(config, trust_remote_code=section.trust_remote_code)
     needed, free = 4 * count, psutil.virtual_memory().available
     if needed > 0.9 * free:
         raise RecipeError(f"model.model_name: {section.model_name!r} has {count / 1e9:.1f} billion parameters, "
@@ -40,13 +58,13 @@ def check_memory(section: ModelSection, config) -> None:
                           "free; use a smaller model, or a machine with an NVIDIA GPU")
 
 
-def parameters(config) -> int:
+def parameters(config, *, trust_remote_code: bool = False) -> int:
     """How many weights a model of this configuration has; nothing is loaded."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).parameters())
 
 
 def is_hub_name(name: str) -> bool:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from gtpo.base_model import loading_error
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
 
@@ -20,8 +21,7 @@ def load_tokenizer(section: ModelSection, backend: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.model_name: no tokenizer could be loaded from {section.model_name!r} "
-                          f"({str(error).splitlines()[0]})") from error
+        raise loading_error(f"model.model_name: no tokenizer could be loaded from {section.model_name!r}", section, error) from error
     return ready_tokenizer(tokenizer, section, backend)
 
 

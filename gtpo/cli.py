@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from gtpo.dotted_paths import check_dotted_path
 from gtpo.mistakes import nearest, one_line, sentences
 from gtpo.recipe import Recipe, RecipeError
 from gtpo.schema import ALIASES, SWITCHES, all_keys, alternatives, is_list, key_path
 from gtpo.sections import DATASET_ALIASES
+from gtpo.yaml_text import YamlError, check_plain, load, read_file, to_yaml
 
-_yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-6 is a number, `no` is text, a repeated key is an error
+__all__ = ["CommandLine", "load_object", "make_recipe", "parse", "read_recipe", "read_saved", "to_yaml"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def parse(argv: list[str]) -> CommandLine:
             values = ["true"]
         try:
             value = _value(values, annotation)
-        except (ValueError, YAMLError) as error:
+        except ValueError as error:
             problems.append(f"--{name}: {one_line(error)}")
             continue
         if is_list(annotation) and isinstance(overrides.get(path), list):
@@ -86,7 +85,7 @@ def make_recipe(command: CommandLine) -> Recipe:
     overrides = _subset_of_gsm8k(command.overrides, values)
     for path, value in overrides.items():
         _set(values, path, value)
-    problems = list(command.problems)
+    problems = list(command.problems) + _not_plain(overrides)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -111,15 +110,6 @@ def read_saved(file: Path) -> Recipe:
         raise RecipeError("\n".join(sentences(error, str(file), {}))) from None
 
 
-def to_yaml(values: dict[str, Any], stream) -> None:
-    """Write plain values as YAML that `make_recipe` reads back unchanged."""
-    writer = YAML(typ="safe", pure=True)
-    writer.default_flow_style = False
-    writer.sort_base_mapping_type_on_output = False
-    writer.width = 100
-    writer.dump(values, stream)
-
-
 def load_object(dotted: str) -> Any:
     """The object at `package.module.name` or `package.module:name`; imports the module."""
     module, _, name = dotted.rpartition(":" if ":" in dotted else ".")
@@ -129,19 +119,27 @@ def load_object(dotted: str) -> Any:
 # ---- reading
 
 
+def _not_plain(overrides: dict[tuple[str, ...], Any]) -> list[str]:
+    """A sentence for each flag whose words are no text: bytes that are not UTF-8, for one."""
+    problems = []
+    for path, value in overrides.items():
+        try:
+            check_plain([list(path), value])
+        except YamlError as error:
+            problems.append(f"--{'.'.join(path)}: {error}")
+    return problems
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        values = _yaml.load(path.read_text(encoding="utf-8"))
+        values = load(read_file(path))
     except FileNotFoundError:
         raise RecipeError(f"{path}: there is no such recipe file; try recipes/demo.yaml, or give the path of yours") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: is nested too deeply to be a recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except YamlError as error:
+        where = f"{path}, line {error.line}" if error.line else str(path)
+        raise RecipeError(f"{where}: this is not valid YAML for a recipe ({error})") from None
+    except (OSError, ValueError) as error:  # a folder, no rights, no UTF-8
         raise RecipeError(f"{path}: cannot be read as a recipe ({one_line(error)}); give a YAML text file") from None
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else str(path)
-        raise RecipeError(f"{where}: this is not valid YAML ({one_line(error)})") from None
     if not isinstance(values, dict):
         given = "is empty" if values is None else f"holds a {type(values).__name__}"
         raise RecipeError(f"{path}: {given}; a recipe is a mapping with at least the sections model and dataset")
@@ -184,9 +182,9 @@ def _value(values: list[str], annotation: Any) -> Any:
         raise ValueError("needs a value")
     if is_list(annotation):
         if len(values) == 1 and values[0].lstrip().startswith("["):
-            return _yaml.load(values[0])
+            return load(values[0])
         return values
     kinds = alternatives(annotation)
     if values[0] in ("null", "~") and type(None) in kinds:
         return None
-    return values[0] if set(kinds) <= {str, type(None)} else _yaml.load(values[0])
+    return values[0] if set(kinds) <= {str, type(None)} else load(values[0])

@@ -87,7 +87,7 @@ def make_plan(saved: Saved, out: Path, dtype: str) -> Plan:
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(f"{saved.base}: this base model is quantised, and the adapter is merged into 16-bit weights; name the "
                           "model it was made from with --model-name")
-    parameters = base_model.parameters(config)
+    parameters = base_model.parameters(config, trust_remote_code=saved.section.trust_remote_code)
     needed, free = parameters * _dtype(dtype).itemsize, shutil.disk_usage(_existing(out)).free
     if needed > free:
         raise RecipeError(f"{out}: the merged model takes {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB free; "

@@ -9,23 +9,23 @@ from gtpo.recipe import RecipeError
 SECONDS = 5
 
 
-def look_up(key: str, name: str, *, kind: str, instead: str) -> None:
-    """Raises RecipeError if the `kind` (model or dataset) `name` is neither cached here nor found on the hub.
+def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
+    """The files of the `kind` (model or dataset) `name`; raises RecipeError if it is neither cached here nor found on the hub.
 
     `instead` says what a person without the hub can use.
     """
     import httpx
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = repo_folder_name(repo_id=name, repo_type=kind)
-    if os.path.isdir(os.path.join(constants.HF_HUB_CACHE, folder, "snapshots")):
-        return
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "snapshots")
+    if cached.is_dir():
+        return [file.name for file in cached.glob("*/*")]
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         raise RecipeError(f"{key}: {name!r} is not in the local cache and HF_HUB_OFFLINE is set; use {instead}")
     try:
-        (HfApi().model_info if kind == "model" else HfApi().dataset_info)(name, timeout=SECONDS)
+        info = (HfApi().model_info if kind == "model" else HfApi().dataset_info)(name, timeout=SECONDS)
     except GatedRepoError:
         raise RecipeError(f"{key}: {name!r} is gated; accept its licence on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
@@ -35,6 +35,9 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> None:
     except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
         raise RecipeError(f"{key}: {name!r} is not in the local cache and the hub cannot be reached "
                           f"({type(error).__name__}); connect to the network, or use {instead}") from None
+    if info.gated and get_token() is None:
+        raise RecipeError(f"{key}: {name!r} is gated; accept its licence on the hub and set HF_TOKEN")
+    return [file.rfilename for file in info.siblings or ()]
 
 
 def push(folder: Path, repository: str) -> str:

@@ -36,8 +36,21 @@ def _dotted(value: str) -> str:
     return value
 
 
+def _variable(name: str) -> str:
+    if not name or "=" in name or "\0" in name:
+        raise ValueError(f"{name!r} cannot be the name of an environment variable; use one such as CUDA_VISIBLE_DEVICES")
+    return name
+
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("the value of an environment variable cannot contain a NUL character; leave it out")
+    return value
+
+
 Texts = Annotated[list[str], BeforeValidator(listed)]
 DottedPath = Annotated[str, AfterValidator(_dotted)]
 Generations = Annotated[int, BeforeValidator(_first_number), AfterValidator(_two_or_more)]
 Trackers = Literal["none", "wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune"]
-EnvMap = dict[str, Annotated[str, BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value)]]
+EnvMap = dict[Annotated[str, AfterValidator(_variable)], Annotated[str, BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
+                                                                 AfterValidator(_without_nul)]]

@@ -4,7 +4,6 @@ import difflib
 import re
 
 from pydantic import ValidationError
-from ruamel.yaml.error import MarkedYAMLError
 
 from gtpo.recipe import Recipe
 from gtpo.schema import all_keys
@@ -41,8 +40,16 @@ def sentences(error: ValidationError, recipe_file: str, overrides: dict[tuple[st
             case kind:
                 expected.setdefault(key, []).append(EXPECTED.get(kind, problem["msg"].removeprefix("Input should be ")))
                 clause = _nearest_choice(problem) or f"it should be {' or '.join(dict.fromkeys(expected[key]))}"
-                told[key] = f"{key}: {problem['input']!r} {source} is not valid; {clause}"
+                told[key] = f"{key}: {_shown(problem)} {source} is not valid; {clause}"
     return list(told.values())
+
+
+def _shown(problem: dict) -> str:
+    """What was given, shortened; of an environment variable only its name, for the value may be a token."""
+    if problem["loc"][0] == "env" and len(problem["loc"]) > 1:
+        return f"the value of {problem['loc'][1]}"
+    given = repr(problem["input"])
+    return given if len(given) <= 200 else f"{given[:150]}... ({len(given)} characters)"
 
 
 def nearest(key: str, known: list[str], prefix: str = "") -> str:
@@ -63,8 +70,6 @@ def _nearest_choice(problem: dict) -> str | None:
 
 
 def one_line(error: Exception) -> str:
-    if isinstance(error, MarkedYAMLError):
-        return " ".join(str(part) for part in (error.context, error.problem) if part)
     return " ".join(str(error).split())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from gtpo.kinds import EnvMap
+from gtpo.safe_text import hide, is_secret
 from gtpo.sections import (
     DatasetSection,
     DocumentedTraining,
@@ -21,8 +22,6 @@ from gtpo.sections import (
 from gtpo.trl_options import FREE_FOR_GTPO
 from gtpo.watch_sections import AlarmSection, WatchSection
 
-SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$|\d)", re.IGNORECASE)
-SECRET_VALUE = re.compile(r"(hf_|sk-|wandb_v\d_)\w{16,}")
 TWO_NAMES = (  # documented key, TRL's own name for it
     ("training.optimizer", "training.optim"), ("training.warmup_ratio", "training.warmup_steps"),
     ("model.random_seed", "training.seed"),
@@ -85,7 +84,7 @@ class Recipe(Section):
             f"_acc-{t.gradient_accumulation_steps}_wu{warmup}_len{self.model.max_seq_length}_lr{t.learning_rate}"
             f"_BetaKL{t.beta}"
         )
-        return os.path.join(os.path.normpath(self.output_root), re.sub(r"[/\\\0]", "-", name))
+        return os.path.join(os.path.normpath(self.output_root), re.sub(r"[/\\\0-\x1f\x7f]", "-", name))
 
     def saved(self) -> tuple[dict[str, Any], list[str]]:
         """The recipe as plain values that give the same recipe again, and the names of the secrets left out."""
@@ -97,9 +96,10 @@ class Recipe(Section):
             del values["training"]["warmup_ratio"]
         if "optim" in given:
             del values["training"]["optimizer"]
-        secrets = [name for name, value in self.env.items() if SECRET_NAME.search(name) or SECRET_VALUE.search(value)]
+        secrets = [name for name, value in self.env.items() if is_secret(name, value)]
         values["env"] = {name: value for name, value in self.env.items() if name not in secrets}
-        return values, secrets
+        hidden: list[str] = []
+        return hide(values, hidden), secrets + hidden
 
     # ---- rules across keys and sections; each raises one sentence
 

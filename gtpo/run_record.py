@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from gtpo.completion_log import CompletionLog
 from gtpo.evaluation_file import read
 from gtpo.recipe import Recipe, RecipeError
 from gtpo.scores import Scores, scores
+from gtpo.yaml_text import YamlError, load
 
 ALARM = "alarm/"
 ALARM_LINE = re.compile(r"Alarm at step (\d+): (.+)")  # as gtpo.alarm says it in train.log
@@ -121,8 +120,8 @@ def read_run(path: Path) -> RunRecord:
 
 def _recipe(path: Path, text: str) -> dict[str, Any]:
     try:
-        values = YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, RecursionError):
+        values = load(text)
+    except YamlError:
         values = None
     if not isinstance(values, dict):
         raise RecipeError(f"{path / 'recipe.yaml'}: is no recipe (not a YAML mapping); restore it, or give another run")

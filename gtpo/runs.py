@@ -15,6 +15,7 @@ from pathlib import Path
 import gtpo
 from gtpo.cli import to_yaml
 from gtpo.recipe import Recipe, RecipeError
+from gtpo.safe_text import SafeFormatter
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def create(run_dir: Path, recipe: Recipe, *, overwrite: bool, early_log: logging
         raise RecipeError(f"run_name: another run has just taken {run_dir}; choose another name with --run-name") from None
     (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
     log = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
-    log.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    log.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     if early_log is None:
         logging.getLogger().addHandler(log)
     else:

@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 from gtpo.alarm import Alarm
 from gtpo.recipe import Recipe
 from gtpo.recorder import Recorder
+from gtpo.safe_text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +40,28 @@ def watch(trainer: GRPOTrainer, recipe: Recipe, run_dir: Path) -> Alarm:
     threshold = recipe.gtpo_runtime.ent_threshold
     alarm = Alarm(action=recipe.alarm.action, window=recipe.alarm.window, limits=recipe.alarm.limits(threshold))
     trainer.add_callback(Console(recorder, show_every=section.show_every, ent_threshold=threshold))
+    if trainer.log_completions:
+        _without_control_characters(trainer)
     if alarm.action != "none":
         trainer.callback_handler.callbacks.insert(0, alarm)  # before the trackers, which then get its metrics too
     return alarm
+
+
+def _without_control_characters(trainer: GRPOTrainer) -> None:
+    """Let the table of `training.log_completions` show control characters of prompts and completions, not send them.
+
+    trl 1.13.0 prints `_logs` with rich, which lets escape sequences through.
+    """
+    log = trainer.log
+
+    def log_safely(*args, **kwargs):
+        for columns, names in ((trainer._logs, ("prompt", "completion")), (trainer._logs["extra"], list(trainer._logs["extra"]))):
+            for name in names:
+                values = columns[name]
+                columns[name] = type(values)((printable(v) if isinstance(v, str) else v for v in values), values.maxlen)
+        return log(*args, **kwargs)
+
+    trainer.log = log_safely
 
 
 class Console(ProgressCallback):

@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from gtpo.base_model import check_model
 from gtpo.hub import look_up
 from gtpo.recipe import RecipeError
 
@@ -20,8 +21,9 @@ def hub(monkeypatch, tmp_path):
     def answer(outcome):
         def info(self, name, timeout):
             asked.append((name, timeout))
-            if outcome is not None:
+            if isinstance(outcome, Exception):
                 raise outcome
+            return huggingface_hub.ModelInfo(id=name, gated="gated" in outcome and "manual", siblings=[{"rfilename": file} for file in outcome])
 
         for method in ("model_info", "dataset_info"):
             monkeypatch.setattr(huggingface_hub.HfApi, method, info)
@@ -35,19 +37,37 @@ def response(status: int) -> httpx.Response:
 
 
 def look(kind="model"):
-    look_up("model.model_name", "some/model", kind=kind, instead="a local folder")
+    return look_up("model.model_name", "some/model", kind=kind, instead="a local folder")
 
 
 def test_what_the_hub_has_is_accepted_after_one_request(hub):
-    assert hub(None) == [] and look() is None
-    assert hub(None) == [("some/model", 5)]
+    asked = hub(["config.json", "model.safetensors"])
+    assert look() == ["config.json", "model.safetensors"] and asked == [("some/model", 5)]
 
 
 @pytest.mark.parametrize("kind, folder", [("model", "models--some--model"), ("dataset", "datasets--some--model")])
 def test_what_is_in_the_cache_is_not_asked_for(hub, tmp_path, kind, folder):
     asked = hub(httpx.ConnectError("no network"))
-    (tmp_path / folder / "snapshots").mkdir(parents=True)
-    assert look(kind) is None and asked == []
+    (tmp_path / folder / "snapshots" / "abc").mkdir(parents=True)
+    (tmp_path / folder / "snapshots" / "abc" / "config.json").touch()
+    assert look(kind) == ["config.json"] and asked == []
+
+
+def test_a_gated_model_is_refused_without_a_token_and_accepted_with_one(hub, monkeypatch):
+    hub(["config.json", "gated"])
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    with pytest.raises(RecipeError, match="'some/model' is gated; accept its licence on the hub and set HF_TOKEN"):
+        look()
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    assert look()
+
+
+def test_weights_that_can_hold_code_are_refused_before_they_are_downloaded(hub):
+    hub(["config.json", "pytorch_model-00001-of-00002.bin"])
+    with pytest.raises(RecipeError, match="'some/model' has its weights in pytorch_model-00001-of-00002.bin, which could run code"):
+        check_model("some/model")
+    hub(["config.json", "pytorch_model.bin", "model.safetensors", "training_args.bin"])
+    check_model("some/model")
 
 
 @pytest.mark.parametrize("outcome, sentence", [

@@ -6,16 +6,17 @@ import pytest
 from conftest import ROOT
 
 MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside functions
-    "trl_options": set(), "kinds": set(), "sections": {"kinds", "trl_options"}, "recipe": {"kinds", "sections", "trl_options", "watch_sections"}, "schema": {"recipe", "sections", "trl_options"},
+    "trl_options": set(), "kinds": set(), "sections": {"kinds", "trl_options"}, "recipe": {"kinds", "safe_text", "sections", "trl_options", "watch_sections"}, "schema": {"recipe", "sections", "trl_options"},
     "mistakes": {"recipe", "schema", "sections"}, "dotted_paths": set(),
-    "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections"},
+    "yaml_text": set(), "safe_text": set(), "environment": set(), "console": {"safe_text"},
+    "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections", "yaml_text"},
     "answers": {"verifier"}, "verifier": set(),
     "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
-    "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections"}, "chat_tokenizer": {"recipe", "sections"},
-    "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder"}, "alarm": set(),
+    "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
+    "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder", "safe_text"}, "alarm": set(),
     "watch_sections": {"sections"}, "recorder": {"groups", "shaping", "token_texts"}, "token_texts": set(),
-    "runs": {"cli", "recipe"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
+    "runs": {"cli", "recipe", "safe_text"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
     "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},
     "estimators": {"answers"}, "scores": {"estimators"}, "evaluation_file": {"recipe"}, "generation": set(),
     "evaluation": {"answers", "evaluation_file", "generation", "recipe"},
@@ -23,14 +24,14 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "continuation": {"adapters", "recipe", "saved", "sections"}, "fidelity": set(),
     "model_card": {"base_model", "data", "evaluation_file", "recipe", "scores"},
     "export": {"adapters", "base_model", "fidelity", "model_card", "recipe", "saved"},
-    "completion_log": {"answers"}, "run_record": {"completion_log", "evaluation_file", "recipe", "scores"}, "configurations": {"run_record"},
+    "completion_log": {"answers"}, "run_record": {"completion_log", "evaluation_file", "recipe", "scores", "yaml_text"}, "configurations": {"run_record"},
     "curves": {"configurations"}, "conflict_view": {"completion_log", "configurations", "recipe", "run_record"},
     "summary": {"configurations", "curves", "scores"},
     "reports": {"configurations", "conflict_view", "curves", "recipe", "run_record", "scores", "summary"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
-LIGHT = {"trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
+LIGHT = {"console", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",
          "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}

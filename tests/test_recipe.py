@@ -208,7 +208,7 @@ def test_all_unknown_keys_are_told_at_once_with_their_source_and_the_nearest_nam
     (MINIMAL + "training: {temperature: 0}", "training.temperature: 0.0 is too small; use 1e-06 or more"),
     (MINIMAL + "trainer: {class_path: 5}", "trainer.class_path: '5' is no dotted path; use one such as package.module.name or package.module:name"),
     (MINIMAL + "run_name: ''", "run_name: '' in bad.yaml is not valid; it should be text that is not empty"),
-    ("[" * 3000 + "]" * 3000, "bad.yaml: is nested too deeply to be a recipe"),
+    ("[" * 3000 + "]" * 3000, "bad.yaml: this is not valid YAML for a recipe (it is nested too deeply)"),
     (MINIMAL + "training: {num_generations: 1}", "training.num_generations: 1 leaves no group to compare; use 2 or more"),
     (MINIMAL + "evaluation: {every: 5}", "evaluation.every: there are no held-out problems; set evaluation.path or evaluation.split"),
     (MINIMAL + "evaluation: {samples: 4}", "evaluation.temperature: 0 is greedy, so all 4 samples would be the same; use 1.0, or 1 sample"),
@@ -232,8 +232,8 @@ def test_all_unknown_keys_are_told_at_once_with_their_source_and_the_nearest_nam
     ("model: {model_name: x, max_prompt_length: 9000}\ndataset: {name: gsm8k}", "model.max_prompt_length: 9000 is larger than model.max_seq_length (5500); use at most 5500"),
     ("- a\n- b", "bad.yaml: holds a list; a recipe is a mapping with at least the sections model and dataset"),
     ("", "bad.yaml: is empty; a recipe is a mapping with at least the sections model and dataset"),
-    ("model: {a: 1}\nmodel: {b: 2}", 'bad.yaml, line 2: this is not valid YAML (while constructing a mapping found duplicate key "model" with value "{}" (original value: "{}"))'),
-    ("model: [1\nb: 2", "bad.yaml, line 2: this is not valid YAML (while parsing a flow sequence expected ',' or ']', but got ':')"),
+    ("model: {a: 1}\nmodel: {b: 2}", 'bad.yaml, line 2: this is not valid YAML for a recipe (while constructing a mapping found duplicate key "model")'),
+    ("model: [1\nb: 2", "bad.yaml, line 2: this is not valid YAML for a recipe (while parsing a flow sequence expected ',' or ']', but got ':')"),
 ], ids=lambda value: None)
 def test_a_mistake_is_one_sentence(refused, text, sentence):
     assert refused(text) == [sentence]

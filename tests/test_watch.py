@@ -7,6 +7,7 @@ import pytest
 import test_train_model
 import train_model
 
+from gtpo import console
 from gtpo.watch import SHOWN_LENGTH, good_and_bad, legend, readable
 
 LOGS = {"reward": 15.837, "reward/format_rate": 0.861, "reward/correct_rate": 0.7, "gtpo/completion_entropy": 0.0571,
@@ -82,7 +83,7 @@ def test_a_run_explains_its_columns_and_has_a_line_per_logging_step_and_some_com
 def test_a_message_stands_above_the_progress_bar_and_not_in_it(capsys):
     from tqdm import tqdm
 
-    with train_model._log_to_console(), tqdm(total=3, file=sys.stderr) as bar:
+    with console.log_to_console(), tqdm(total=3, file=sys.stderr) as bar:
         bar.update(1)
         logging.getLogger("gtpo.alarm").warning("Alarm!")
     (said,) = [text for text in capsys.readouterr().err.split("\n") if "Alarm!" in text]
