@@ -40,7 +40,7 @@ def conflict_view(configurations: list[Configuration], steps: list[int], *, size
 
 
 def choose_steps(run: RunRecord, wanted: list[int]) -> dict[int, str]:
-    """Steps to show, and why: first, middle, last, those with most conflicts, the wanted ones; raises RecipeError."""
+    """Steps to show, and why: first, middle, last, with most conflicts, at the first alarm, the wanted; raises RecipeError."""
     log = run.completions
     shares: dict[int, list[int]] = {}
     for group in log.groups:
@@ -57,6 +57,8 @@ def choose_steps(run: RunRecord, wanted: list[int]) -> dict[int, str]:
     most = sorted(with_tokens, key=lambda step: -shares[step][0] / max(1, shares[step][1]))
     for step in most[:2]:
         reasons[step] = f"{reasons[step]}, many conflicts" if step in reasons else "many conflicts"
+    if run.alarms and (before := [step for step in with_tokens if step <= run.alarms[0][0]]):
+        reasons.setdefault(before[-1], "first alarm")
     for step in wanted:
         reasons.setdefault(step, "asked for")
     return {step: f"{reasons[step]}{_percent(*shares[step])}" for step in sorted(reasons)}

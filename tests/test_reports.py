@@ -256,6 +256,8 @@ def test_the_first_the_middle_the_last_and_the_steps_with_most_conflicts_are_sho
     record = read_run(write_run(tmp_path / "run", lines))
     assert list(choose_steps(record, [])) == [1, 4, 6, 8, 11]
     assert list(choose_steps(record, [2])) == [1, 2, 4, 6, 8, 11]
+    record.alarms.append((9, "truncated", ""))
+    assert choose_steps(record, [])[9].startswith("first alarm")
     with pytest.raises(RecipeError, match="--steps: 99 is not in .*, which has steps 1 to 11"):
         choose_steps(record, [99])
 
