@@ -107,8 +107,9 @@ class Recorder(TrainerCallback):
              "prefix": prefix[i], "suffix": suffix[i]}
             for i, row in enumerate(inputs)
         ]
-        return {"lines": lines, "ids": ids, "weights": rollout.get("token_weights"), "width": rollout["completion_ids"].shape[1],
-                "with_tokens": trainer.state.global_step % self.tokens_every == 0}
+        weights = rollout.get("token_weights")
+        return {"lines": lines, "ids": ids, "weights": None if weights is None else weights.cpu(),
+                "width": rollout["completion_ids"].shape[1], "with_tokens": trainer.state.global_step % self.tokens_every == 0}
 
     def _write(self) -> None:
         """Append the rows of the rollout under way that the loss has seen, and be done with it."""
@@ -128,10 +129,9 @@ class Recorder(TrainerCallback):
             return
         texts = gather_object([_as_line(line) for line in self.latest])  # all processes meet here
         if self.trainer.accelerator.is_main_process:
-            with self.file.open("a", encoding="utf-8") as file:
-                for text in texts:  # each line whole, also for somebody who reads while we write
+            with self.file.open("ab", buffering=0) as file:  # each line in one piece, also for somebody who reads meanwhile
+                for text in texts:
                     file.write(text)
-                    file.flush()
 
     def _tokens(self, rollout: dict, row: int, entropies: list[float] | None) -> dict:
         """The lists with one entry per real token."""
@@ -173,5 +173,6 @@ def _number(value: float) -> float | None:
     return float(f"{value:.7g}") if math.isfinite(value) else None
 
 
-def _as_line(values: dict) -> str:
-    return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str).translate(LINE_BREAKS) + "\n"
+def _as_line(values: dict) -> bytes:
+    text = json.dumps(values, ensure_ascii=False, allow_nan=False, default=str).translate(LINE_BREAKS) + "\n"
+    return text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair becomes what JSON calls it

@@ -125,9 +125,10 @@ def test_truncated_completions_that_the_loss_masks_keep_their_tokens(tmp_path):
 def test_a_line_stays_one_line_whatever_the_policy_writes(tmp_path):
     from gtpo import recorder
 
-    line = recorder._as_line({"completion": "a\u2028b\u2029c\x85d\ne\x00", "reward": recorder._number(float("inf"))})
-    assert len(line.splitlines()) == 1
-    assert json.loads(line) == {"completion": "a\u2028b\u2029c\x85d\ne\x00", "reward": None}
+    values = {"completion": "a\u2028b\u2029c\x85d\ne\x00\u4e2d", "prompt": "half a pair: \ud83d"}
+    line = recorder._as_line({**values, "reward": recorder._number(float("inf"))}).decode()
+    assert len(line.splitlines()) == 1 and "\u4e2d" in line
+    assert json.loads(line) == {**values, "reward": None}
 
 
 # ---- the text of tokens
