@@ -5,6 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 
 from gtpo.alarm import CONDITIONS, METRICS, Alarm
 from gtpo.watch_sections import AlarmSection
@@ -144,7 +145,30 @@ def test_every_condition_has_a_threshold_in_the_recipe_and_reads_metrics_that_so
     assert set(METRICS) <= HEALTHY.keys()
 
 
-# ---- real runs
+# ---- the logs of real runs: 100 steps of both demo recipes, and 120 steps with --training.learning_rate 2e-2
+
+
+def told(run: str) -> dict[str, int]:
+    """Each condition that the default alarm tells in a run of tests/alarm_logs.json, and at which step."""
+    columns = json.loads((ROOT / "tests/alarm_logs.json").read_text())[run]
+    section = AlarmSection()
+    alarm = Alarm(action="warn", window=section.window, limits=section.limits(0.7))
+    lines = (dict(zip(columns, values)) for values in zip(*columns.values(), strict=True))
+    return {condition: step for step, line in enumerate(lines, 1) for condition in alarm.see(line)}
+
+
+@pytest.mark.parametrize("recipe", ["demo", "demo_grpo"])
+def test_the_demo_recipes_raise_no_alarm(recipe):
+    assert told(recipe) == {}
+
+
+def test_a_learning_rate_at_which_both_trainers_collapse_is_told_within_40_steps():
+    gtpo, grpo = told("demo 2e-2"), told("demo_grpo 2e-2")
+    assert gtpo == {"format_falling": 28, "truncated": 33, "entropy_rising": 40, "no_signal": 48}
+    assert grpo == {"entropy_above": 27, "format_falling": 27, "truncated": 30, "entropy_rising": 40, "no_signal": 90}
+
+
+# ---- runs from end to end
 
 
 @pytest.fixture
