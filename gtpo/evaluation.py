@@ -27,9 +27,9 @@ def header(problems, prompts: list[str], sampling: Sampling, samples: int, weigh
 
 
 def fingerprint(*folders: Path) -> str:
-    """What tells other weights in the same folders: names, sizes, and a piece of every file of weights."""
+    """What tells other weights in the same folders: names, sizes, and pieces of every file of weights."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(file for folder in folders for pattern in ("*.safetensors", "*.bin") for file in folder.glob(pattern)):
+    for file in sorted(file for folder in folders for pattern in ("*model*.safetensors", "*model*.bin") for file in folder.glob(pattern)):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         with file.open("rb") as content:
             for place in range(0, file.stat().st_size, max(65536, file.stat().st_size // 64)):

@@ -72,16 +72,25 @@ def _what_is_wrong(row: Any, header: dict, seen: set) -> str | None:
     return f"{place} is there twice" if (row["problem"], row["sample"]) in seen else None
 
 
+def begins_as_evaluation(path: Path) -> bool:
+    with path.open("rb") as lines:
+        first = _parsed(next(lines, b""))
+    return isinstance(first, dict) and isinstance(first.get("header"), dict)
+
+
 class EvaluationFile:
     """The one place of an evaluation with the settings of `header`; entered, it is open to append to.
 
-    Raises RecipeError where `path` holds an evaluation with other settings, or a damaged one: it stays as it is.
+    Raises RecipeError where `path` holds an evaluation with other settings, or a damaged one: it stays as it is, unless
+    it is to be replaced with `overwrite`, which takes evaluations alone.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any]):
+    def __init__(self, path: Path, header: dict[str, Any], *, overwrite: bool = False):
         self.path, self.header, self.rows, self.cut, self._whole, self._size = path, header, [], False, 0, 0
         if path.exists():
             self._size = path.stat().st_size
+            if overwrite and begins_as_evaluation(path):
+                return
             _, self.rows, self.cut, self._whole = held = read(path)
             if other := [text.format(held.header[name]) for name, text in SETTINGS.items() if held.header[name] != header[name]]:
                 raise RecipeError(f"{path}: holds an evaluation with {', '.join(other)}; name another file with --to, or "
@@ -95,8 +104,11 @@ class EvaluationFile:
                 if (pair := (problem, sample)) not in there]
 
     def __enter__(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a+b")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); name another file with --to") from None
         self._check_alone()
         self._file.truncate(self._whole)
         self._size = self._whole
@@ -118,8 +130,11 @@ class EvaluationFile:
         self._write_bytes(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
     def _write_bytes(self, content: bytes) -> None:
-        self._size += self._file.write(content)
-        self._file.flush()
+        try:
+            self._size += self._file.write(content)
+            self._file.flush()
+        except OSError as error:  # a full disk
+            raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); make room, and evaluate again to go on") from None
 
     def _check_alone(self) -> None:
         if os.fstat(self._file.fileno()).st_size != self._size:  # or completions would be drawn, and counted, twice

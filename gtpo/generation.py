@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vllm 0.31.0 takes for max_lora_rank
 
@@ -43,32 +43,38 @@ def draw_seed(seed: int, problem: int, sample: int) -> int:
 def with_model(policy, sampling: Sampling, *, adapter: bool = True) -> Sampler:
     """A sampler that asks `policy.model.generate`; `adapter=False` switches the LoRA weights off."""
     import torch
-    from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
     tokenizer = policy.tokenizer
-    config = GenerationConfig(  # all that a model's own generation_config could bring in; training ignores that as well
-        max_new_tokens=sampling.max_completion_length, do_sample=False, temperature=1.0, top_p=1.0, top_k=50, num_beams=1,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, use_cache=True, disable_compile=True,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )
 
     @torch.no_grad()
     def sample(prompts: list[str], seeds: list[int]) -> list[Completion]:
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         with policy.generating() as model, contextlib.nullcontext() if adapter else model.disable_adapter():
-            processors = LogitsProcessorList()
-            if sampling.temperature > 0:
-                processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-                if sampling.top_p < 1:
-                    processors.append(TopPLogitsWarper(sampling.top_p))
-                processors.append(_GumbelNoise(seeds, model.device))
             ids = model.generate(
                 **{k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")},
-                generation_config=config, logits_processor=processors,
+                **generate_options(tokenizer, sampling, seeds, model.device),
             )
-        return [_completion(row, tokenizer) for row in ids[:, inputs["input_ids"].shape[1]:].tolist()]
+        return [completion(row, tokenizer) for row in ids[:, inputs["input_ids"].shape[1]:].tolist()]
 
     return sample
+
+
+def generate_options(tokenizer, sampling: Sampling, seeds: list[int], device) -> dict[str, Any]:
+    """What transformers' `generate` needs to draw one completion per seed."""
+    from transformers import GenerationConfig, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    config = GenerationConfig(  # all that a model's own generation_config could bring in; training ignores that as well
+        max_new_tokens=sampling.max_completion_length, do_sample=False, temperature=1.0, top_p=1.0, top_k=50, num_beams=1,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, min_length=0, use_cache=True, disable_compile=True,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )
+    processors = LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(_GumbelNoise(seeds, device))
+    return {"generation_config": config, "logits_processor": processors}
 
 
 class _GumbelNoise:
@@ -86,14 +92,14 @@ class _GumbelNoise:
         return scores - noise.log()
 
 
-def with_vllm(base: str, tokenizer, sampling: Sampling, *, max_prompt_length: int, adapter: Path | None = None,
+def with_vllm(base: str, tokenizer, sampling: Sampling, *, max_length: int, adapter: Path | None = None,
               rank: int | None = None, load_in_4bit: bool = False, trust_remote_code: bool = False) -> Callable[[bool], Sampler]:
     """Load `base` into vLLM; returns a function from `adapter` (use it or not) to a sampler. For vllm 0.31.0."""
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     llm = LLM(
-        model=base, max_model_len=max_prompt_length + sampling.max_completion_length, seed=0, trust_remote_code=trust_remote_code,
+        model=base, max_model_len=max_length, seed=0, trust_remote_code=trust_remote_code,
         quantization="bitsandbytes" if load_in_4bit else None, enable_lora=adapter is not None,
         **{"max_lora_rank": next(r for r in VLLM_RANKS if r >= rank)} if adapter else {},
     )
@@ -109,15 +115,15 @@ def with_vllm(base: str, tokenizer, sampling: Sampling, *, max_prompt_length: in
             ]
             outputs = llm.generate([{"prompt_token_ids": row} for row in ids], parameters, use_tqdm=False,
                                    lora_request=lora if use_adapter else None)
-            return [_completion(list(output.outputs[0].token_ids), tokenizer) for output in outputs]
+            return [completion(list(output.outputs[0].token_ids), tokenizer) for output in outputs]
 
         return sample
 
     return sampler
 
 
-def _completion(ids: list[int], tokenizer) -> Completion:
-    """Up to the first end-of-sequence token; what follows is padding."""
+def completion(ids: list[int], tokenizer) -> Completion:
+    """What `ids` say up to the first end-of-sequence token; what follows is padding."""
     ended = tokenizer.eos_token_id in ids
     ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if ended else ids
     return Completion(tokenizer.decode(ids, skip_special_tokens=True), len(ids), not ended)

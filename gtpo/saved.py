@@ -31,6 +31,9 @@ class Saved:
         backend = "auto" if self.recipe.model.backend == "unsloth" else self.recipe.model.backend  # here may be no GPU
         return self.recipe.model.model_copy(update={"model_name": self.base, "backend": backend})
 
+    def section_with(self, **keys) -> ModelSection:
+        return ModelSection.model_validate({**self.section.model_dump(), **keys})
+
 
 def find_saved(target: str, *, base: str | None = None) -> Saved:
     """What `target` names, looked up without loading anything; `base` replaces the base model that its files name.
@@ -65,14 +68,15 @@ def load_saved(saved: Saved, *, adapter: bool = True, trainable: bool = False, p
     """The backends.Policy of `saved`, ready to generate or, if `trainable`, to train on; `adapter=False`: its base model alone.
 
     `keys` replace those of `saved.section` (backend, load_in_4bit, max_seq_length, chat_template, ...). `precision` (bf16,
-    fp16, float32) is the training's by default, and `ready` what `saved_tokenizer` returned, if it was asked before.
+    fp16, float32) is the training's by default. `ready` is a backend and a `saved_tokenizer`, where they are there already.
     Raises RecipeError for what cannot be loaded, and for a base model that does not fit the adapter.
     """
     from gtpo import arguments, backends
     from gtpo.sections import TrainingSection
 
-    backend, tokenizer = ready or saved_tokenizer(saved, **keys)
-    section = _section(saved, keys)
+    section = saved.section_with(**keys)
+    backend, tokenizer = ready or (backends.choose_backend(section), None)
+    tokenizer = tokenizer or saved_tokenizer(saved, section, backend, keys.get("chat_template"))
     if saved.recipe is None and "max_seq_length" not in keys:
         section = _fit_context(section)
     policy = backends.load_policy(
@@ -84,23 +88,16 @@ def load_saved(saved: Saved, *, adapter: bool = True, trainable: bool = False, p
     return policy
 
 
-def saved_tokenizer(saved: Saved, **keys) -> tuple[str, Any]:
-    """The backend that `load_saved` will use, said, and the tokenizer: the adapter's own with its chat template, else the model's."""
-    from gtpo import backends
+def saved_tokenizer(saved: Saved, section: ModelSection, backend: str, chat_template: str | None = None):
+    """The adapter's own tokenizer, with its chat template unless another is given; else the base model's."""
     from gtpo.chat_tokenizer import load_tokenizer
 
-    section = _section(saved, keys)
-    backend = backends.choose_backend(section)
     if saved.adapter is None or not (saved.adapter / "tokenizer_config.json").is_file():
-        return backend, load_tokenizer(section, backend)
-    own = section.model_copy(update={"model_name": str(saved.adapter), "chat_template": keys.get("chat_template")})
+        return load_tokenizer(section, backend)
+    own = section.model_copy(update={"model_name": str(saved.adapter), "chat_template": chat_template})
     tokenizer = load_tokenizer(own, backend)
     check_vocabulary(saved, section, tokenizer)
-    return backend, tokenizer
-
-
-def _section(saved: Saved, keys: dict[str, Any]) -> ModelSection:
-    return ModelSection.model_validate({**saved.section.model_dump(), **keys})
+    return tokenizer
 
 
 def _run(folder: Path) -> Saved:

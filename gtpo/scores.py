@@ -1,5 +1,6 @@
-"""The numbers of an evaluation, from its rows: rates, pass@k and maj@k with intervals, differences, and their table."""
+"""The numbers of evaluations, from their rows: rates, pass@k and maj@k with intervals, differences, and their table."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy
 
 from gtpo.estimators import intervals, maj_at_k, pass_at_k
+from gtpo.evaluation_file import Evaluation
+from gtpo.recipe import RecipeError
 
 
 class Score(NamedTuple):
@@ -36,9 +39,10 @@ def scores(rows: Sequence[dict[str, Any]], samples: int, ks: Sequence[int] = ())
     return _summary(_per_problem(rows, samples, ks))
 
 
-def differences(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], samples: int, ks: Sequence[int] = ()) -> Scores:
+def differences(rows: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]], samples: int, ks: Sequence[int] = (), *,
+                base_samples: int | None = None) -> Scores:
     """The scores of `rows` less those of `base`, problem by problem, over the problems that both have whole."""
-    ours, theirs = _per_problem(rows, samples, ks), _per_problem(base, samples, ks)
+    ours, theirs = _per_problem(rows, samples, ks), _per_problem(base, base_samples or samples, ks)
     shared = [problem for problem in ours if problem in theirs]
     return _summary({p: {name: value - theirs[p][name] for name, value in ours[p].items()} for p in shared})
 
@@ -66,6 +70,44 @@ def _summary(per_problem: dict[int, dict[str, float]]) -> Scores:
     values = numpy.array([list(row.values()) for row in per_problem.values()])  # (problems, names)
     means = zip(names, values.mean(axis=0).tolist(), intervals(values).tolist(), strict=True)
     return Scores(len(values), {name: Score(mean, low, high) for name, mean, (low, high) in means})
+
+
+def samples_and_ks(samples: int | None, ks: Sequence[int] | None) -> tuple[int, list[int]]:
+    """How many samples per problem, and which k to report: by default as many as the largest k, and 2, 4, 8, ... and all."""
+    samples = samples or max(ks or [1])
+    if ks is None:
+        ks = {2**i for i in range(1, int(math.log2(samples)) + 1)} | {samples} if samples > 1 else []
+    if ks and max(ks) > samples:
+        raise RecipeError(f"--k: {max(ks)} is more than the {samples} sample{'' if samples == 1 else 's'} of each problem; use at most "
+                          f"{samples}, or more --samples")
+    return samples, sorted(set(ks))
+
+
+def report(evaluations: dict[str, Evaluation], ks: Sequence[int] | None) -> str:
+    """What evaluations say, as text: of one its scores; of two also the difference, the first less the second.
+
+    Raises RecipeError where no problem is whole, where a k is more than the samples, and for two of different problems.
+    """
+    headers = [evaluation.header for evaluation in evaluations.values()]
+    if len({header["prompts"] for header in headers}) > 1:
+        raise RecipeError(f"{' and '.join(evaluations)}: they are of different problems, so nothing can be compared; evaluate both "
+                          "on the same")
+    _, ks = samples_and_ks(min(header["samples"] for header in headers), ks)
+    columns, lines = {}, []
+    for name, (header, rows, *_) in evaluations.items():
+        try:
+            columns[name] = scores(rows, header["samples"], ks)
+        except ValueError:
+            raise RecipeError(f"{name}: no problem has all its {header['samples']} samples yet; go on with the evaluation") from None
+        total = header["problems"] * header["samples"]
+        lines.append(f"{name}: {header.get('dataset')}, {header['problems']} problems x {header['samples']}, temperature "
+                     f"{header['temperature']:g}, seed {header['seed']}")
+        if len(rows) < total:
+            lines.append(f"  not complete: {len(rows)} of {total} completions; the numbers are those of {columns[name].problems} whole problems")
+    if len(columns) == 2:
+        ours, theirs = evaluations.values()
+        columns["difference"] = differences(ours.rows, theirs.rows, ours.header["samples"], ks, base_samples=theirs.header["samples"])
+    return "\n".join([*lines, table(columns), "[95 % bootstrap intervals over problems]"])
 
 
 def table(columns: dict[str, Scores]) -> str:

@@ -134,7 +134,7 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
     lora = types.SimpleNamespace(LoRARequest=lambda name, number, path: (name, number, path))
     monkeypatch.setitem(__import__("sys").modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given))
     monkeypatch.setitem(__import__("sys").modules, "vllm.lora.request", lora)
-    sampler = generation.with_vllm("base/model", policy.tokenizer, SAMPLED, max_prompt_length=60, adapter=tmp_path, rank=20)
+    sampler = generation.with_vllm("base/model", policy.tokenizer, SAMPLED, max_length=96, adapter=tmp_path, rank=20)
     cut, whole = sampler(True)(prompts[:2], [5, 6])
     assert cut.truncated and cut.tokens == 2
     assert whole == Completion("<answer>6</answer>", 4, False)

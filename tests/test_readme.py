@@ -3,6 +3,7 @@
 import re
 import shlex
 
+import evaluate_model
 import export_model
 import pytest
 import report_run
@@ -37,6 +38,12 @@ def test_every_report_command_names_runs(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     runs, _, _ = report_run._parse(shlex.split(command)[2:])
     assert runs
+
+
+@pytest.mark.parametrize("command", commands("evaluate_model.py"))
+def test_every_evaluation_command_is_understood(command):
+    asked = evaluate_model._parse(shlex.split(command)[2:])
+    assert asked.target or asked.files
 
 
 @pytest.mark.parametrize("command", commands("export_model.py"))
@@ -111,8 +118,8 @@ def test_the_flags_and_switches_it_names_exist():
     from gtpo.schema import ALIASES, SWITCHES, key_path
 
     ours = re.sub(r"^(vllm|git|python llama.cpp/).*$", "", README, flags=re.MULTILINE)  # other programs have flags of their own
-    of_export = [flag for action in export_model.parser()._actions for flag in action.option_strings]
+    of_parsers = [flag for verb in (export_model, evaluate_model) for action in verb.parser()._actions for flag in action.option_strings]
     for flag in set(re.findall(r"--([A-Za-z_][\w.-]*)", ours)):
         key = flag.replace("-", "_")
         known = key in ALIASES or key in SWITCHES or key_path(key.split(".")) or key == "section.key"
-        assert known or f"--{flag} " in report_run.__doc__ or f"--{flag}" in [*of_export, "--export"], flag
+        assert known or f"--{flag} " in report_run.__doc__ or f"--{flag}" in [*of_parsers, "--export"], flag

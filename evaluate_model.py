@@ -1,0 +1,201 @@
+"""Sample completions from a model or a run, grade them as the reward does, and print pass@k, maj@k and more.
+
+    python evaluate_model.py RUN_DIR_OR_MODEL [--dataset gsm8k|hendrycks_math|FILE] [--split test] [--k 1 4 8] [--base] ...
+
+`--help` lists the flags. Every completion is kept in evaluation/*.jsonl: the same command goes on where it was
+interrupted, and `--from FILE` computes the numbers again without a model. Exit code 2: it cannot be done, and nothing
+was overwritten.
+"""
+
+import argparse
+import contextlib
+import difflib
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+from gtpo.recipe import RecipeError
+
+FLAGS = {  # how a recipe's keys, in sentences of the parts, are called here
+    "dataset.name": "--dataset", "dataset.split": "--split", "dataset.subsets": "--subset", "model.backend": "--backend",
+    "dataset.question_column": "--question-column", "dataset.answer_column": "--answer-column", "batch_size": "--batch-size",
+    "training.max_prompt_length": "--max-prompt-length", "model.chat_template": "--chat-template",
+}
+CHAT_LENGTH = 4096  # tokens of a conversation, or what the run was trained with, within the model's context
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    asked = None
+    with _log_to_console():
+        try:
+            asked = _parse(sys.argv[1:] if argv is None else argv)
+            _run(asked)
+        except RecipeError as error:
+            for sentence in str(error).splitlines():
+                print(f"error: {_in_flags(sentence, asked)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("\ninterrupted: what was drawn is kept, and the same command goes on from there", file=sys.stderr)
+            return 130
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise RecipeError(message.removeprefix("argument "))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags; None where not given."""
+    parser = _Parser(prog="python evaluate_model.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                     description=__doc__.split("\n\n")[0], epilog="Defaults are those of the run's recipe.yaml; without one: prompts and "
+                     "completions of at most 1024 tokens each, seed 3407.")
+    count, add = _number(int, 1), parser.add_argument
+    add("target", nargs="?", metavar="RUN_DIR_OR_MODEL", help="a run, a checkpoint, an adapter, or a base model (folder or hub name)")
+    add("--dataset", help="gsm8k, hendrycks_math, a jsonl, json or parquet file, a folder, or a dotted path; default: what the run held out")
+    add("--path", help="the files of gsm8k or hendrycks_math in the hub's layout, instead of the hub")
+    add("--split", help="default: test; slices such as test[:100] work")
+    add("--subset", nargs="+", help="some subsets of hendrycks_math; default: all")
+    add("--question-column", help="column of a file that holds the question; default: question")
+    add("--answer-column", help="column of a file that holds the answer; default: answer")
+    add("--system-instruction", help='system message of every prompt; "" for none')
+    add("--limit", type=count, help="how many problems, from the first")
+    add("--k", type=count, nargs="+", help="which pass@k and maj@k; default: 2, 4, 8, ... up to the samples")
+    add("--samples", type=count, help="completions per problem; default: the largest k, or 1")
+    add("--temperature", type=_number(float, 0), help="default: 0 (greedy) for one sample, else the training's, 1.0")
+    add("--top-p", type=_number(float, 1e-6, 1), help="default: 1.0")
+    add("--seed", type=_number(int, 0), help="of the draws")
+    add("--max-prompt-length", type=count, help="longer prompts are dropped, and counted; tokens")
+    add("--max-completion-length", type=count, help="tokens")
+    add("--base", action="store_true", help="evaluate the untrained model as well, on the same problems and seeds, and print the difference")
+    add("--backend", choices=["auto", "vllm", "unsloth", "transformers"], help="default: vLLM or Unsloth where installed with a GPU")
+    add("--batch-size", type=count, help="completions at a time")
+    add("--chat-template", help="Jinja chat template, text or file, for base models that have none")
+    add("--to", type=Path, metavar="FILE", help="where completions go; default: evaluation/ of the run, or of the current directory")
+    add("--overwrite", action="store_true", help="begin that file anew")
+    add("--from", dest="files", type=Path, nargs="+", metavar="FILE", help="compute the numbers from a file, without a model; a second "
+        "one is compared with the first, problem by problem")
+    add("--chat", action="store_true", help="talk to the model in the terminal")
+    return parser
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """The flags' values; raises RecipeError for what makes no sense."""
+    words = [re.sub("^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    asked, unknown = (flags := parser()).parse_known_args(words)
+    for word in unknown:
+        known = difflib.get_close_matches(word.split("=")[0], flags._option_string_actions, 1) if word.startswith("-") else []
+        raise RecipeError(f"{word}: unknown; {f'did you mean {known[0]}?' if known else '--help lists the flags'}")
+    if asked.target is None and not asked.files:
+        raise RecipeError("RUN_DIR_OR_MODEL: missing; give a run directory, a checkpoint, an adapter, a base model, or --from FILE")
+    return asked
+
+
+def _number(kind: type, least: float, most: float = float("inf")):
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most or value == float("inf"):
+            bounds = f"{least:g} or more" if most == float("inf") else f"{least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; use a {'whole ' if kind is int else ''}number, {bounds}")
+        return value
+
+    return read
+
+
+def _run(asked: argparse.Namespace) -> None:
+    if asked.files:
+        _from_files(asked)
+        return
+    from gtpo.saved import find_saved
+
+    saved = find_saved(asked.target)
+    if saved.recipe:  # before torch; what the caller has set, CUDA_VISIBLE_DEVICES for one, counts
+        os.environ.update({name: value for name, value in saved.recipe.env.items() if name not in os.environ})
+    (_chat if asked.chat else _evaluate)(asked, saved)
+
+
+def _from_files(asked: argparse.Namespace) -> None:
+    from gtpo.evaluation_file import read
+    from gtpo.scores import report
+
+    others = [name for name, value in vars(asked).items() if value and name not in ("target", "files", "k")]
+    if others:
+        raise RecipeError(f"--from: computes from what is in the file; leave out --{others[0].replace('_', '-')}")
+    if len(asked.files) > 2:
+        raise RecipeError(f"--from: {len(asked.files)} files; give one, or two to compare")
+    held = {str(file): read(file) for file in asked.files}
+    for name in (name for name, evaluation in held.items() if evaluation.cut):
+        logging.getLogger("gtpo").warning("[GTPO] %s: its last line was cut, and is left out", name)
+    print(report(held, asked.k))
+
+
+def _evaluate(asked: argparse.Namespace, saved) -> None:
+    from gtpo import evaluation, evaluation_plan
+    from gtpo.cli import load_object
+    from gtpo.data import check_source, load_problems
+    from gtpo.engines import Engine
+    from gtpo.evaluation_file import Evaluation
+    from gtpo.scores import report
+
+    plan = evaluation_plan.make_plan(asked, saved)
+    if asked.base and saved.adapter is None:
+        raise RecipeError(f"--base: {asked.target} is a base model itself; leave it out")
+    check_source(plan.section)
+    engine = Engine(saved, asked.backend, asked.chat_template)
+    samplers = engine.samplers(plan.sampling, plan.max_prompt_length)
+    problems = load_problems(plan.section, engine.tokenizer, plan.max_prompt_length, 0, shuffle=False, label="Problems",
+                             chat_template_kwargs=plan.chat_template_kwargs, load_object=load_object)
+    problems = problems.select(range(min(plan.limit or len(problems), len(problems))))
+    prompts = evaluation.rendered(problems, engine.tokenizer, plan.chat_template_kwargs)
+    files = {}
+    for name, adapter in (("trained", True), ("base", False)):
+        if (asked.base or adapter == (saved.adapter is not None)):
+            files[name] = evaluation_plan.open_file(asked, saved, plan, engine.backend, problems, prompts, adapter=adapter)
+    for name, file in files.items():
+        if not file.missing:
+            print(f"{file.path} is complete: nothing is drawn again (--overwrite does)", file=sys.stderr)
+        elif file.rows:
+            print(f"{file.path}: going on after {len(file.rows)} completions" + (", the last line was cut" if file.cut else ""), file=sys.stderr)
+        evaluation.evaluate(file, lambda *batch: samplers(name == "trained")(*batch), problems, prompts, batch_size=plan.batch_size)
+    print(report({name: Evaluation(file.header, file.rows, False, 0) for name, file in files.items()}, plan.ks))
+    print(*(f"Completions: {file.path}" for file in files.values()), sep="\n")
+
+
+def _chat(asked: argparse.Namespace, saved) -> None:
+    from gtpo.chat import chat
+    from gtpo.engines import Engine
+    from gtpo.evaluation_plan import chat_sampling, system_instruction
+
+    engine = Engine(saved, "auto" if asked.backend == "vllm" else asked.backend, asked.chat_template)
+    context = min(engine.context or CHAT_LENGTH, max(CHAT_LENGTH, saved.section.max_seq_length))
+    chat(engine.policy(context), chat_sampling(asked, saved.recipe), context=context,
+         system_instruction=system_instruction(asked, saved.recipe),
+         chat_template_kwargs=saved.recipe and saved.recipe.training.chat_template_kwargs)
+
+
+@contextlib.contextmanager
+def _log_to_console():
+    console, logger = logging.StreamHandler(), logging.getLogger("gtpo")
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger.setLevel(logging.INFO)
+    logging.getLogger().addHandler(console)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(console)
+
+
+def _in_flags(sentence: str, asked: argparse.Namespace | None) -> str:
+    """A sentence about a recipe's keys, told with the flags that stand for them here."""
+    names = FLAGS | {"dataset.path": "--path" if asked and asked.path else "--dataset"}
+    return re.sub(r"(?<![\w./-])(" + "|".join(map(re.escape, names)) + r")(?![\w.])", lambda key: names[key[0]], sentence)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

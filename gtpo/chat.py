@@ -1,0 +1,64 @@
+"""Talk to a policy in the terminal: completions are printed as they are drawn, and the conversation is kept."""
+
+import sys
+
+from gtpo.generation import Sampling, completion, draw_seed, generate_options
+
+COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a completion"
+
+
+def chat(policy, sampling: Sampling, *, context: int, system_instruction: str | None, chat_template_kwargs: dict | None = None) -> None:
+    """Read lines from stdin until /exit or its end, and print what the policy says to each; `context` is in tokens."""
+    opening = [{"role": "system", "content": system_instruction}] if system_instruction else []
+    messages, turn = list(opening), 0
+    print(f"({COMMANDS})", file=sys.stderr)
+    while (line := _read()) is not None:
+        if line in ("", "/reset"):
+            messages = messages if line == "" else list(opening)
+            continue
+        if line.startswith("/"):
+            if line == "/exit":
+                return
+            print(f"(there is no {line.split()[0]}; {COMMANDS})", file=sys.stderr)
+            continue
+        turn += 1
+        asked = [*messages, {"role": "user", "content": line}]
+        text = policy.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {}))
+        ids = policy.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        if (left := context - ids.shape[1]) < 1:
+            print(f"(the conversation has {ids.shape[1]} tokens with this line, and the model takes {context}: say less, or "
+                  "/reset)", file=sys.stderr)
+            continue
+        limit = min(left, sampling.max_completion_length)
+        try:
+            said = _stream(policy, ids, sampling._replace(max_completion_length=limit), draw_seed(sampling.seed, turn, 0))
+        except KeyboardInterrupt:
+            print("\n(stopped; this line and its answer are forgotten)", file=sys.stderr)
+            continue
+        if said.truncated:
+            print(f"(cut after {said.tokens} tokens)", file=sys.stderr)
+        messages = [*asked, {"role": "assistant", "content": said.text}]
+
+
+def _read() -> str | None:
+    """The next line without its white space; None at the end, or for Ctrl-C at the prompt."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _stream(policy, ids, sampling: Sampling, seed: int):
+    """Draw a completion and print it token by token."""
+    import torch
+    from transformers import TextStreamer
+
+    with torch.no_grad(), policy.generating() as model:
+        ids = ids.to(model.device)
+        drawn = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids),
+            streamer=TextStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **generate_options(policy.tokenizer, sampling, [seed], model.device),
+        )
+    return completion(drawn[0, ids.shape[1]:].tolist(), policy.tokenizer)

@@ -1,0 +1,136 @@
+"""What an evaluation is to do: which problems, drawn how, kept where; from flags, a run's recipe, and defaults."""
+
+import os
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from gtpo.dotted_paths import check_dotted_path
+from gtpo.evaluation import fingerprint, header
+from gtpo.evaluation_file import EvaluationFile
+from gtpo.generation import Sampling
+from gtpo.kinds import DOTTED_PATH
+from gtpo.problems import held_out_section
+from gtpo.recipe import Recipe, RecipeError
+from gtpo.saved import Saved
+from gtpo.scores import samples_and_ks
+from gtpo.sections import DATASET_ALIASES, SYSTEM_INSTRUCTION, DatasetSection
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+LENGTH = 1024  # tokens of prompts and of completions, each, for a model without a recipe
+SEED = 3407
+
+
+class Plan(NamedTuple):
+    """An evaluation before anything is loaded."""
+
+    section: DatasetSection
+    limit: int | None  # problems, from the first
+    samples: int
+    ks: list[int]
+    sampling: Sampling
+    max_prompt_length: int
+    batch_size: int
+    chat_template_kwargs: dict[str, Any]
+
+
+def make_plan(asked: SimpleNamespace, saved: Saved) -> Plan:
+    """The plan that the flags `asked` (None where not given) and the run's recipe make; raises RecipeError."""
+    recipe = saved.recipe
+    samples, ks = samples_and_ks(asked.samples, asked.k)
+    section, limit = _problems(asked, recipe)
+    temperature = asked.temperature
+    if temperature is None:
+        training = recipe.training.trl_options() if recipe else {}
+        temperature = 0.0 if samples == 1 else float(training.get("temperature") or 1.0)
+    if temperature == 0 and samples > 1:
+        raise RecipeError(f"--temperature: 0 is greedy, so all {samples} samples of a problem would be the same; use a temperature "
+                          "above 0, or --samples 1")
+    sampling = Sampling(
+        temperature, 1.0 if asked.top_p is None else asked.top_p,
+        asked.seed if asked.seed is not None else recipe.seed if recipe else SEED,
+        asked.max_completion_length or (recipe.max_completion_length if recipe else LENGTH),
+    )
+    return Plan(section, asked.limit or limit, samples, ks, sampling,
+                batch_size=asked.batch_size or (recipe.evaluation.batch_size if recipe else 32),
+                max_prompt_length=asked.max_prompt_length or (recipe.max_prompt_length if recipe else LENGTH),
+                chat_template_kwargs=recipe.training.chat_template_kwargs or {} if recipe else {})
+
+
+def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSection, int | None]:
+    """The problems as a dataset section, and how many of them the recipe takes."""
+    given = {"system_instruction": system_instruction(asked, recipe)}
+    given |= {name: getattr(asked, name) for name in ("question_column", "answer_column") if getattr(asked, name)}
+    if asked.dataset is None and asked.path is None:
+        if recipe is None:
+            raise RecipeError("--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file with questions and answers")
+        section = held_out_section(recipe)
+        limit = recipe.evaluation.limit if section and not asked.split else None
+        if section is None and recipe.dataset.path and os.path.isfile(recipe.dataset.path):
+            raise RecipeError("--dataset: the recipe holds out no problems; name some, such as gsm8k, or a file with questions and answers")
+        section = section or recipe.dataset.model_copy(update={"split": "test"})
+        return section.model_copy(update={**given, **_split_and_subset(asked)}), limit
+    name = DATASET_ALIASES.get(asked.dataset)
+    path = asked.path if name or asked.dataset is None else asked.dataset
+    if name is None and not (path and (Path(path).exists() or path.endswith(SUFFIXES) or os.sep in path)):
+        if not (DOTTED_PATH.fullmatch(path) and check_dotted_path("--dataset", path) is None):
+            raise RecipeError(f"--dataset: {path!r} is not known; use gsm8k, hendrycks_math, an existing file or folder, or a "
+                              "dotted path such as my_data.load")
+        name, path = path, asked.path
+    split = {} if name and not path and name not in DATASET_ALIASES else {"split": "train" if path and not os.path.isdir(path) else "test"}
+    return DatasetSection(name=name, path=path, **{**given, **split, **_split_and_subset(asked)}), None
+
+
+def _split_and_subset(asked: SimpleNamespace) -> dict[str, Any]:
+    subset = {"subset": asked.subset[0] if len(asked.subset) == 1 else None, "subsets": asked.subset} if asked.subset else {}
+    return subset | ({"split": asked.split} if asked.split else {})
+
+
+def file_path(saved: Saved, plan: Plan, problems: int, *, adapter: bool) -> Path:
+    """Where an evaluation is kept: evaluation/ of its run, else of the current directory; its name tells the settings.
+
+    The file of a run's base model begins with base-, that of a checkpoint with its name, and what is in no run with its own.
+    """
+    section, folder = plan.section, saved.run_dir or Path()
+    model = Path(saved.adapter or saved.base).absolute().name
+    prefix = model if saved.run_dir is None else "" if saved.adapter == saved.run_dir else model
+    if saved.kind != "base" and not adapter:
+        prefix = "base" if saved.run_dir else f"base-{model}"
+    from_file = section.path and not os.path.isdir(section.path)
+    source = Path(section.path).stem if from_file else section.name or Path(section.path).absolute().name
+    parts = [prefix, source, *(section.subsets or [section.subset]), None if from_file else section.split,
+             f"{problems}x{plan.samples}", f"t{plan.sampling.temperature:g}"]
+    return folder / "evaluation" / (re.sub(r"[^\w.-]+", "-", "-".join(str(part) for part in parts if part)) + ".jsonl")
+
+
+def open_file(asked: SimpleNamespace, saved: Saved, plan: Plan, backend: str, problems, prompts: list[str], *, adapter: bool,
+              ) -> EvaluationFile:
+    """The evaluation's file, with what is there already; raises RecipeError where that is another evaluation."""
+    path = asked.to or file_path(saved, plan, len(prompts), adapter=adapter)
+    if asked.to and asked.base and not adapter:
+        path = path.with_stem(f"base-{path.stem}")
+    folders = [Path(saved.base)] if os.path.isdir(saved.base) else []
+    folders += [saved.adapter] if adapter and saved.adapter else []
+    weights = f"{'' if os.path.isdir(saved.base) else f'{saved.base} '}{fingerprint(*folders)}"
+    section = plan.section
+    told = {"model": saved.base, "adapter": str(saved.adapter) if adapter and saved.adapter else None, "backend": backend,
+            "dataset": section.path or section.name, "split": section.split, "system_instruction": section.system_instruction}
+    return EvaluationFile(path, header(problems, prompts, plan.sampling, plan.samples, weights, **told), overwrite=asked.overwrite)
+
+
+def chat_sampling(asked: SimpleNamespace, recipe: Recipe | None) -> Sampling:
+    """How the turns of a conversation are drawn: as in training, unless the flags say otherwise."""
+    training = recipe.training.trl_options() if recipe else {}
+    return Sampling(
+        float(training.get("temperature") or 1.0) if asked.temperature is None else asked.temperature,
+        1.0 if asked.top_p is None else asked.top_p, SEED if asked.seed is None else asked.seed,
+        asked.max_completion_length or (recipe.max_completion_length if recipe else LENGTH),
+    )
+
+
+def system_instruction(asked: SimpleNamespace, recipe: Recipe | None) -> str | None:
+    """The flag's, else the recipe's, else the default; None for none."""
+    if asked.system_instruction is not None:
+        return asked.system_instruction or None
+    return recipe.dataset.system_instruction if recipe else SYSTEM_INSTRUCTION
