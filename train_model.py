@@ -1,7 +1,7 @@
 """Train LoRA adapters with GTPO: `python train_model.py [config.yaml] [--section.key value ...]`.
 
 Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists every key. Exit code 2: the recipe or the
-machine cannot do it, and nothing was written; 3: an alarm stopped the run, and all is saved.
+machine cannot do it; 3: an alarm stopped the run, and all is saved; 130 and 143: Ctrl-C or SIGTERM did, and all is saved.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from pathlib import Path
 from gtpo import cli
 from gtpo.console import log_to_console, print_error
 from gtpo.environment import set_up
+from gtpo.interruption import Interrupted, Interruption
 from gtpo.recipe import Recipe, RecipeError
 from gtpo.safe_text import without_secrets
 
@@ -30,9 +31,12 @@ def main(argv: list[str] | None = None) -> int:
 
         return export_model.main([word for word in argv if word != "--export"])
     command = cli.parse(argv)
-    with log_to_console() as early_log:
+    with log_to_console() as early_log, Interruption().watching() as interruption:
         try:
-            _run(command, early_log)
+            _run(command, early_log, interruption)
+        except Interrupted as stopped:
+            print(f"interrupted: {stopped}", file=sys.stderr)
+            return stopped.exit_code
         except RecipeError as error:
             print_error(error)
             return 2
@@ -45,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) -> None:
+def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, interruption: Interruption) -> None:
     if "help" in command.switches:
         from gtpo.schema import help_text
 
@@ -65,19 +69,41 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler) ->
 
         print_plan(continued(recipe), _processes())
     else:
-        train(recipe, overwrite="overwrite" in command.switches, early_log=early_log)
+        from gtpo.starts import Request
+
+        request = Request(command.resume, force="force_resume" in command.switches, overwrite="overwrite" in command.switches)
+        train(recipe, request, early_log=early_log, interruption=interruption)
 
 
-def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handlers.MemoryHandler | None = None) -> Path:
-    """Train as `recipe` says and return the run directory; `recipe.env` must already be set."""
+def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHandler | None = None,
+          interruption: Interruption | None = None) -> Path:
+    """Train as `recipe` says and return the run directory; `recipe.env` must already be set.
+
+    `request` (a `gtpo.starts.Request`) says what may become of a run that is there already.
+    """
+    from gtpo import runs
+    from gtpo.continuation import continued
+    from gtpo.starts import Request, find_start
+
+    recipe = continued(recipe)
+    start = find_start(recipe, request or Request(), _processes())
+    if start.finished is not None:
+        print(f"Run directory: {start.run_dir}\nThis run is finished, after {start.finished} steps. To train on, raise training.max_steps "
+              "or training.num_train_epochs.")
+    else:
+        with runs.one_tracker_run(recipe, start):
+            _train(recipe, start, early_log, interruption or Interruption())
+    return start.run_dir
+
+
+def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | None, interruption: Interruption) -> None:
     from gtpo import backends, base_model, data, model_card, problems, runs
     from gtpo.arguments import precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
-    from gtpo.continuation import continued, tokenizer_section
+    from gtpo.continuation import tokenizer_section
+    from gtpo.whole_files import written_aside
 
-    recipe = continued(recipe)
-    run_dir = Path(recipe.output_dir())
-    runs.check_free(run_dir, overwrite=overwrite)
+    run_dir = start.run_dir
     data.check_source(recipe.dataset)
     problems.check_held_out(recipe)
     base_model.check_model(recipe.model.model_name)
@@ -100,6 +126,7 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     _override_constants(recipe, policy.tokenizer)
     arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
     trainer = _make_trainer(trainer_class, policy, rewards, arguments, train_set)
+    from gtpo.exact_resume import resume_exactly
     from gtpo.held_out import HeldOut
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
@@ -107,26 +134,28 @@ def train(recipe: Recipe, *, overwrite: bool = False, early_log: logging.handler
     model_card.describe_saves(policy.model, trainer, recipe, run_dir)
 
     is_main = trainer.accelerator.is_main_process
-    if is_main:
-        runs.create(run_dir, recipe, overwrite=overwrite, early_log=early_log)
-    held_out = HeldOut(recipe, policy, held_out, run_dir, trainer) if held_out and is_main else None
-    if held_out:  # the other processes wait at their next common step
-        trainer.add_callback(held_out)
-        before = held_out.evaluate("before")
-    trainer.train()
-    if is_main:
-        policy.save_adapter(run_dir)
-    trainer.save_state()
-    if held_out:
-        after = held_out.evaluate("after")
-        held_out.say(f"Before, {before.problems} held-out problems: {before}")
-        held_out.say(f"After,  {after.problems} held-out problems: {after}")
-    if is_main:
-        policy.model.create_or_update_model_card(run_dir)  # once more: now the evaluation is there
-        print(f"Run directory: {run_dir}")
-    if alarm.stopped_by:
-        raise RunStopped(f"{alarm.stopped_by}; the run was stopped there, its adapter and a checkpoint are saved")
-    return run_dir
+    with runs.opened(start, recipe, early_log) if is_main else contextlib.nullcontext():
+        held_out = HeldOut(recipe, policy, held_out, run_dir, trainer, interruption) if held_out and is_main else None
+        if held_out:  # the other processes wait at their next common step
+            trainer.add_callback(held_out)
+            before = held_out.evaluate("before")
+        resume_exactly(trainer, start, recipe, interruption)
+        with interruption.deferred():
+            trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
+        interruption.stop_here(f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume")
+        if is_main:
+            policy.save_adapter(run_dir)
+        if held_out:
+            after = held_out.evaluate("after")
+            held_out.say(f"Before, {before.problems} held-out problems: {before}")
+            held_out.say(f"After,  {after.problems} held-out problems: {after}")
+        if is_main:
+            policy.model.create_or_update_model_card(run_dir)  # once more: now the evaluation is there
+            with written_aside(run_dir / "trainer_state.json") as aside:  # last: it says that the run is finished
+                trainer.state.save_to_json(str(aside))
+            print(f"Run directory: {run_dir}")
+        if alarm.stopped_by:
+            raise RunStopped(f"{alarm.stopped_by}; the run was stopped there, its adapter and a checkpoint are saved")
 
 
 def _seed_everything(recipe: Recipe) -> None:

@@ -94,6 +94,7 @@ def train(run: Run) -> tuple[Run, float]:
     import torch
 
     import train_model
+    from gtpo.starts import Request
     from gtpo import cli, runs
     from gtpo.evaluation_file import read
 
@@ -101,7 +102,7 @@ def train(run: Run) -> tuple[Run, float]:
     sys.stdout = sys.stderr = open(os.devnull, "w")
     began = time.process_time()
     recipe = cli.read_recipe([*run.flags, "--output_root", "runs/compare"])
-    run_dir = train_model.train(recipe, overwrite=True)
+    run_dir = train_model.train(recipe, Request(overwrite=True))
     greedy = {when: shares(read(run_dir / f"evaluation/{when}.jsonl").rows) for when in ("before", "after")}
     sampled = shares(sample(recipe, run_dir))
     cpu_seconds = time.process_time() - began

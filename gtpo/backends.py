@@ -13,6 +13,7 @@ from gtpo.base_model import check_context, check_memory, loading_error
 from gtpo.chat_tokenizer import ready_tokenizer
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
+from gtpo.whole_files import files_written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,9 @@ class Policy:
 
     def save_adapter(self, folder: str | Path) -> None:
         """Adapter and tokenizer, loadable by plain peft and transformers."""
-        self.model.save_pretrained(str(folder), safe_serialization=True)
-        self.tokenizer.save_pretrained(str(folder))
+        with files_written_aside(Path(folder)) as aside:
+            self.model.save_pretrained(str(aside), safe_serialization=True)
+            self.tokenizer.save_pretrained(str(aside))
 
 
 def choose_backend(section: ModelSection) -> str:

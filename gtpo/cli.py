@@ -5,6 +5,7 @@ sections that take TRL's options beside ours, map keys that contain a dot, and e
 """
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ class CommandLine:
     overrides: dict[tuple[str, ...], Any] = field(default_factory=dict)
     switches: frozenset[str] = frozenset()
     problems: tuple[str, ...] = ()
+    resume: str | None = None  # "" for --resume without a path
 
 
 def read_recipe(argv: list[str]) -> Recipe:
@@ -39,7 +41,7 @@ def read_recipe(argv: list[str]) -> Recipe:
 
 def parse(argv: list[str]) -> CommandLine:
     """Sort the words of a command line. Unknown flags and wrong counts of values are kept, to be told with the rest."""
-    files, overrides, switches, problems = [], {}, set(), []
+    files, overrides, switches, problems, resume = [], {}, set(), [], None
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -48,6 +50,10 @@ def parse(argv: list[str]) -> CommandLine:
             continue
         name, equals, inline = word[2:].partition("=")
         key = name.replace("-", "_")
+        if key == "resume":
+            named = words and not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml"))  # that is the recipe
+            resume = inline if equals else words.pop(0) if named else ""
+            continue
         if key in SWITCHES:
             switches.add(key)
             if equals:
@@ -74,8 +80,10 @@ def parse(argv: list[str]) -> CommandLine:
     if len(files) > 1:
         problems.append(f"{' '.join(files[1:])}: neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
                         "use --section.key value")
+    if "force_resume" in switches and resume is None:
+        problems.append("--force-resume: there is nothing to force without --resume")
     return CommandLine(
-        *files[:1], overrides=overrides, switches=frozenset(switches), problems=tuple(problems)
+        *(files[:1] or _recipe_of(resume)), overrides=overrides, switches=frozenset(switches), problems=tuple(problems), resume=resume
     )
 
 
@@ -165,6 +173,14 @@ def _set(values: dict, path: tuple[str, ...], value: Any) -> None:
             values[parent] = {}
         values = values[parent]
     values[last] = {**values[last], **value} if isinstance(value, dict) and isinstance(values.get(last), dict) else value
+
+
+def _recipe_of(resume: str | None) -> list[str]:
+    """The recipe that was saved with what --resume names, for want of another; nothing where it names nothing."""
+    if not resume:
+        return []
+    found = [path for path in (Path(resume, "recipe.yaml"), Path(resume, "..", "recipe.yaml")) if path.is_file()]
+    return [os.path.normpath(path) for path in found[:1]]
 
 
 def _make_importable(recipe_folder: Path) -> None:

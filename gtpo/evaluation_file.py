@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtpo.recipe import RecipeError
+from gtpo.whole_files import write_whole
 
 ROW = {  # of every completion
     "problem": int, "sample": int, "prompt": list, "reference": str, "completion": str, "answer": str | None, "correct": bool,
@@ -78,6 +79,10 @@ def begins_as_evaluation(path: Path) -> bool:
     return isinstance(first, dict) and isinstance(first.get("header"), dict)
 
 
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False) + "\n"
+
+
 class EvaluationFile:
     """The one place of an evaluation with the settings of `header`; entered, it is open to append to.
 
@@ -106,15 +111,16 @@ class EvaluationFile:
     def __enter__(self):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                write_whole(self.path, _line({"header": self.header}))
+                self._size = self._whole = self.path.stat().st_size
             self._file = self.path.open("a+b")
         except OSError as error:
             raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); name another file with --to") from None
         self._check_alone()
         self._file.truncate(self._whole)
         self._size = self._whole
-        if not self._size:
-            self._write({"header": self.header})
-        elif not self.path.read_bytes().endswith(b"\n"):
+        if not self.path.read_bytes().endswith(b"\n"):
             self._write_bytes(b"\n")
         return self
 
@@ -127,7 +133,7 @@ class EvaluationFile:
 
     def _write(self, line: dict) -> None:
         self._check_alone()
-        self._write_bytes(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        self._write_bytes(_line(line).encode())
 
     def _write_bytes(self, content: bytes) -> None:
         try:

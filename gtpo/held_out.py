@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 from gtpo.evaluation import evaluate, header, rendered
 from gtpo.evaluation_file import EvaluationFile
 from gtpo.generation import Sampling, with_model
+from gtpo.interruption import Interrupted, Interruption
 from gtpo.recipe import Recipe
 from gtpo.scores import Scores, scores
 
@@ -25,32 +26,57 @@ class HeldOut(TrainerCallback):
     evaluation/truncation_rate and evaluation/mean_length (tokens).
     """
 
-    def __init__(self, recipe: Recipe, policy, problems, run_dir: Path, trainer: Trainer):
+    def __init__(self, recipe: Recipe, policy, problems, run_dir: Path, trainer: Trainer, interruption: Interruption | None = None):
         self.section, self.problems, self.folder, self.trainer = recipe.evaluation, problems, run_dir / "evaluation", trainer
         self.sampling = Sampling(recipe.evaluation.temperature, 1.0, recipe.seed, recipe.max_completion_length)
         self.prompts = rendered(problems, policy.tokenizer, recipe.training.chat_template_kwargs)
         self.told = {"model": recipe.model.model_name, "run": run_dir.name, "backend": policy.backend,
                      "dataset": recipe.evaluation.path or recipe.dataset.name or recipe.dataset.path, "split": recipe.evaluation.split}
-        self.policy = policy
+        self.policy, self.interruption = policy, interruption or Interruption()
+        self.pending: int | None = None  # the step whose evaluation was cut short, because somebody asked to stop
 
     def evaluate(self, name: str) -> Scores:
         """The scores of the policy as it is now; its completions go to evaluation/`name`.jsonl."""
         told = {**self.told, "step": self.trainer.state.global_step}
         file = EvaluationFile(self.folder / f"{name}.jsonl", header(
             self.problems, self.prompts, self.sampling, self.section.samples, weights=f"step {told['step']}", **told))
-        rows = evaluate(file, with_model(self.policy, self.sampling), self.problems, self.prompts,
+        draw = with_model(self.policy, self.sampling)
+
+        def draw_unless_asked_to_stop(prompts, seeds):
+            self.interruption.stop_here("the evaluation goes on with --resume")
+            return draw(prompts, seeds)
+
+        rows = evaluate(file, draw_unless_asked_to_stop, self.problems, self.prompts,
                         batch_size=self.section.batch_size, keep_bar=name in ("before", "after"))
         return scores(rows, self.section.samples)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.section.every or state.global_step % self.section.every or state.global_step >= state.max_steps:
             return  # after the last step comes the evaluation after training
+        try:
+            self._evaluate_step(state, control)
+        except Interrupted:  # the checkpoint comes first
+            self.pending = state.global_step
+
+    def _evaluate_step(self, state, control):
         should_log = control.should_log
         found = self.evaluate(f"step-{state.global_step}")
         # Not trainer.log, which would log, and forget, TRL's metrics of a step that is not logged yet.
         Trainer.log(self.trainer, {f"evaluation/{name}": found.scores[score].mean for score, name in METRICS.items()})
         control.should_log = should_log  # which logging switches off
         self.say(f"step {state.global_step:>4}  held-out {found}, {found.scores['mean length'].mean:.0f} tokens")
+
+    def resume_state(self) -> dict:
+        return {"pending": self.pending}
+
+    def restore(self, kept: dict) -> None:
+        """Make up for an evaluation that was cut short; its line comes before those of the same step."""
+        if kept["pending"] is None:
+            return
+        history = self.trainer.state.log_history
+        place = next((i for i, line in enumerate(history) if line["step"] == kept["pending"]), len(history))
+        self._evaluate_step(self.trainer.state, self.trainer.control)
+        history.insert(place, history.pop())
 
     @staticmethod
     def say(line: str) -> None:

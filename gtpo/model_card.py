@@ -13,6 +13,7 @@ from gtpo.base_model import is_hub_name
 from gtpo.data import DATASETS
 from gtpo.recipe import Recipe, RecipeError
 from gtpo.scores import scores
+from gtpo.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ VERSIONS = ("gtpo", "commit", "torch", "transformers", "trl", "peft", "unsloth",
 
 
 def write(folder: Path, card: str) -> None:
-    (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+    write_whole(Path(folder) / "README.md", card)
 
 
 def describe_saves(model, trainer, recipe: Recipe, run_dir: Path) -> None:

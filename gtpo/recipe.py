@@ -32,7 +32,10 @@ DERIVED = {  # TRL's options that a recipe decides elsewhere
     "run_name": "set run_name at the top of the recipe",
     "trust_remote_code": "set model.trust_remote_code",
     "hub_token": "a recipe is no place for a token; set the environment variable HF_TOKEN",
-    "resume_from_checkpoint": "resuming is not supported yet; start a new run",
+    "resume_from_checkpoint": "give --resume, or --resume CHECKPOINT, on the command line",
+    "restore_callback_states_from_checkpoint": "--resume restores them",
+    "ignore_data_skip": "--resume goes on with the data that was not seen yet",
+    "enable_jit_checkpoint": "SIGTERM saves a checkpoint as it is",
     "parallelism_config": "it is no plain value; use accelerate's configuration file",
 }
 

@@ -82,6 +82,16 @@ class Recorder(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self._write()
 
+    def resume_state(self) -> dict:
+        """What a checkpoint has to keep: the rollout under way, whose lines are not written yet."""
+        rollout = self._rollout and {**self._rollout, "lines": json.dumps(self._rollout["lines"], default=str)}
+        return {"rollouts": self.rollouts, "rollout": rollout, "passes": self._passes}
+
+    def restore(self, kept: dict) -> None:
+        rollout = kept["rollout"]
+        self._rollout = rollout and {**rollout, "lines": json.loads(rollout["lines"])}
+        self.rollouts, self._passes = kept["rollouts"], kept["passes"]
+
     # ---- what is written
 
     def _described(self, inputs: list[dict], rollout: dict[str, Tensor]) -> dict:

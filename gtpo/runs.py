@@ -1,5 +1,6 @@
 """A run's directory: whose it is, what it holds, and where its trackers write."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -7,64 +8,65 @@ import logging
 import logging.handlers
 import os
 import platform
-import shutil
+import secrets
 import subprocess
-import tempfile
 from pathlib import Path
 
 import gtpo
 from gtpo.cli import to_yaml
 from gtpo.recipe import Recipe, RecipeError
+from gtpo.rewinding import rewind
 from gtpo.safe_text import SafeFormatter
+from gtpo.starts import Start, check_still, only_run_in
+from gtpo.whole_files import remove, write_whole, written_aside
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo", "bitsandbytes",
              "vllm", "math-verify", "wandb")
+TRACKERS = "trackers.json"  # which of a tracker's runs this one is
 
 
-def check_free(run_dir: Path, *, overwrite: bool) -> None:
-    """Raises RecipeError if the run directory holds something that must not be lost, or cannot be made."""
-    if run_dir.exists() and not run_dir.is_dir():
-        raise RecipeError(f"output_root: {run_dir} is a file; choose another output_root or run_name")
-    if run_dir.is_dir() and any(run_dir.iterdir()):
-        if not overwrite:
-            raise RecipeError(f"run_name: the run directory {run_dir} exists already; choose another with --run-name, or "
-                              "replace it with --overwrite")
-        if not (run_dir / "recipe.yaml").is_file():
-            raise RecipeError(f"run_name: {run_dir} is no run directory of ours (it has no recipe.yaml) and will not be "
-                              "overwritten; choose another with --run-name, or remove it")
-    parent = next(p for p in run_dir.absolute().parents if p.exists())
-    try:
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
-    except OSError as error:
-        raise RecipeError(f"output_root: {parent} cannot be written to ({error.strerror}); choose another output_root") from None
-    if len(os.fsencode(run_dir.name)) > 255:
-        raise RecipeError("run_name: the name of the run directory would be longer than 255 bytes; use a shorter one")
+@contextlib.contextmanager
+def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandler | None):
+    """Inside, the run directory is this process's: with the resolved recipe, the versions and the log, begun with `early_log`.
 
-
-def create(run_dir: Path, recipe: Recipe, *, overwrite: bool, early_log: logging.handlers.MemoryHandler | None) -> None:
-    """Make the run directory with the resolved recipe, the versions and the log, which begins with `early_log`."""
-    if overwrite and run_dir.is_dir():
-        shutil.rmtree(run_dir)
+    Raises RecipeError if another process trains in it.
+    """
+    run_dir = start.run_dir
+    if start.replaces and run_dir.is_dir():
+        with only_run_in(run_dir):
+            remove(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    values, secrets = recipe.saved()
-    if secrets:
-        logger.info("[GTPO] Not saved with the recipe: %s", ", ".join(secrets))
-    try:
-        with (run_dir / "recipe.yaml").open("x", encoding="utf-8") as file:  # of two runs at once, one gets it
-            to_yaml(values, file)
-    except FileExistsError:
-        raise RecipeError(f"run_name: another run has just taken {run_dir}; choose another name with --run-name") from None
-    (run_dir / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n", encoding="utf-8")
-    log = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
-    log.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    if early_log is None:
+    with only_run_in(run_dir):
+        check_still(start)
+        rewind(start)
+        _describe(run_dir, recipe)
+        log = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+        log.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        if early_log is not None:
+            early_log.setTarget(log)
+            early_log.flush()
+            early_log.flushLevel = logging.DEBUG  # from now on, at once
+            yield
+            return
         logging.getLogger().addHandler(log)
-    else:
-        early_log.setTarget(log)
-        early_log.flush()
-        early_log.flushLevel = logging.DEBUG  # from now on, at once
+        try:
+            yield
+        finally:
+            logging.getLogger().removeHandler(log)
+            log.close()
+
+
+def _describe(run_dir: Path, recipe: Recipe) -> None:
+    values, hidden = recipe.saved()
+    if hidden:
+        logger.info("[GTPO] Not saved with the recipe: %s", ", ".join(hidden))
+    with written_aside(run_dir / "recipe.yaml") as aside, aside.open("w", encoding="utf-8") as file:
+        to_yaml(values, file)
+    write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+    if run_id := os.environ.get("WANDB_RUN_ID"):
+        write_whole(run_dir / TRACKERS, json.dumps({"wandb": run_id}) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -94,6 +96,35 @@ def prepare_trackers(recipe: Recipe, run_dir: Path) -> None:
     if "WANDB_MODE" not in os.environ and not _wandb_login():
         os.environ["WANDB_MODE"] = "offline"
         logger.warning("[GTPO] wandb: no login found, so this run is kept offline; `wandb sync` uploads it later")
+
+
+@contextlib.contextmanager
+def one_tracker_run(recipe: Recipe, start: Start):
+    """Inside, trackers go on with the run that a resumed run directory tells of; a new run has an identity to be kept there."""
+    names = ("WANDB_RUN_ID", "WANDB_RESUME", "TENSORBOARD_LOGGING_DIR")
+    before = {name: os.environ.get(name) for name in names}
+    goes_on = start.checkpoint is not None and not start.copies
+    if "wandb" in recipe.training.report_to:
+        os.environ.setdefault("WANDB_RUN_ID", (goes_on and _wandb_run(start.run_dir)) or secrets.token_hex(4))
+        os.environ.setdefault("WANDB_RESUME", "allow")
+    folders = sorted((start.run_dir / "runs").glob("*")) if goes_on else []
+    if folders:
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folders[0]))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _wandb_run(run_dir: Path) -> str | None:
+    try:
+        return json.loads((run_dir / TRACKERS).read_text(encoding="utf-8"))["wandb"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _wandb_login() -> bool:

@@ -13,6 +13,8 @@ SWITCHES = {
     "version": "Print our version and the libraries'.",
     "dry_run": "Print the resolved recipe (stdout) and the plan (stderr); load nothing.",
     "overwrite": "Replace the run directory if it exists.",
+    "resume": "Go on from the run directory's last whole checkpoint; --resume PATH: from that checkpoint, or that run's last.",
+    "force_resume": "Resume although the recipe has changed.",
 }
 ALIASES = {
     "model_name": "model.model_name", "dataset_name": "dataset.name", "dataset_subset": "dataset.subsets",

@@ -13,30 +13,33 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "answers": {"verifier"}, "verifier": set(),
     "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
-    "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
+    "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections", "whole_files"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
     "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder", "safe_text"}, "alarm": set(),
     "watch_sections": {"sections"}, "recorder": {"groups", "shaping", "token_texts"}, "token_texts": set(),
-    "runs": {"cli", "recipe", "safe_text"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
+    "runs": {"cli", "recipe", "rewinding", "safe_text", "starts", "whole_files"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
     "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},
-    "estimators": {"answers"}, "scores": {"estimators", "evaluation_file", "recipe"}, "evaluation_file": {"recipe"}, "generation": set(),
+    "estimators": {"answers"}, "scores": {"estimators", "evaluation_file", "recipe"}, "evaluation_file": {"recipe", "whole_files"}, "generation": set(),
     "evaluation": {"answers", "evaluation_file", "generation", "recipe"},
     "engines": {"adapters", "backends", "generation", "recipe", "saved"}, "chat": {"generation"},
     "evaluation_plan": {"dotted_paths", "evaluation", "evaluation_file", "generation", "kinds", "problems", "recipe", "saved", "scores", "sections"},
-    "held_out": {"evaluation", "evaluation_file", "generation", "recipe", "scores"},
+    "held_out": {"evaluation", "evaluation_file", "generation", "interruption", "recipe", "scores"},
     "continuation": {"adapters", "recipe", "saved", "sections"}, "fidelity": set(),
-    "model_card": {"base_model", "data", "evaluation_file", "recipe", "scores"},
+    "model_card": {"base_model", "data", "evaluation_file", "recipe", "scores", "whole_files"},
     "export": {"adapters", "base_model", "fidelity", "model_card", "recipe", "saved"},
     "completion_log": {"answers"}, "run_record": {"completion_log", "evaluation_file", "recipe", "scores", "yaml_text"}, "configurations": {"run_record"},
     "curves": {"configurations"}, "conflict_view": {"completion_log", "configurations", "recipe", "run_record"},
     "summary": {"configurations", "curves", "scores"},
     "reports": {"configurations", "conflict_view", "curves", "recipe", "run_record", "scores", "summary"},
+    "whole_files": set(), "interruption": set(), "checkpoints": {"recipe", "whole_files"}, "changes": {"recipe"},
+    "starts": {"changes", "checkpoints", "recipe"}, "rewinding": {"checkpoints", "starts", "whole_files"},
+    "exact_resume": {"checkpoints", "interruption", "recipe", "starts", "whole_files"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
 LIGHT = {"console", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",
-         "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}
+         "whole_files", "interruption", "checkpoints", "changes", "starts", "rewinding", "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:

@@ -220,7 +220,7 @@ def test_all_unknown_keys_are_told_at_once_with_their_source_and_the_nearest_nam
     (MINIMAL + "training: {warmup_ratio: 0.1, warmup_steps: 5}", "training.warmup_ratio: given together with training.warmup_steps, which is the same setting; keep one"),
     (MINIMAL + "training: {max_completion_length: 5}", "training.max_completion_length: it cannot be set here; it is model.max_seq_length - training.max_prompt_length; set those"),
     (MINIMAL + "training: {output_dir: x}", "training.output_dir: it cannot be set here; the run directory is named after the run; set output_root or run_name"),
-    (MINIMAL + "training: {resume_from_checkpoint: x}", "training.resume_from_checkpoint: it cannot be set here; resuming is not supported yet; start a new run"),
+    (MINIMAL + "training: {resume_from_checkpoint: x}", "training.resume_from_checkpoint: it cannot be set here; give --resume, or --resume CHECKPOINT, on the command line"),
     (MINIMAL + "training: {max_prompt_length: 6000}", "training.max_prompt_length: 6000 is larger than model.max_prompt_length (5500); use at most 5500"),
     (MINIMAL + "training: {max_prompt_length: 5500}", "training.max_prompt_length: 5500 leaves 0 of model.max_seq_length (5500) for completions; use at most 5499"),
     (MINIMAL + "training: {reward_weights: [1, 2]}", "training.reward_weights: 2 weights for 1 trainer.reward_funcs; give one for each"),

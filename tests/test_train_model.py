@@ -343,7 +343,7 @@ def test_an_existing_run_is_refused_kept_and_overwritten_only_on_request(here, c
     marker.touch()
     capsys.readouterr()
     assert train_model.main(demo_flags()) == 2
-    assert "exists already; choose another with --run-name, or replace it with --overwrite" in capsys.readouterr().err
+    assert "holds a finished run of 2 steps; choose another with --run-name, or replace it with --overwrite" in capsys.readouterr().err
     assert train_model.main(demo_flags("--overwrite", "--training.max_prompt_length", "3")) == 2
     assert marker.exists()  # a refused run has not touched it
     assert train_model.main(demo_flags("--overwrite")) == 0
@@ -361,17 +361,20 @@ def test_damaged_weights_and_a_reward_that_cannot_be_imported_are_refused(here, 
 
 
 def test_of_two_runs_at_once_with_one_name_the_second_is_told(here, capsys):
-    from pathlib import Path
-
     from gtpo import runs
     from gtpo.recipe import RecipeError
+    from gtpo.starts import Request, find_start
 
     recipe = cli.read_recipe(demo_flags())
-    folder = Path(recipe.output_dir())
-    runs.check_free(folder, overwrite=False)  # both looked at the same time
-    runs.create(folder, recipe, overwrite=False, early_log=None)
-    with pytest.raises(RecipeError, match="another run has just taken"):
-        runs.create(folder, recipe, overwrite=False, early_log=None)
+    first, second = find_start(recipe, Request()), find_start(recipe, Request())  # both looked at the same time
+    with runs.opened(first, recipe, None):
+        with pytest.raises(RecipeError, match="another process trains in .* right now"):
+            with runs.opened(second, recipe, None):
+                pass
+        (first.run_dir / "completions.jsonl").write_text("{}\n")
+    with pytest.raises(RecipeError, match="holds a run that stopped before its first checkpoint; start it again with --resume"):
+        with runs.opened(second, recipe, None):
+            pass
 
 
 def test_a_folder_that_is_no_run_is_never_overwritten(here, capsys):

@@ -1,0 +1,317 @@
+"""Where a run starts: new, over an old one, or from a checkpoint; with checkpoints made in code."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from gtpo import checkpoints, cli, rewinding, runs
+from gtpo.changes import changes
+from gtpo.recipe import RecipeError
+from gtpo.starts import Request, find_start
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A function that makes a recipe from flags; its run directory is made beside the recipe."""
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text("run_name: r\nmodel: {model_name: some/model}\ndataset: {name: gsm8k}\ntraining: {report_to: none, max_steps: 9}\n")
+    return lambda *flags: cli.read_recipe(["r.yaml", *flags])
+
+
+def begin(recipe, completions: str = "") -> Path:
+    """A run directory as it is once a run has begun."""
+    run_dir = Path(recipe.output_dir())
+    with runs.opened(find_start(recipe, Request()), recipe, None):
+        if completions:
+            (run_dir / "completions.jsonl").write_text(completions)
+    return run_dir
+
+
+def checkpoint(run_dir: Path, step: int, recipe, *, files=("optimizer.pt", "adapter_model.safetensors"), **told) -> Path:
+    aside = run_dir / f".partial-{step}"
+    aside.mkdir()
+    for name in files:
+        (aside / name).write_text(f"{name} of step {step}")
+    completions = run_dir / "completions.jsonl"
+    folder = run_dir / f"checkpoint-{step}"
+    checkpoints.publish(aside, folder, **{
+        "step": step, "max_steps": 9, "processes": 1, "recipe": recipe.saved()[0],
+        "completions": completions.stat().st_size if completions.is_file() else 0, **told})
+    return folder
+
+
+def finish(run_dir: Path, steps: int = 9) -> None:
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (run_dir / name).write_text("{}")
+    (run_dir / "trainer_state.json").write_text(json.dumps({"global_step": steps, "max_steps": 9}))
+
+
+def evaluation(run_dir: Path, name: str, step: int) -> Path:
+    file = run_dir / f"evaluation/{name}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"header": {"step": step}}) + "\n")
+    return file
+
+
+def refusal(recipe, request: Request) -> str:
+    with pytest.raises(RecipeError) as error:
+        find_start(recipe, request)
+    return str(error.value)
+
+
+# ---- a run directory that exists
+
+
+def test_a_finished_run_is_refused_and_told_what_would_work(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 9, recipe())
+    finish(run_dir)
+    assert refusal(recipe(), Request()) == (
+        f"run_name: the run directory {run_dir} holds a finished run of 9 steps; choose another with --run-name, or replace it with "
+        "--overwrite, or let it train on with --resume and more training.max_steps")
+
+
+def test_an_unfinished_run_is_refused_with_the_step_at_which_it_stopped(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 4, recipe())
+    assert "holds a run whose last checkpoint is that of step 4; go on with --resume, choose another" in refusal(recipe(), Request())
+
+
+def test_a_run_without_checkpoints_is_refused_only_if_it_has_trained(recipe):
+    begin(recipe())
+    assert find_start(recipe(), Request()).checkpoint is None  # nothing to lose: it just starts again
+    begin(recipe(), completions="{}\n")
+    assert "stopped before its first checkpoint; start it again with --resume" in refusal(recipe(), Request())
+    assert find_start(recipe(), Request(resume="")).begins_again
+
+
+def test_overwriting_replaces_it_whole(recipe):
+    run_dir = begin(recipe(), completions="{}\n")
+    checkpoint(run_dir, 4, recipe())
+    with runs.opened(find_start(recipe(), Request(overwrite=True)), recipe(), None):
+        assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "recipe.yaml", "train.log", "versions.json"]
+
+
+def test_resuming_and_overwriting_exclude_each_other(recipe):
+    assert refusal(recipe(), Request(resume="", overwrite=True)).startswith("--resume: goes on with what --overwrite would delete")
+
+
+def test_a_directory_that_cannot_be_written_to_is_refused(recipe, monkeypatch):
+    Path("file").touch()
+    assert refusal(recipe("--output_root", "file/runs"), Request()).startswith("output_root: ")
+
+
+# ---- from a checkpoint
+
+
+def test_resume_takes_the_last_checkpoint_and_says_from_which_step(recipe, caplog):
+    caplog.set_level(logging.INFO, "gtpo")
+    run_dir = begin(recipe())
+    for step in (2, 10, 9):  # by number, not by name
+        checkpoint(run_dir, step, recipe())
+    start = find_start(recipe(), Request(resume=""))
+    assert (start.checkpoint.step, start.changed, start.copies, start.finished) == (10, False, False, None)
+    assert f"Resuming from {run_dir}/checkpoint-10: goes on after step 10 of 9" in caplog.text
+
+
+def test_resume_without_a_run_starts_from_the_beginning_and_says_so(recipe, caplog):
+    caplog.set_level(logging.INFO, "gtpo")
+    assert find_start(recipe(), Request(resume="")).checkpoint is None
+    assert "has no checkpoint yet, so the run starts from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda folder: (folder / "optimizer.pt").write_text("optimizer"), "optimizer.pt has 9 bytes instead of 22"),
+    (lambda folder: (folder / "optimizer.pt").write_text("optimizer.pt of step x"), "the content of optimizer.pt has changed"),
+    (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "its manifest.json cannot be read"),
+])
+def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_used(recipe, caplog, damage, said):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 2, recipe())
+    damage(checkpoint(run_dir, 4, recipe()))
+    assert find_start(recipe(), Request(resume="")).checkpoint.step == 2
+    assert f"Skipped, damaged: {run_dir}/checkpoint-4: {said}" in caplog.text
+    assert said in refusal(recipe(), Request(resume=str(run_dir / "checkpoint-4")))
+    damage(run_dir / "checkpoint-2")
+    assert "no checkpoint of this run is whole: start again with --overwrite" in refusal(recipe(), Request(resume=""))
+
+
+def test_resume_of_a_finished_run_says_so_unless_there_are_more_steps_to_do(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 9, recipe())
+    finish(run_dir)
+    assert find_start(recipe(), Request(resume="")).finished == 9
+    more = find_start(recipe("--training.max_steps", "12"), Request(resume=""))
+    assert more.finished is None and more.more_steps and more.changed
+
+
+def test_a_run_that_an_alarm_has_stopped_goes_on(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 5, recipe())
+    finish(run_dir, steps=5)
+    assert find_start(recipe(), Request(resume="")).finished is None
+
+
+def test_a_named_checkpoint_may_be_an_earlier_one_and_a_run_directory_stands_for_its_last(recipe):
+    run_dir = begin(recipe())
+    for step in (2, 4):
+        checkpoint(run_dir, step, recipe())
+    assert find_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))).checkpoint.step == 2
+    assert find_start(recipe(), Request(resume=str(run_dir))).checkpoint.step == 4
+    assert refusal(recipe(), Request(resume="nowhere")).startswith("--resume: nowhere: there is no such folder")
+
+
+def test_a_checkpoint_with_the_adapter_alone_is_refused(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 2, recipe(), files=["adapter_model.safetensors"])
+    assert "holds the adapter alone (training.save_only_model); start a new run with --model.adapter" in refusal(recipe(), Request(resume=""))
+
+
+# ---- under another recipe
+
+
+def test_a_changed_recipe_is_refused_with_the_list_of_what_changed_unless_forced(recipe, caplog):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 2, recipe())
+    other = recipe("--training.temperature", "0.5", "--gtpo_runtime.w_raw", "3")
+    assert refusal(other, Request(resume="")).splitlines() == [
+        f"--resume: the recipe is not the one that {run_dir}/checkpoint-2 was trained with; undo the changes, or go on all the same with "
+        "--force-resume", "training.temperature: not set -> 0.5", "gtpo_runtime.w_raw: 2.0 -> 3.0"]
+    start = find_start(other, Request(resume="", force=True))
+    assert start.changed and start.changes == ("training.temperature: not set -> 0.5", "gtpo_runtime.w_raw: 2.0 -> 3.0")
+    assert "Changed, and forced: gtpo_runtime.w_raw: 2.0 -> 3.0" in caplog.text
+
+
+def test_another_number_of_processes_is_a_change(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 2, recipe(), processes=2)
+    assert refusal(recipe(), Request(resume="")).endswith("processes: 2 -> 1")
+
+
+@pytest.mark.parametrize("flags, harmless", [
+    (["--training.logging_steps", "5", "--training.save_steps", "7", "--training.save_total_limit", "2"], True),
+    (["--training.report_to", "tensorboard", "--wandb.project", "x", "--watch.show_every", "3", "--alarm.action", "stop"], True),
+    (["--env.HF_HOME", "x", "--run-name", "other", "--output_root", "elsewhere"], True),
+    (["--training.max_steps", "10"], True), (["--training.max_steps", "8"], False), (["--training.max_steps", "-1"], False),
+    (["--training.num_train_epochs", "2"], True), (["--training.num_train_epochs", "0.5"], False),
+    (["--training.learning_rate", "1e-5"], False), (["--model.random_seed", "1"], False), (["--dataset.split", "test"], False),
+    (["--training.save_only_model", "true"], False), (["--training.num_generations", "4"], False),
+    (["--trainer.reward_funcs", "reward_math.formatting_penalty"], False), (["--model.lora_rank", "4"], False),
+])
+def test_only_what_does_not_reach_the_policy_is_harmless(recipe, flags, harmless):
+    matter, found = changes(recipe().saved()[0], recipe(*flags))
+    assert bool(found) == harmless and bool(matter) != harmless
+
+
+def test_a_key_that_did_not_exist_when_the_checkpoint_was_saved_has_its_default(recipe):
+    earlier = recipe().saved()[0]
+    del earlier["gtpo_runtime"]["w_raw"], earlier["watch"]
+    assert changes(earlier, recipe()) == ([], [])
+
+
+# ---- what the run directory holds afterwards
+
+
+def test_what_came_after_the_checkpoint_is_taken_out(recipe):
+    run_dir = begin(recipe(), completions="1\n")
+    checkpoint(run_dir, 2, recipe())
+    (run_dir / "completions.jsonl").write_text("1\n2\n3")
+    for name, step in (("before", 0), ("step-2", 2), ("step-4", 4), ("after", 4)):
+        evaluation(run_dir, name, step)
+    (run_dir / ".partial-saving").mkdir()
+    with runs.opened(find_start(recipe(), Request(resume="")), recipe(), None):
+        assert (run_dir / "completions.jsonl").read_text() == "1\n"
+        assert sorted(path.stem for path in (run_dir / "evaluation").iterdir()) == ["before", "step-2"]
+        assert not list(run_dir.glob(".partial-*")) and not (run_dir / "abandoned").exists()
+
+
+def test_what_later_checkpoints_have_seen_is_set_aside(recipe):
+    run_dir = begin(recipe(), completions="1\n")
+    checkpoint(run_dir, 2, recipe())
+    (run_dir / "completions.jsonl").write_text("1\n2\n")
+    checkpoint(run_dir, 4, recipe())
+    evaluation(run_dir, "step-4", 4)
+    with runs.opened(find_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))), recipe(), None):
+        assert [path.name for path in checkpoints.folders(run_dir)] == ["checkpoint-2"]
+        assert checkpoints.read(run_dir / "abandoned/checkpoint-4").step == 4
+        assert (run_dir / "abandoned/completions.jsonl").read_text() == "2\n"
+        assert (run_dir / "abandoned/evaluation/step-4.jsonl").is_file()
+
+
+def test_a_finished_run_with_more_steps_is_finished_no_more(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 9, recipe())
+    finish(run_dir)
+    evaluation(run_dir, "after", 9)
+    more = recipe("--training.max_steps", "12")
+    with runs.opened(find_start(more, Request(resume="")), more, None):
+        assert not any((run_dir / name).exists() for name in rewinding.AT_THE_END)
+        assert [path.stem for path in (run_dir / "evaluation").iterdir()] == ["step-9"]
+        assert cli.read_saved(run_dir / "recipe.yaml").training.max_steps == 12
+
+
+def test_evaluations_that_would_not_compare_are_drawn_anew(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 2, recipe())
+    evaluation(run_dir, "before", 0)
+    other = recipe("--evaluation.limit", "3")
+    with runs.opened(find_start(other, Request(resume="", force=True)), other, None):
+        assert not list((run_dir / "evaluation").iterdir())
+
+
+def test_a_checkpoint_of_another_run_directory_is_copied_from_and_left_alone(recipe):
+    run_dir = begin(recipe(), completions="1\n")
+    checkpoint(run_dir, 2, recipe())
+    (run_dir / "completions.jsonl").write_text("1\n2\n")
+    for name, step in (("before", 0), ("step-2", 2), ("step-4", 4), ("after", 9)):
+        evaluation(run_dir, name, step)
+    there = sorted(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
+    other = recipe("--training.learning_rate", "1e-5")
+    with runs.opened(find_start(other, Request(resume=str(run_dir / "checkpoint-2"), force=True)), other, None):
+        new = Path(other.output_dir())
+        assert new != run_dir and (new / "completions.jsonl").read_text() == "1\n"
+        assert sorted(path.stem for path in (new / "evaluation").iterdir()) == ["before", "step-2"]
+    assert sorted(path.read_bytes() for path in run_dir.rglob("*") if path.is_file()) == there
+
+
+# ---- which checkpoints stay
+
+
+def test_the_oldest_go_beyond_the_limit_but_never_the_best_nor_the_last(recipe):
+    run_dir = begin(recipe())
+    for step in (1, 2, 3, 4):
+        checkpoint(run_dir, step, recipe())
+    history = [{"step": 1, "evaluation/accuracy": 0.5}, {"step": 2, "evaluation/accuracy": 0.7}, {"step": 2, "reward": 3.0},
+               {"step": 3, "evaluation/accuracy": 0.7 - 1e-9}, {"step": 9, "evaluation/accuracy": 1.0}]
+    assert checkpoints.best_step(run_dir, history) == 2  # step 9 has no checkpoint
+    checkpoints.rotate(run_dir, None, 2)
+    assert len(checkpoints.folders(run_dir)) == 4
+    checkpoints.rotate(run_dir, 3, 2)
+    assert [checkpoints.step_of(folder) for folder in checkpoints.folders(run_dir)] == [2, 3, 4]
+    checkpoints.rotate(run_dir, 1, 2)
+    assert [checkpoints.step_of(folder) for folder in checkpoints.folders(run_dir)] == [2, 4]
+
+
+# ---- trackers
+
+
+def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_another(recipe, monkeypatch):
+    import os
+
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME", "TENSORBOARD_LOGGING_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    tracked, seen = recipe("--training.report_to", "wandb"), []
+    for request in (Request(), Request(resume=""), Request(overwrite=True)):
+        start = find_start(tracked, request)
+        with runs.one_tracker_run(tracked, start), runs.opened(start, tracked, None):
+            seen.append((os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"], os.environ.get("TENSORBOARD_LOGGING_DIR")))
+            if not request.resume:
+                checkpoint(start.run_dir, len(seen), tracked)
+                (start.run_dir / "runs/first").mkdir(parents=True, exist_ok=True)
+    assert seen[0][0] == seen[1][0] != seen[2][0] and all(resume == "allow" for _, resume, _ in seen)
+    assert [folder and Path(folder).name for *_, folder in seen] == [None, "first", None]
+    assert "WANDB_RUN_ID" not in os.environ  # a next run in this process is another one
