@@ -8,7 +8,6 @@ was overwritten.
 """
 
 import argparse
-import contextlib
 import difflib
 import logging
 import os
@@ -16,26 +15,29 @@ import re
 import sys
 from pathlib import Path
 
+from gtpo.console import log_to_console, print_error
+from gtpo.environment import set_up
 from gtpo.recipe import RecipeError
+from gtpo.sections import DATASET_ALIASES
 
 FLAGS = {  # how a recipe's keys, in sentences of the parts, are called here
     "dataset.name": "--dataset", "dataset.split": "--split", "dataset.subsets": "--subset", "model.backend": "--backend",
     "dataset.question_column": "--question-column", "dataset.answer_column": "--answer-column", "batch_size": "--batch-size",
     "training.max_prompt_length": "--max-prompt-length", "model.chat_template": "--chat-template",
 }
+VLLM_BATCH = 1024  # completions between two looks at the progress; vLLM makes its own batches
 CHAT_LENGTH = 4096  # tokens of a conversation, or what the run was trained with, within the model's context
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     asked = None
-    with _log_to_console():
+    with log_to_console():
         try:
             asked = _parse(sys.argv[1:] if argv is None else argv)
             _run(asked)
         except RecipeError as error:
-            for sentence in str(error).splitlines():
-                print(f"error: {_in_flags(sentence, asked)}", file=sys.stderr)
+            print_error(RecipeError(_in_flags(str(error), asked)))
             return 2
         except KeyboardInterrupt:
             print("\ninterrupted: what was drawn is kept, and the same command goes on from there", file=sys.stderr)
@@ -50,12 +52,12 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The flags; None where not given."""
-    parser = _Parser(prog="python evaluate_model.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     description=__doc__.split("\n\n")[0], epilog="Defaults are those of the run's recipe.yaml; without one: prompts and "
-                     "completions of at most 1024 tokens each, seed 3407.")
-    count, add = _number(int, 1), parser.add_argument
-    add("target", nargs="?", metavar="RUN_DIR_OR_MODEL", help="a run, a checkpoint, an adapter, or a base model (folder or hub name)")
-    add("--dataset", help="gsm8k, hendrycks_math, a jsonl, json or parquet file, a folder, or a dotted path; default: what the run held out")
+    made = _Parser(
+        usage="python evaluate_model.py RUN_DIR_OR_MODEL [flags]", allow_abbrev=False, description=__doc__.split("\n\n")[0],
+        epilog="Defaults are those of the run's recipe.yaml; without one: prompts and completions of at most 1024 tokens each.")
+    count, add = _number(int, 1), made.add_argument
+    add("target", nargs="?", metavar="RUN_DIR_OR_MODEL", help="a run, checkpoint, adapter or base model (folder or hub name)")
+    add("--dataset", help="gsm8k, hendrycks_math, a jsonl, json or parquet file, or a dotted path; default: the run's own")
     add("--path", help="the files of gsm8k or hendrycks_math in the hub's layout, instead of the hub")
     add("--split", help="default: test; slices such as test[:100] work")
     add("--subset", nargs="+", help="some subsets of hendrycks_math; default: all")
@@ -70,27 +72,28 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=_number(int, 0), help="of the draws")
     add("--max-prompt-length", type=count, help="longer prompts are dropped, and counted; tokens")
     add("--max-completion-length", type=count, help="tokens")
-    add("--base", action="store_true", help="evaluate the untrained model as well, on the same problems and seeds, and print the difference")
-    add("--backend", choices=["auto", "vllm", "unsloth", "transformers"], help="default: vLLM or Unsloth where installed with a GPU")
+    add("--base", action="store_true", help="evaluate the base model too, on the same problems and seeds, and compare")
+    add("--backend", choices=["auto", "vllm", "unsloth", "transformers"], help="default: auto, vLLM or Unsloth with a GPU")
     add("--batch-size", type=count, help="completions at a time")
     add("--chat-template", help="Jinja chat template, text or file, for base models that have none")
-    add("--to", type=Path, metavar="FILE", help="where completions go; default: evaluation/ of the run, or of the current directory")
+    add("--to", type=Path, metavar="FILE", help="where completions go; default: in evaluation/ of the run, or here")
     add("--overwrite", action="store_true", help="begin that file anew")
-    add("--from", dest="files", type=Path, nargs="+", metavar="FILE", help="compute the numbers from a file, without a model; a second "
-        "one is compared with the first, problem by problem")
+    add("--from", dest="files", type=Path, nargs="+", metavar="FILE",
+        help="compute the numbers from a file, without a model; with a second one, also the differences")
     add("--chat", action="store_true", help="talk to the model in the terminal")
-    return parser
+    return made
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """The flags' values; raises RecipeError for what makes no sense."""
+    flags = parser()
     words = [re.sub("^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    asked, unknown = (flags := parser()).parse_known_args(words)
+    asked, unknown = flags.parse_known_args(words)
     for word in unknown:
         known = difflib.get_close_matches(word.split("=")[0], flags._option_string_actions, 1) if word.startswith("-") else []
         raise RecipeError(f"{word}: unknown; {f'did you mean {known[0]}?' if known else '--help lists the flags'}")
     if asked.target is None and not asked.files:
-        raise RecipeError("RUN_DIR_OR_MODEL: missing; give a run directory, a checkpoint, an adapter, a base model, or --from FILE")
+        raise RecipeError("RUN_DIR_OR_MODEL: missing; give a run directory, checkpoint, adapter or base model, or --from FILE")
     return asked
 
 
@@ -112,11 +115,14 @@ def _run(asked: argparse.Namespace) -> None:
     if asked.files:
         _from_files(asked)
         return
+    from gtpo.cli import make_importable
     from gtpo.saved import find_saved
 
     saved = find_saved(asked.target)
-    if saved.recipe:  # before torch; what the caller has set, CUDA_VISIBLE_DEVICES for one, counts
-        os.environ.update({name: value for name, value in saved.recipe.env.items() if name not in os.environ})
+    make_importable(Path.cwd())
+    env = saved.recipe.env if saved.recipe else {}
+    # Before torch; what the caller has set, CUDA_VISIBLE_DEVICES for one, beats what the run was trained with.
+    set_up({name: value for name, value in env.items() if name not in os.environ})
     (_chat if asked.chat else _evaluate)(asked, saved)
 
 
@@ -124,15 +130,20 @@ def _from_files(asked: argparse.Namespace) -> None:
     from gtpo.evaluation_file import read
     from gtpo.scores import report
 
-    others = [name for name, value in vars(asked).items() if value and name not in ("target", "files", "k")]
-    if others:
-        raise RecipeError(f"--from: computes from what is in the file; leave out --{others[0].replace('_', '-')}")
+    _allow(asked, "--from", "target", "files", "k")
     if len(asked.files) > 2:
         raise RecipeError(f"--from: {len(asked.files)} files; give one, or two to compare")
     held = {str(file): read(file) for file in asked.files}
     for name in (name for name, evaluation in held.items() if evaluation.cut):
         logging.getLogger("gtpo").warning("[GTPO] %s: its last line was cut, and is left out", name)
     print(report(held, asked.k))
+
+
+def _allow(asked: argparse.Namespace, flag: str, *names: str) -> None:
+    """Raises RecipeError for a flag that means nothing beside `flag`."""
+    for name, value in vars(asked).items():
+        if value is not None and value is not False and name not in names:
+            raise RecipeError(f"{flag}: --{name.replace('_', '-')} means nothing here; leave it out")
 
 
 def _evaluate(asked: argparse.Namespace, saved) -> None:
@@ -155,14 +166,17 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
     prompts = evaluation.rendered(problems, engine.tokenizer, plan.chat_template_kwargs)
     files = {}
     for name, adapter in (("trained", True), ("base", False)):
-        if (asked.base or adapter == (saved.adapter is not None)):
+        if asked.base or adapter == (saved.adapter is not None):
             files[name] = evaluation_plan.open_file(asked, saved, plan, engine.backend, problems, prompts, adapter=adapter)
+    batch_size = asked.batch_size or max(plan.batch_size, VLLM_BATCH if engine.backend == "vllm" else 1)
     for name, file in files.items():
         if not file.missing:
             print(f"{file.path} is complete: nothing is drawn again (--overwrite does)", file=sys.stderr)
-        elif file.rows:
-            print(f"{file.path}: going on after {len(file.rows)} completions" + (", the last line was cut" if file.cut else ""), file=sys.stderr)
-        evaluation.evaluate(file, lambda *batch: samplers(name == "trained")(*batch), problems, prompts, batch_size=plan.batch_size)
+            continue
+        if file.rows:
+            cut = "; the last line was cut, and is drawn again" if file.cut else ""
+            print(f"{file.path}: going on after {len(file.rows)} completions{cut}", file=sys.stderr)
+        evaluation.evaluate(file, samplers(name == "trained"), problems, prompts, batch_size=batch_size)
     print(report({name: Evaluation(file.header, file.rows, False, 0) for name, file in files.items()}, plan.ks))
     print(*(f"Completions: {file.path}" for file in files.values()), sep="\n")
 
@@ -172,30 +186,23 @@ def _chat(asked: argparse.Namespace, saved) -> None:
     from gtpo.engines import Engine
     from gtpo.evaluation_plan import chat_sampling, system_instruction
 
-    engine = Engine(saved, "auto" if asked.backend == "vllm" else asked.backend, asked.chat_template)
+    _allow(asked, "--chat", "target", "chat", "system_instruction", "temperature", "top_p", "seed", "max_completion_length",
+           "backend", "chat_template")
+    engine = Engine(saved, asked.backend, asked.chat_template, conversation=True)
     context = min(engine.context or CHAT_LENGTH, max(CHAT_LENGTH, saved.section.max_seq_length))
     chat(engine.policy(context), chat_sampling(asked, saved.recipe), context=context,
          system_instruction=system_instruction(asked, saved.recipe),
          chat_template_kwargs=saved.recipe and saved.recipe.training.chat_template_kwargs)
 
 
-@contextlib.contextmanager
-def _log_to_console():
-    console, logger = logging.StreamHandler(), logging.getLogger("gtpo")
-    console.setFormatter(logging.Formatter("%(message)s"))
-    logger.setLevel(logging.INFO)
-    logging.getLogger().addHandler(console)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(console)
-
-
 def _in_flags(sentence: str, asked: argparse.Namespace | None) -> str:
     """A sentence about a recipe's keys, told with the flags that stand for them here."""
-    names = FLAGS | {"dataset.path": "--path" if asked and asked.path else "--dataset"}
+    names = FLAGS | {"dataset.path": "--path" if asked and asked.dataset in DATASET_ALIASES else "--dataset"}
     return re.sub(r"(?<![\w./-])(" + "|".join(map(re.escape, names)) + r")(?![\w.])", lambda key: names[key[0]], sentence)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

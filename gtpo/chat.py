@@ -3,14 +3,15 @@
 import sys
 
 from gtpo.generation import Sampling, completion, draw_seed, generate_options
+from gtpo.safe_text import printable
 
 COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a completion"
 
 
-def chat(policy, sampling: Sampling, *, context: int, system_instruction: str | None, chat_template_kwargs: dict | None = None) -> None:
+def chat(policy, sampling: Sampling, *, context: int, system_instruction: str | None, chat_template_kwargs: dict | None = None):
     """Read lines from stdin until /exit or its end, and print what the policy says to each; `context` is in tokens."""
     opening = [{"role": "system", "content": system_instruction}] if system_instruction else []
-    messages, turn = list(opening), 0
+    messages, turn, options = list(opening), 0, chat_template_kwargs or {}
     print(f"({COMMANDS})", file=sys.stderr)
     while (line := _read()) is not None:
         if line in ("", "/reset"):
@@ -23,8 +24,8 @@ def chat(policy, sampling: Sampling, *, context: int, system_instruction: str | 
             continue
         turn += 1
         asked = [*messages, {"role": "user", "content": line}]
-        text = policy.tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {}))
-        ids = policy.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        text = policy.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **options)
+        ids = policy.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
         if (left := context - ids.shape[1]) < 1:
             print(f"(the conversation has {ids.shape[1]} tokens with this line, and the model takes {context}: say less, or "
                   "/reset)", file=sys.stderr)
@@ -54,11 +55,15 @@ def _stream(policy, ids, sampling: Sampling, seed: int):
     import torch
     from transformers import TextStreamer
 
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False):
+            super().on_finalized_text(printable(text), stream_end)
+
     with torch.no_grad(), policy.generating() as model:
         ids = ids.to(model.device)
         drawn = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids),
-            streamer=TextStreamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=Streamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **generate_options(policy.tokenizer, sampling, [seed], model.device),
         )
     return completion(drawn[0, ids.shape[1]:].tolist(), policy.tokenizer)

@@ -100,7 +100,7 @@ def make_recipe(command: CommandLine) -> Recipe:
         problems += sentences(error, command.recipe_file, overrides)
     if problems:
         raise RecipeError("\n".join(problems))
-    _make_importable(Path(command.recipe_file).resolve().parent)
+    make_importable(Path(command.recipe_file).resolve().parent)
     paths = {"trainer.class_path": [recipe.trainer.class_path], "trainer.reward_funcs": recipe.trainer.reward_funcs}
     if recipe.dataset.kind == "function":
         paths["dataset.name"] = [recipe.dataset.name]
@@ -183,7 +183,7 @@ def _recipe_of(resume: str | None) -> list[str]:
     return [os.path.normpath(path) for path in found[:1]]
 
 
-def _make_importable(recipe_folder: Path) -> None:
+def make_importable(recipe_folder: Path) -> None:
     """Last on the path, so that a stray datasets.py beside a recipe cannot stand in for the library."""
     sys.path.extend(folder for folder in (str(Path.cwd()), str(recipe_folder)) if folder not in sys.path)
 

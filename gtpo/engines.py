@@ -16,24 +16,26 @@ class Engine:
     """A saved model's tokenizer, and its completions with and without the adapter.
 
     `wanted` is auto, vllm, unsloth or transformers; auto is vLLM where it is installed and a GPU is there, unless the
-    recipe says otherwise, then Unsloth, then transformers. Raises RecipeError for a backend that cannot be had here, and
-    for sequences longer than the model's context.
+    recipe says otherwise or it is a `conversation`, then Unsloth, then transformers. Raises RecipeError for a backend that
+    cannot be had here.
     """
 
-    def __init__(self, saved: Saved, wanted: str | None, chat_template: str | None = None):
+    def __init__(self, saved: Saved, wanted: str | None, chat_template: str | None = None, *, conversation: bool = False):
         from gtpo import backends
 
-        self.saved, self.chat_template, section = saved, chat_template, saved.section
-        if _takes_vllm(wanted, section):
-            self.backend, keys = "vllm", {}
-            logger.info("[GTPO] Backend: vLLM")
-        else:
-            keys = {} if wanted in (None, "auto", "vllm") else {"backend": wanted}
-            self.backend = backends.choose_backend(saved.section_with(**keys))
-        # What a GPU holds in 4 bits, a CPU does not; vLLM has had its turn.
-        self.keys = {**keys, "fast_inference": False, **({} if _cuda() else {"load_in_4bit": False})}
+        self.saved, self.keys = saved, {"fast_inference": False}  # vLLM inside Unsloth, that is
         if chat_template:
             self.keys["chat_template"] = chat_template
+        if saved.section.load_in_4bit and not _cuda():
+            logger.warning("[GTPO] model.load_in_4bit: true needs an NVIDIA GPU; going on with false")
+            self.keys["load_in_4bit"] = False
+        if not conversation and _takes_vllm(wanted, saved.section):
+            self.backend = "vllm"
+            logger.info("[GTPO] Backend: vLLM")
+        else:
+            if wanted in ("unsloth", "transformers"):
+                self.keys["backend"] = wanted
+            self.backend = backends.choose_backend(saved.section_with(**self.keys))
         self.tokenizer = saved_tokenizer(saved, saved.section_with(**self.keys), self.backend, chat_template)
 
     @functools.cached_property
@@ -49,16 +51,20 @@ class Engine:
 
     def policy(self, length: int):
         """The model, by Unsloth or transformers, for sequences of `length` tokens."""
-        backend = self.backend if self.backend != "vllm" else "transformers"
-        return load_saved(self.saved, ready=(backend, self.tokenizer), max_seq_length=length, max_prompt_length=length, **self.keys)
+        return load_saved(self.saved, ready=(self.backend, self.tokenizer), **self.keys,
+                          max_seq_length=length, max_prompt_length=length)
 
     def samplers(self, sampling: Sampling, max_prompt_length: int):
-        """A function that returns the sampler with the adapter (True) or without it (False); they share one model."""
-        length = max_prompt_length + sampling.max_completion_length
-        if self.context is not None and length > self.context:
-            raise RecipeError(f"--max-completion-length: prompts of {max_prompt_length} and completions of {sampling.max_completion_length} "
-                              f"tokens are more than the {self.context} of context that {self.saved.base!r} was made for; use at most "
-                              f"{max(0, self.context - max_prompt_length)}, or a smaller --max-prompt-length")
+        """A function that returns the sampler with the adapter (True) or without it (False); they share one model.
+
+        Raises RecipeError for sequences longer than the model's context.
+        """
+        completion, context = sampling.max_completion_length, self.context
+        length = max_prompt_length + completion
+        if context is not None and length > context:
+            raise RecipeError(f"--max-completion-length: prompts of {max_prompt_length} and completions of {completion} tokens "
+                              f"are more than the {context} of context that {self.saved.base!r} was made for; use at "
+                              f"most {max(0, context - max_prompt_length)}, or a smaller --max-prompt-length")
         if self.backend == "vllm":
             return self._vllm(sampling, length)
         policy = functools.cache(lambda: self.policy(length))
@@ -73,11 +79,12 @@ class Engine:
 
 
 def _takes_vllm(wanted: str | None, section) -> bool:
-    missing = "no NVIDIA GPU is visible" if not _cuda() else None if importlib.util.find_spec("vllm") else "the package vllm is not installed"
+    installed = importlib.util.find_spec("vllm") is not None
+    missing = "no NVIDIA GPU is visible" if not _cuda() else "the package vllm is not installed" if not installed else None
     if wanted == "vllm" and missing:
         raise RecipeError(f"--backend: vllm cannot be used here, {missing}; use auto or transformers")
-    by_itself = wanted in (None, "auto") and not missing and section.backend != "transformers" and section.fast_inference is not False
-    return wanted == "vllm" or by_itself
+    recipe_allows = section.backend != "transformers" and section.fast_inference is not False
+    return wanted == "vllm" or wanted in (None, "auto") and not missing and recipe_allows
 
 
 def _cuda() -> bool:

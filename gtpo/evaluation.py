@@ -29,7 +29,8 @@ def header(problems, prompts: list[str], sampling: Sampling, samples: int, weigh
 def fingerprint(*folders: Path) -> str:
     """What tells other weights in the same folders: names, sizes, and pieces of every file of weights."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(file for folder in folders for pattern in ("*model*.safetensors", "*model*.bin") for file in folder.glob(pattern)):
+    weights = (file for folder in folders for file in folder.glob("*model*") if file.suffix in (".safetensors", ".bin"))
+    for file in sorted(weights):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         with file.open("rb") as content:
             for place in range(0, file.stat().st_size, max(65536, file.stat().st_size // 64)):
@@ -67,8 +68,8 @@ def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[Comple
     try:
         return sampler(prompts, seeds)
     except torch.OutOfMemoryError:
-        raise RecipeError(f"batch_size: the GPU has no memory for {len(prompts)} completions at a time; use a smaller one, and the "
-                          "evaluation goes on where it stopped") from None
+        raise RecipeError(f"batch_size: the GPU has no memory for {len(prompts)} completions at a time; use a smaller one, and "
+                          "the evaluation goes on where it stopped") from None
 
 
 def graded(problem: dict[str, Any], completion: Completion) -> dict[str, Any]:

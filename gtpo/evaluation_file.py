@@ -35,7 +35,8 @@ def read(path: Path) -> Evaluation:
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give an evaluation file such as RUN/evaluation/after.jsonl") from None
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give an evaluation file such as "
+                          "RUN/evaluation/after.jsonl") from None
     found = [_parsed(line) for line in lines]
     cut = len(found) > 1 and found[-1] is None
     if cut:
@@ -48,7 +49,8 @@ def read(path: Path) -> Evaluation:
     seen = set()
     for number, row in enumerate(found[1:], 2):
         if problem := _what_is_wrong(row, header, seen):
-            raise RecipeError(f"{path}, line {number}: {problem}; the file is damaged: restore it, or move it away and evaluate again")
+            raise RecipeError(f"{path}, line {number}: {problem}; the file is damaged: restore it, or move it away "
+                              "and evaluate again")
         seen.add((row["problem"], row["sample"]))
     return Evaluation(header, found[1:], cut, sum(map(len, lines)))
 
@@ -100,6 +102,8 @@ class EvaluationFile:
             if other := [text.format(held.header[name]) for name, text in SETTINGS.items() if held.header[name] != header[name]]:
                 raise RecipeError(f"{path}: holds an evaluation with {', '.join(other)}; name another file with --to, or "
                                   "replace this one with --overwrite")
+        elif not os.access(next(folder for folder in path.absolute().parents if folder.exists()), os.W_OK):
+            raise RecipeError(f"{path}: cannot be written (Permission denied); name another file with --to")
 
     @property
     def missing(self) -> list[tuple[int, int]]:
@@ -109,15 +113,15 @@ class EvaluationFile:
                 if (pair := (problem, sample)) not in there]
 
     def __enter__(self):
+        self._check_alone()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
+            if not self._whole:  # a new file, or one to be replaced
                 write_whole(self.path, _line({"header": self.header}))
                 self._size = self._whole = self.path.stat().st_size
             self._file = self.path.open("a+b")
         except OSError as error:
             raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); name another file with --to") from None
-        self._check_alone()
         self._file.truncate(self._whole)
         self._size = self._whole
         if not self.path.read_bytes().endswith(b"\n"):
@@ -140,8 +144,10 @@ class EvaluationFile:
             self._size += self._file.write(content)
             self._file.flush()
         except OSError as error:  # a full disk
-            raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); make room, and evaluate again to go on") from None
+            raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); make room, and evaluate again to "
+                              "go on") from None
 
     def _check_alone(self) -> None:
-        if os.fstat(self._file.fileno()).st_size != self._size:  # or completions would be drawn, and counted, twice
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._size:  # or completions would be drawn, and counted, twice
             raise RecipeError(f"{self.path}: another evaluation writes to it at the same time; wait until that is done")

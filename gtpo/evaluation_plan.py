@@ -45,8 +45,8 @@ def make_plan(asked: SimpleNamespace, saved: Saved) -> Plan:
         training = recipe.training.trl_options() if recipe else {}
         temperature = 0.0 if samples == 1 else float(training.get("temperature") or 1.0)
     if temperature == 0 and samples > 1:
-        raise RecipeError(f"--temperature: 0 is greedy, so all {samples} samples of a problem would be the same; use a temperature "
-                          "above 0, or --samples 1")
+        raise RecipeError(f"--temperature: 0 is greedy, so all {samples} samples of a problem would be the same; use a "
+                          "temperature above 0, or --samples 1")
     sampling = Sampling(
         temperature, 1.0 if asked.top_p is None else asked.top_p,
         asked.seed if asked.seed is not None else recipe.seed if recipe else SEED,
@@ -64,11 +64,13 @@ def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSec
     given |= {name: getattr(asked, name) for name in ("question_column", "answer_column") if getattr(asked, name)}
     if asked.dataset is None and asked.path is None:
         if recipe is None:
-            raise RecipeError("--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file with questions and answers")
+            raise RecipeError("--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file with questions "
+                              "and answers")
         section = held_out_section(recipe)
         limit = recipe.evaluation.limit if section and not asked.split else None
         if section is None and recipe.dataset.path and os.path.isfile(recipe.dataset.path):
-            raise RecipeError("--dataset: the recipe holds out no problems; name some, such as gsm8k, or a file with questions and answers")
+            raise RecipeError("--dataset: the recipe holds out no problems; use gsm8k, hendrycks_math, or a file with questions "
+                              "and answers")
         section = section or recipe.dataset.model_copy(update={"split": "test"})
         return section.model_copy(update={**given, **_split_and_subset(asked)}), limit
     name = DATASET_ALIASES.get(asked.dataset)
@@ -78,8 +80,9 @@ def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSec
             raise RecipeError(f"--dataset: {path!r} is not known; use gsm8k, hendrycks_math, an existing file or folder, or a "
                               "dotted path such as my_data.load")
         name, path = path, asked.path
-    split = {} if name and not path and name not in DATASET_ALIASES else {"split": "train" if path and not os.path.isdir(path) else "test"}
-    return DatasetSection(name=name, path=path, **{**given, **split, **_split_and_subset(asked)}), None
+    if path or name in DATASET_ALIASES:  # a single file is its own split, which is called train; a function need not know any
+        given["split"] = "train" if path and not os.path.isdir(path) else "test"
+    return DatasetSection(name=name, path=path, **given | _split_and_subset(asked)), None
 
 
 def _split_and_subset(asked: SimpleNamespace) -> dict[str, Any]:
@@ -87,8 +90,39 @@ def _split_and_subset(asked: SimpleNamespace) -> dict[str, Any]:
     return subset | ({"split": asked.split} if asked.split else {})
 
 
-def file_path(saved: Saved, plan: Plan, problems: int, *, adapter: bool) -> Path:
-    """Where an evaluation is kept: evaluation/ of its run, else of the current directory; its name tells the settings.
+def system_instruction(asked: SimpleNamespace, recipe: Recipe | None) -> str | None:
+    if asked.system_instruction is not None:
+        return asked.system_instruction or None
+    return recipe.dataset.system_instruction if recipe else SYSTEM_INSTRUCTION
+
+
+def chat_sampling(asked: SimpleNamespace, recipe: Recipe | None) -> Sampling:
+    """How a conversation is drawn: by default at the training's temperature, with completions as long."""
+    training = recipe.training.trl_options() if recipe else {}
+    temperature = float(training.get("temperature") or 1.0) if asked.temperature is None else asked.temperature
+    seed = SEED if asked.seed is None else asked.seed
+    length = asked.max_completion_length or (recipe.max_completion_length if recipe else LENGTH)
+    return Sampling(temperature, asked.top_p or 1.0, seed, length)
+
+
+def open_file(asked: SimpleNamespace, saved: Saved, plan: Plan, backend: str, problems, prompts: list[str], *,
+              adapter: bool) -> EvaluationFile:
+    """The file of the completions with or without the adapter, --to or the one named after the settings; raises RecipeError."""
+    path = asked.to or _file_path(saved, plan, len(prompts), adapter=adapter)
+    if asked.to and asked.base and not adapter:
+        path = path.with_stem(f"base-{path.stem}")
+    section, adapter_folder = plan.section, saved.adapter if adapter else None
+    local = [Path(folder) for folder in (saved.base, adapter_folder) if folder and os.path.isdir(folder)]
+    weights = f"{'' if os.path.isdir(saved.base) else saved.base + ' '}{fingerprint(*local)}"
+    return EvaluationFile(path, header(
+        problems, prompts, plan.sampling, plan.samples, weights, model=saved.base, backend=backend, split=section.split,
+        adapter=adapter_folder and str(adapter_folder), system_instruction=section.system_instruction,
+        dataset=section.path if section.path and not (section.name and os.path.isdir(section.path)) else section.name,
+    ), overwrite=asked.overwrite)
+
+
+def _file_path(saved: Saved, plan: Plan, problems: int, *, adapter: bool) -> Path:
+    """evaluation/ of the run, else of the current directory, and a name that tells the settings.
 
     The file of a run's base model begins with base-, that of a checkpoint with its name, and what is in no run with its own.
     """
@@ -101,36 +135,5 @@ def file_path(saved: Saved, plan: Plan, problems: int, *, adapter: bool) -> Path
     source = Path(section.path).stem if from_file else section.name or Path(section.path).absolute().name
     parts = [prefix, source, *(section.subsets or [section.subset]), None if from_file else section.split,
              f"{problems}x{plan.samples}", f"t{plan.sampling.temperature:g}"]
-    return folder / "evaluation" / (re.sub(r"[^\w.-]+", "-", "-".join(str(part) for part in parts if part)) + ".jsonl")
-
-
-def open_file(asked: SimpleNamespace, saved: Saved, plan: Plan, backend: str, problems, prompts: list[str], *, adapter: bool,
-              ) -> EvaluationFile:
-    """The evaluation's file, with what is there already; raises RecipeError where that is another evaluation."""
-    path = asked.to or file_path(saved, plan, len(prompts), adapter=adapter)
-    if asked.to and asked.base and not adapter:
-        path = path.with_stem(f"base-{path.stem}")
-    folders = [Path(saved.base)] if os.path.isdir(saved.base) else []
-    folders += [saved.adapter] if adapter and saved.adapter else []
-    weights = f"{'' if os.path.isdir(saved.base) else f'{saved.base} '}{fingerprint(*folders)}"
-    section = plan.section
-    told = {"model": saved.base, "adapter": str(saved.adapter) if adapter and saved.adapter else None, "backend": backend,
-            "dataset": section.path or section.name, "split": section.split, "system_instruction": section.system_instruction}
-    return EvaluationFile(path, header(problems, prompts, plan.sampling, plan.samples, weights, **told), overwrite=asked.overwrite)
-
-
-def chat_sampling(asked: SimpleNamespace, recipe: Recipe | None) -> Sampling:
-    """How the turns of a conversation are drawn: as in training, unless the flags say otherwise."""
-    training = recipe.training.trl_options() if recipe else {}
-    return Sampling(
-        float(training.get("temperature") or 1.0) if asked.temperature is None else asked.temperature,
-        1.0 if asked.top_p is None else asked.top_p, SEED if asked.seed is None else asked.seed,
-        asked.max_completion_length or (recipe.max_completion_length if recipe else LENGTH),
-    )
-
-
-def system_instruction(asked: SimpleNamespace, recipe: Recipe | None) -> str | None:
-    """The flag's, else the recipe's, else the default; None for none."""
-    if asked.system_instruction is not None:
-        return asked.system_instruction or None
-    return recipe.dataset.system_instruction if recipe else SYSTEM_INSTRUCTION
+    name = "-".join(re.sub(r"[^\w.-]+", "-", str(part)).strip("-") for part in parts if part)
+    return folder / "evaluation" / f"{name}.jsonl"

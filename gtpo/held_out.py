@@ -26,12 +26,14 @@ class HeldOut(TrainerCallback):
     evaluation/truncation_rate and evaluation/mean_length (tokens).
     """
 
-    def __init__(self, recipe: Recipe, policy, problems, run_dir: Path, trainer: Trainer, interruption: Interruption | None = None):
+    def __init__(self, recipe: Recipe, policy, problems, run_dir: Path, trainer: Trainer,
+                 interruption: Interruption | None = None):
         self.section, self.problems, self.folder, self.trainer = recipe.evaluation, problems, run_dir / "evaluation", trainer
         self.sampling = Sampling(recipe.evaluation.temperature, 1.0, recipe.seed, recipe.max_completion_length)
         self.prompts = rendered(problems, policy.tokenizer, recipe.training.chat_template_kwargs)
         self.told = {"model": recipe.model.model_name, "run": run_dir.name, "backend": policy.backend,
-                     "dataset": recipe.evaluation.path or recipe.dataset.name or recipe.dataset.path, "split": recipe.evaluation.split}
+                     "split": recipe.evaluation.split,
+                     "dataset": recipe.evaluation.path or recipe.dataset.name or recipe.dataset.path}
         self.policy, self.interruption = policy, interruption or Interruption()
         self.pending: int | None = None  # the step whose evaluation was cut short, because somebody asked to stop
 

@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
@@ -78,8 +79,8 @@ def samples_and_ks(samples: int | None, ks: Sequence[int] | None) -> tuple[int, 
     if ks is None:
         ks = {2**i for i in range(1, int(math.log2(samples)) + 1)} | {samples} if samples > 1 else []
     if ks and max(ks) > samples:
-        raise RecipeError(f"--k: {max(ks)} is more than the {samples} sample{'' if samples == 1 else 's'} of each problem; use at most "
-                          f"{samples}, or more --samples")
+        raise RecipeError(f"--k: {max(ks)} is more than the {samples} sample{'' if samples == 1 else 's'} of each problem; use "
+                          f"at most {samples}, or evaluate with more --samples")
     return samples, sorted(set(ks))
 
 
@@ -90,31 +91,36 @@ def report(evaluations: dict[str, Evaluation], ks: Sequence[int] | None) -> str:
     """
     headers = [evaluation.header for evaluation in evaluations.values()]
     if len({header["prompts"] for header in headers}) > 1:
-        raise RecipeError(f"{' and '.join(evaluations)}: they are of different problems, so nothing can be compared; evaluate both "
-                          "on the same")
+        raise RecipeError(f"{' and '.join(evaluations)}: they are of different problems, so nothing can be compared; evaluate "
+                          "both on the same")
     _, ks = samples_and_ks(min(header["samples"] for header in headers), ks)
     columns, lines = {}, []
+    titles = {name: Path(name).stem for name in evaluations}
+    titles = titles if len(set(titles.values())) == len(titles) else {name: name for name in evaluations}
     for name, (header, rows, *_) in evaluations.items():
         try:
-            columns[name] = scores(rows, header["samples"], ks)
+            own = columns[titles[name]] = scores(rows, header["samples"], ks)
         except ValueError:
-            raise RecipeError(f"{name}: no problem has all its {header['samples']} samples yet; go on with the evaluation") from None
+            raise RecipeError(f"{name}: no problem has all its {header['samples']} samples; evaluate again to go on") from None
         total = header["problems"] * header["samples"]
         lines.append(f"{name}: {header.get('dataset')}, {header['problems']} problems x {header['samples']}, temperature "
                      f"{header['temperature']:g}, seed {header['seed']}")
         if len(rows) < total:
-            lines.append(f"  not complete: {len(rows)} of {total} completions; the numbers are those of {columns[name].problems} whole problems")
+            lines.append(f"  not complete: {len(rows)} of {total} completions; the numbers are those of the {own.problems} whole "
+                         "problems, which have the longest prompts")
     if len(columns) == 2:
         ours, theirs = evaluations.values()
-        columns["difference"] = differences(ours.rows, theirs.rows, ours.header["samples"], ks, base_samples=theirs.header["samples"])
+        columns["difference"] = differences(ours.rows, theirs.rows, ours.header["samples"], ks,
+                                            base_samples=theirs.header["samples"])
     return "\n".join([*lines, table(columns), "[95 % bootstrap intervals over problems]"])
 
 
 def table(columns: dict[str, Scores]) -> str:
     """One line per score, one column per entry of `columns`; one called "difference" shows signs."""
     lines = [["", *columns]]
+    signs = ["+" if title == "difference" else "" for title in columns]
     for name in next(iter(columns.values())).scores:
-        lines.append([name, *(_cell(name, own.scores[name], "+" if title == "difference" else "") for title, own in columns.items())])
+        lines.append([name, *(_cell(name, own.scores[name], sign) for own, sign in zip(columns.values(), signs, strict=True))])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
 

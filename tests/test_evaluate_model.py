@@ -1,220 +1,330 @@
-"""The verb that evaluates: from a trained run, from a base model, from files alone; and a chat in the terminal."""
+"""`evaluate_model.py` as a person uses it: on a real run of the demo, its checkpoint and its base model; and what it refuses."""
 
 import io
 import json
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import tiny
 from conftest import ROOT
 
 import evaluate_model
 import train_model
+from gtpo import evaluation_file, generation
 
-DEMO = [str(ROOT / "demo/model"), "--dataset", str(ROOT / "demo/data/test.jsonl"), "--system-instruction", "Reason, then answer.",
-        "--max-completion-length", "36", "--limit", "6"]
+TEST = str(ROOT / "demo/data/test.jsonl")
+BASE = str(ROOT / "demo/model")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The run directory of one step of the demo, without files of evaluations."""
-    root = tmp_path_factory.mktemp("runs")
-    assert train_model.main([
-        str(ROOT / "recipes/demo.yaml"), "--model-name", str(ROOT / "demo/model"), "--dataset.path", str(ROOT / "demo/data/train.jsonl"),
-        "--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "4", "--training.max_steps", "1",
-        "--training.per_device_train_batch_size", "8", "--output_root", str(root)]) == 0
-    (folder,) = root.glob("demo_*")
+def trained(tmp_path_factory) -> Path:
+    """A run of the demo, twelve steps long, in a folder of its own."""
+    root = tmp_path_factory.mktemp("trained")
+    flags = ["--model-name", BASE, "--dataset.path", str(ROOT / "demo/data/train.jsonl"), "--evaluation.path", TEST,
+             "--evaluation.limit", "40", "--output_root", str(root), "--training.max_steps", "12", "--training.save_steps", "6"]
+    assert train_model.main([str(ROOT / "recipes/demo.yaml"), *flags]) == 0
+    (folder,) = root.iterdir()
     return folder
 
 
 @pytest.fixture
-def run_dir(trained, tmp_path, monkeypatch):
-    """A copy of that run, in an empty current folder."""
+def run_dir(trained, tmp_path, monkeypatch) -> str:
+    """A copy of that run in the current folder."""
     monkeypatch.chdir(tmp_path)
-    return shutil.copytree(trained, tmp_path / "run")
+    return shutil.copytree(trained, tmp_path / "run").name
 
 
-def lines(path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def evaluate(capsys, *flags: str) -> str:
+    assert evaluate_model.main([str(flag) for flag in flags]) == 0
+    return capsys.readouterr().out
 
 
-def refused(capsys, *words: str) -> str:
-    assert evaluate_model.main([str(word) for word in words]) == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.strip().splitlines()[-1]
+def refusal(capsys, *flags: str) -> str:
+    assert evaluate_model.main([str(flag) for flag in flags]) == 2
+    captured = capsys.readouterr()
+    (sentence,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert captured.out == "" and "Traceback" not in captured.err
+    return sentence
 
 
-def test_a_run_is_evaluated_on_what_its_recipe_held_out_with_its_base_model_beside_it(run_dir, capsys):
-    assert evaluate_model.main([str(run_dir), "--samples", "2", "--base"]) == 0
-    out = capsys.readouterr().out
-    for text in ("accuracy", "pass@2", "maj@2", "format rate", "truncated", "mean length", "difference", "95 % bootstrap intervals"):
-        assert text in out, text
-    head, *rows = lines(run_dir / "evaluation/test-4x2-t1.jsonl")
-    base_head, *base_rows = lines(run_dir / "evaluation/base-test-4x2-t1.jsonl")
-    assert head["header"]["prompts"] == base_head["header"]["prompts"] and head["header"]["seed"] == base_head["header"]["seed"]
-    assert head["header"]["weights"] != base_head["header"]["weights"]
-    assert sorted((row["problem"], row["sample"]) for row in rows) == [(p, s) for p in range(4) for s in range(2)]
-    assert [row["prompt"] for row in rows] == [row["prompt"] for row in base_rows]
-    assert rows[0]["prompt"][0] == {"role": "system", "content": "Reason, then answer."}  # the recipe's
+
+def contents(folder: Path) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_checkpoint_is_evaluated_into_a_file_of_its_own(run_dir, capsys):
-    assert evaluate_model.main([str(run_dir / "checkpoint-1"), "--limit", "2"]) == 0
-    assert (run_dir / "evaluation/checkpoint-1-test-2x1-t0.jsonl").is_file()
+# ---- what it does
 
 
-def test_the_numbers_come_from_the_file_alone(run_dir, capsys, monkeypatch):
-    assert evaluate_model.main([*DEMO, "--samples", "2", "--to", "drawn.jsonl"]) == 0
-    drawn = capsys.readouterr().out.split("base\n", 1)[1].split("[95")[0]
-    monkeypatch.setattr("gtpo.saved.load_saved", None)  # there is no model
-    assert evaluate_model.main(["--from", "drawn.jsonl"]) == 0
-    again = capsys.readouterr().out.split("drawn.jsonl\n", 1)[1].split("[95")[0]
-    assert [line.split() for line in drawn.splitlines()] == [line.split() for line in again.splitlines()]
+def test_a_run_is_evaluated_on_what_it_held_out_beside_its_base_model(run_dir, capsys):
+    out = evaluate(capsys, run_dir, "--k", "1", "4", "--base")
+    for line in ("accuracy", "pass@1", "pass@4", "maj@1", "maj@4", "format rate", "truncated", "mean length"):
+        assert f"\n{line} " in out
+    assert "40 problems x 4, temperature 1, seed 3407" in out  # evaluation.limit, and the training's temperature
+    assert "trained" in out and "base" in out and "difference" in out
+    held = {name: evaluation_file.read(Path(run_dir, f"evaluation/{name}test-40x4-t1.jsonl")) for name in ("", "base-")}
+    ours, base = (sum(row["correct"] for row in h.rows) / 160 for h in held.values())
+    assert len(held[""].rows) == 160 and ours > base + 0.1  # it learnt
+    assert f"{100 * ours:.1f} % [" in out and f"{100 * base:.1f} % [" in out and f"+{100 * (ours - base):.1f} % [+" in out
+    assert held[""].header["adapter"] == run_dir and held["base-"].header["adapter"] is None
+    assert held[""].header["prompts"] == held["base-"].header["prompts"] and held[""].header["weights"] != held["base-"].header["weights"]
+
+
+def test_a_run_alone_gets_one_greedy_sample_and_agrees_with_the_evaluation_after_training(run_dir, capsys):
+    out = evaluate(capsys, run_dir)
+    rows = evaluation_file.read(Path(run_dir, "evaluation/test-40x1-t0.jsonl")).rows
+    assert rows == evaluation_file.read(Path(run_dir, "evaluation/after.jsonl")).rows
+    assert "pass@" not in out and "\nCompletions: run/evaluation/test-40x1-t0.jsonl" in out
+
+
+def test_the_same_command_again_draws_nothing_and_prints_the_same_and_so_does_from(run_dir, capsys, monkeypatch):
+    first = evaluate(capsys, run_dir, "--samples", "3", "--limit", "8")
+    monkeypatch.setattr("gtpo.engines.load_saved", None)  # and no model is loaded
+    assert evaluate_model.main([run_dir, "--samples", "3", "--limit", "8"]) == 0
+    again = capsys.readouterr()
+    assert again.out == first and "is complete: nothing is drawn again" in again.err
+    alone = evaluate(capsys, "--from", f"{run_dir}/evaluation/test-8x3-t1.jsonl")
+    assert alone.splitlines()[2:] == [line for line in first.splitlines()[2:] if not line.startswith("Completions")]
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, monkeypatch):
-    from gtpo import evaluation
+    flags = [run_dir, "--samples", "2", "--limit", "10", "--batch-size", "5"]
+    whole = evaluate(capsys, *flags, "--to", "whole.jsonl")
+    drawn, with_model = [], generation.with_model
 
-    words = [*DEMO, "--samples", "2", "--batch-size", "4"]
-    assert evaluate_model.main([*words, "--to", "whole.jsonl"]) == 0
-    whole, draw, calls = lines(run_dir.parent / "whole.jsonl"), evaluation._draw, []
+    def interrupted_once(policy, sampling, **options):
+        sampler = with_model(policy, sampling, **options)
 
-    def interrupted(*batch):
-        calls.append(batch)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return draw(*batch)
+        def sample(prompts, seeds):
+            if len(drawn) == 10:
+                drawn.append(None)
+                raise KeyboardInterrupt
+            drawn.extend(seeds)
+            return sampler(prompts, seeds)
 
-    monkeypatch.setattr(evaluation, "_draw", interrupted)
-    assert evaluate_model.main([*words, "--to", "parts.jsonl"]) == 130
-    assert "the same command goes on from there" in capsys.readouterr().err
-    parts = run_dir.parent / "parts.jsonl"
-    kept = parts.read_bytes()
-    assert len(lines(parts)) == 1 + 4
-    parts.write_bytes(kept[:-9])  # and the last line was cut
-    assert evaluate_model.main([*words, "--to", "parts.jsonl"]) == 0
-    assert "going on after 3 completions, the last line was cut" in capsys.readouterr().err
+        return sample
 
-    def by_place(rows):
-        return {(row["problem"], row["sample"]): row for row in rows[1:]}
-
-    assert by_place(lines(parts)) == by_place(whole)
-    assert len(calls) > 2
+    monkeypatch.setattr("gtpo.engines.with_model", interrupted_once)
+    assert evaluate_model.main(flags) == 130
+    assert "interrupted: what was drawn is kept, and the same command goes on" in capsys.readouterr().err
+    assert evaluate_model.main(flags) == 0
+    out = capsys.readouterr()
+    assert "going on after 10 completions" in out.err
+    assert out.out.splitlines()[1:-1] == whole.splitlines()[1:-1]
+    assert Path(run_dir, "evaluation/test-10x2-t1.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert len(drawn) - 1 == len(set(drawn) - {None}) == 20
 
 
-def test_a_complete_evaluation_is_not_drawn_again_unless_told_to(run_dir, capsys, monkeypatch):
-    from gtpo import evaluation
-
-    assert evaluate_model.main([*DEMO, "--limit", "2", "--to", "a.jsonl"]) == 0
-    first = (run_dir.parent / "a.jsonl").read_bytes()
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_draw", None)
-        assert evaluate_model.main([*DEMO, "--limit", "2", "--to", "a.jsonl"]) == 0
-    assert "is complete: nothing is drawn again" in capsys.readouterr().err
-    assert evaluate_model.main([*DEMO, "--limit", "2", "--to", "a.jsonl", "--overwrite"]) == 0
-    assert (run_dir.parent / "a.jsonl").read_bytes() == first  # greedy: the same once more
-
-
-def test_integer_answers_are_compared_as_numbers_zero_padding_or_not(tmp_path, monkeypatch, capsys):
-    from gtpo.generation import Completion
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "aime.jsonl").write_text('{"Problem": "2 x 36.5?", "Answer": "073"}\n{"Problem": "5?", "Answer": 5}\n')
-    answers = {"2 x 36.5?": "73", "5?": "005"}
-    monkeypatch.setattr("gtpo.engines.Engine.samplers", lambda *_: lambda adapter: lambda prompts, seeds: [
-        Completion(f"<reasoning>\n\n</reasoning>\n<answer>{next(a for q, a in answers.items() if q in p)}</answer>", 9, False)
-        for p in prompts])
-    words = [str(ROOT / "demo/model"), "--dataset", "aime.jsonl", "--question-column", "Problem", "--answer-column", "Answer"]
-    assert evaluate_model.main(words) == 0
-    assert "accuracy      100.0 %" in capsys.readouterr().out
+def test_a_cut_file_is_said_and_goes_on(run_dir, capsys):
+    flags = [run_dir, "--limit", "6"]
+    whole = evaluate(capsys, *flags)
+    file = Path(run_dir, "evaluation/test-6x1-t0.jsonl")
+    content = file.read_bytes()
+    file.write_bytes(content[:-40])
+    assert evaluate_model.main(["--from", str(file)]) == 0
+    held = capsys.readouterr()
+    assert "its last line was cut, and is left out" in held.err and "not complete: 5 of 6 completions" in held.out
+    assert file.read_bytes() == content[:-40]  # reading changes nothing
+    assert evaluate_model.main(flags) == 0
+    again = capsys.readouterr()
+    assert "going on after 5 completions; the last line was cut" in again.err and again.out == whole
+    assert file.read_bytes() == content
 
 
-@pytest.mark.parametrize("dataset", ["gsm8k", "hendrycks_math"])
-def test_real_sets_are_evaluated_from_local_files(dataset, shared_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert evaluate_model.main([str(ROOT / "demo/model"), "--dataset", dataset, "--path", str(shared_data / dataset), "--limit", "2",
-                                "--max-completion-length", "4"]) == 0
-    (file,) = (tmp_path / "evaluation").iterdir()
-    assert file.name.startswith(f"model-{dataset}-") and len(lines(file)) == 3
+def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_their_own(run_dir, capsys):
+    evaluate(capsys, f"{run_dir}/checkpoint-6", "--limit", "4")
+    assert Path(run_dir, "evaluation/checkpoint-6-test-4x1-t0.jsonl").is_file()
+    shutil.move(f"{run_dir}/checkpoint-12", "adapter")
+    flags = ["--dataset", TEST, "--limit", "4", "--system-instruction", "Reason, then answer."]
+    evaluate(capsys, "adapter", *flags, "--base")
+    out = evaluate(capsys, BASE, *flags)
+    assert "\n              base\n" in out and "trained" not in out
+    names = sorted(path.name for path in Path("evaluation").iterdir())
+    assert names == ["adapter-test-4x1-t0.jsonl", "base-adapter-test-4x1-t0.jsonl", "model-test-4x1-t0.jsonl"]
+    base, alone = (evaluation_file.read(Path("evaluation", name)) for name in names[1:])
+    assert base.rows == alone.rows and base.header["prompts"] == alone.header["prompts"]
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    (["no/such/folder"], "there is no folder 'no/such/folder'"),
-    ([], "RUN_DIR_OR_MODEL: missing"),
-    ([str(ROOT / "demo/model"), "--dataset", "gsm9k"], "--dataset: 'gsm9k' is not known; use gsm8k"),
-    ([str(ROOT / "demo/model"), "--dataset", "gone.jsonl"], "gone.jsonl"),
-    ([str(ROOT / "demo/model")], "--dataset: a model alone names no problems"),
-    ([*DEMO, "--k", "8", "--samples", "4"], "--k: 8 is more than the 4 samples of each problem"),
-    ([*DEMO, "--samples", "4", "--temperature", "0"], "--temperature: 0 is greedy"),
-    ([*DEMO, "--samples", "0"], "'0' is not valid"),
-    ([*DEMO, "--sample", "4"], "--sample: unknown; did you mean --samples?"),
-    ([*DEMO, "--base"], "is a base model itself"),
-    ([*DEMO, "--backend", "vllm"], "--backend: vllm cannot be used here, no NVIDIA GPU is visible"),
-    ([*DEMO, "--max-completion-length", "99999"], "more than the 8192 of context"),
-    (["--from", "gone.jsonl"], "gone.jsonl: cannot be read"),
-    ([str(ROOT / "demo/data"), "--limit", "1"], "give a run directory, a checkpoint, an adapter or a base model"),
+def test_other_weights_in_the_same_place_are_noticed_and_overwrite_begins_anew(run_dir, capsys):
+    evaluate(capsys, run_dir, "--limit", "4")
+    file = Path(run_dir, "evaluation/test-4x1-t0.jsonl")
+    shutil.copy(f"{run_dir}/checkpoint-6/adapter_model.safetensors", run_dir)
+    content = file.read_bytes()
+    assert "holds an evaluation with other weights; name another file with --to, or replace this one with --overwrite" in refusal(
+        capsys, run_dir, "--limit", "4")
+    assert file.read_bytes() == content
+    evaluate(capsys, run_dir, "--limit", "4", "--overwrite")
+    assert file.read_bytes() != content and len(evaluation_file.read(file).rows) == 4
+
+
+def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, capsys, monkeypatch):
+    Path("aime.jsonl").write_text("".join(json.dumps({"problem": f"What is {a}?", "solution": a}) + "\n" for a in ("073", "204", "005")))
+    said = {"073": "73", "204": "0204", "005": "50"}
+
+    def knowing(policy, sampling, **options):
+        return lambda prompts, seeds: [generation.Completion(f"<reasoning>\n\n</reasoning>\n<answer>{answer}</answer>", 9, False)
+                                       for prompt in prompts for asked, answer in said.items() if f"What is {asked}?" in prompt]
+
+    monkeypatch.setattr("gtpo.engines.with_model", knowing)
+    out = evaluate(capsys, run_dir, "--dataset", "aime.jsonl", "--question-column", "problem", "--answer-column", "solution",
+                   "--max-prompt-length", "100")
+    rows = evaluation_file.read(Path(run_dir, "evaluation/aime-3x1-t0.jsonl")).rows
+    assert {row["answer"]: row["correct"] for row in rows} == {"73": True, "0204": True, "50": False}
+    assert "\naccuracy      66.7 % [" in out
+
+
+@pytest.mark.parametrize("flags, problems, name", [
+    (["--dataset", "gsm8k", "--path", "{data}/gsm8k", "--split", "test[:3]"], 3, "gsm8k-test-3-3x1-t0"),
+    (["--dataset", "math", "--path", "{data}/hendrycks_math", "--subset", "algebra", "--limit", "2"], 2, "hendrycks_math-algebra-test-2x1-t0"),
 ])
-def test_what_cannot_be_done_is_one_sentence(words, sentence, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert sentence in refused(capsys, *words)
-    assert not list(tmp_path.rglob("*.jsonl"))
+def test_real_sets_are_evaluated_from_local_folders(run_dir, capsys, shared_data, flags, problems, name):
+    flags = [flag.format(data=shared_data) for flag in flags]
+    out = evaluate(capsys, run_dir, *flags, "--max-prompt-length", "700", "--max-completion-length", "8")
+    assert f"{problems} problems x 1" in out
+    rows = evaluation_file.read(Path(run_dir, f"evaluation/{name}.jsonl")).rows
+    assert len(rows) == problems and all(row["tokens"] <= 8 for row in rows)
 
 
-def test_a_run_without_an_adapter_and_a_base_model_that_does_not_fit_are_refused(run_dir, capsys):
-    import tiny
+def test_problems_of_a_function_are_evaluated(run_dir, capsys):
+    Path("my_problems.py").write_text("def load():\n    return [{'question': 'Tom has 7 coins and gives 1 away. How many?', 'answer': '6'}]\n")
+    assert "1 problems x 1" in evaluate(capsys, run_dir, "--dataset", "my_problems.load")
 
-    shutil.rmtree(run_dir / "checkpoint-1")
-    weights = (run_dir / "adapter_model.safetensors").read_bytes()
-    (run_dir / "adapter_model.safetensors").unlink()
-    assert "adapter" in refused(capsys, run_dir)
-    (run_dir / "adapter_model.safetensors").write_bytes(weights)
-    other = tiny.save_tiny_policy(run_dir.parent / "other")
-    for name in ("recipe.yaml", "adapter_config.json"):
-        text = (run_dir / name).read_text().replace(str(ROOT / "demo/model"), other)
-        (run_dir / name).write_text(text)
-    assert "does not fit the base model" in refused(capsys, run_dir)
+
+def test_two_files_are_compared_problem_by_problem(run_dir, capsys):
+    out = evaluate(capsys, "--from", f"{run_dir}/evaluation/after.jsonl", f"{run_dir}/evaluation/before.jsonl")
+    assert out.splitlines()[2].split() == ["after", "before", "difference"]
+    evaluate(capsys, run_dir, "--limit", "3")
+    assert "they are of different problems, so nothing can be compared" in refusal(
+        capsys, "--from", f"{run_dir}/evaluation/after.jsonl", f"{run_dir}/evaluation/test-3x1-t0.jsonl")
+
+
+# ---- talking
+
+
+def talk(capsys, monkeypatch, said: str, *flags: str):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    assert evaluate_model.main([*flags, "--chat"]) == 0
+    return capsys.readouterr()
+
+
+def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
+    asked, template = [], "apply_chat_template"
+    from transformers import PreTrainedTokenizerBase
+
+    original = getattr(PreTrainedTokenizerBase, template)
+    monkeypatch.setattr(PreTrainedTokenizerBase, template, lambda self, messages, **options: asked.append(messages) or original(self, messages, **options))
+    question = "Tom has 7 coins and gives 1 away. How many coins does Tom have now?"
+    found = talk(capsys, monkeypatch, f"{question}\n\nAnd Mia?\n/what\n/reset\n{question}\n/exit\nnever", run_dir, "--temperature", "0")
+    first, second, third = asked[-3:]
+    assert [m["role"] for m in first] == ["system", "user"] and first[0]["content"] == "Reason, then answer."
+    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"] and second[:2] == first
+    assert third == first and "never" not in str(asked)
+    assert found.out.count("<answer>6</answer>") == 2 and second[2]["content"] in found.out
+    assert "there is no /what; /reset begins a new conversation" in found.err
+
+
+def test_a_conversation_longer_than_the_context_is_told_and_can_go_on(run_dir, capsys, monkeypatch):
+    found = talk(capsys, monkeypatch, "Tom has 7 coins. " * 900 + "\nTom has 7 coins and gives 1 away. How many?\n", run_dir)
+    assert "tokens with this line, and the model takes 4096: say less, or /reset" in found.err and "<answer>" in found.out
+
+
+def test_what_the_model_says_cannot_steer_the_terminal(run_dir, capsys, monkeypatch):
+    from transformers import PreTrainedTokenizerBase
+
+    decode = PreTrainedTokenizerBase.decode
+    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", lambda self, *args, **options: "\x1b[2J" + decode(self, *args, **options))
+    found = talk(capsys, monkeypatch, "Tom has 7 coins", run_dir)
+    assert r"\x1b[2J" in found.out and "\x1b" not in found.out
+
+
+def test_a_cut_answer_is_told_and_the_end_of_the_input_leaves(capsys, monkeypatch, tmp_path):
+    found = talk(capsys, monkeypatch, "Tom has 7 coins", BASE, "--max-completion-length", "3", "--system-instruction", "")
+    assert "(cut after 3 tokens)" in found.err
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (["--k", "8", "--samples", "4"], "--k: 8 is more than the 4 samples of each problem; use at most 4, or evaluate with more --samples"),
+    (["--samples", "4", "--temperature", "0"], "--temperature: 0 is greedy, so all 4 samples of a problem would be the same"),
+    (["--dataset", "gsm9k"], "--dataset: 'gsm9k' is not known; use gsm8k, hendrycks_math, an existing file or folder, or a dotted path"),
+    (["--dataset", "nowhere.jsonl"], "--dataset: there is no file or folder 'nowhere.jsonl'"),
+    (["--dataset", "gsm8k"], "use local files through --path"),
+    (["--dataset", "gsm8k", "--path", "nowhere"], "--path: there is no file or folder 'nowhere'"),
+    (["--dataset", TEST, "--split", "test"], "--split: 'test' names nothing in the single file"),
+    (["--dataset", TEST, "--answer-column", "target"], "no column 'target'; this dataset has question, answer (set --question-column and --answer-column)"),
+    (["--max-prompt-length", "3"], "--max-prompt-length: 3 drops all 200 prompts; the shortest has"),
+    (["--max-completion-length", "9000"], "--max-completion-length: prompts of 60 and completions of 9000 tokens are more than the 8192 of context"),
+    (["--backend", "vllm"], "--backend: vllm cannot be used here, no NVIDIA GPU is visible; use auto or transformers"),
+    (["--backend", "unsloth"], "--backend: unsloth cannot be used here, no NVIDIA GPU is visible"),
+    (["--backend", "tgi"], "--backend: invalid choice: 'tgi'"),
+    (["--tempreature", "1"], "--tempreature: unknown; did you mean --temperature?"),
+    (["--k", "none"], "--k: 'none' is not valid; use a whole number, 1 or more"),
+    (["--top-p", "2"], "--top-p: '2' is not valid; use a number, 1e-06 to 1"),
+    (["--temperature", "nan"], "--temperature: 'nan' is not valid"),
+    (["again"], "again: unknown; --help lists the flags"),
+    (["--to", "run/recipe.yaml", "--overwrite"], "run/recipe.yaml: the first line is no header of an evaluation"),
+    (["--chat", "--k", "2"], "--chat: --k means nothing here; leave it out"),
+])
+def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(run_dir, capsys, flags, sentence):
+    before = contents(Path())
+    assert sentence in refusal(capsys, run_dir, *flags)
+    assert contents(Path()) == before
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    ([], "RUN_DIR_OR_MODEL: missing; give a run directory, checkpoint, adapter or base model, or --from FILE"),
+    (["./nowhere"], "there is no folder './nowhere'"),
+    ([str(ROOT / "recipes")], "the folder holds no recipe.yaml, adapter_config.json or config.json"),
+    ([BASE], "--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file with questions and answers"),
+    ([BASE, "--dataset", TEST, "--base"], "is a base model itself; leave it out"),
+    (["--from", "nowhere.jsonl"], "nowhere.jsonl: cannot be read (No such file or directory); give an evaluation file"),
+    (["--from", TEST], "the first line is no header of an evaluation"),
+    (["--from", "run/evaluation/after.jsonl", "--k", "2"], "--k: 2 is more than the 1 sample of each problem"),
+    (["--from", "run/evaluation/after.jsonl", "--samples", "2"], "--from: --samples means nothing here; leave it out"),
+])
+def test_targets_and_files_that_are_none_are_refused(run_dir, capsys, flags, sentence):
+    assert sentence in refusal(capsys, *flags)
+
+
+def test_a_run_without_an_adapter_is_refused(run_dir, capsys):
+    for folder in ("", "checkpoint-6", "checkpoint-12"):
+        Path(run_dir, folder, "adapter_model.safetensors").unlink()
+    assert "this run has no adapter" in refusal(capsys, run_dir)
+
+
+def test_a_base_model_that_does_not_fit_the_adapter_is_refused(run_dir, capsys):
+    recipe = Path(run_dir, "recipe.yaml")
+    other = tiny.save_tiny_policy("other")
+    recipe.write_text(recipe.read_text().replace(BASE, other))
+    assert "does not fit the base model 'other'" in refusal(capsys, run_dir)
+
+
+def test_a_damaged_file_is_refused_and_kept(run_dir, capsys):
+    evaluate(capsys, run_dir, "--limit", "4")
+    file = Path(run_dir, "evaluation/test-4x1-t0.jsonl")
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], lines[2][:30], *lines[3:]]))
+    damaged = file.read_bytes()
+    for flags in ([run_dir, "--limit", "4"], ["--from", str(file)]):
+        assert "line 3: this is no completion; the file is damaged: restore it, or move it away" in refusal(capsys, *flags)
+    assert file.read_bytes() == damaged
 
 
 def test_a_file_that_is_no_evaluation_is_never_overwritten(run_dir, capsys):
-    mine = run_dir.parent / "mine.jsonl"
+    mine = Path("mine.jsonl")
     mine.write_text('{"not": "an evaluation"}\n')
     for more in ([], ["--overwrite"]):
-        assert "mine.jsonl" in refused(capsys, *DEMO, "--to", "mine.jsonl", *more)
+        assert "mine.jsonl" in refusal(capsys, run_dir, "--to", "mine.jsonl", *more)
     assert mine.read_text() == '{"not": "an evaluation"}\n'
 
 
-def chat(monkeypatch, text: str, *words: str) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    assert evaluate_model.main([*map(str, words), "--chat"]) == 0
-
-
-def test_a_chat_answers_with_the_trained_policy_and_keeps_the_conversation(run_dir, capsys, monkeypatch):
-    chat(monkeypatch, "Ann has 3 apples and gets 4 more. How many apples does Ann have now?\n", run_dir, "--temperature", "0")
-    once = capsys.readouterr().out
-    assert "<reasoning>" in once and "</answer>" in once
-    greedy = (run_dir, "--temperature", "0", "--max-completion-length", "8")
-    question = "Ann has 3 apples and gets 4 more."
-    chat(monkeypatch, f"{question}\n/exit\nnever read\n", *greedy)
-    once, err = capsys.readouterr()
-    assert "(cut after 8 tokens)" in err and "never read" not in once
-    chat(monkeypatch, f"{question}\n/reset\n{question}\n", *greedy)
-    assert once.split() and capsys.readouterr().out.split() == 2 * once.split()
-    asked = []
-    template = type(tokenizer_of(run_dir)).apply_chat_template
-    monkeypatch.setattr(type(tokenizer_of(run_dir)), "apply_chat_template", lambda self, messages, **keys: (
-        asked.append([message["role"] for message in messages]), template(self, messages, **keys))[1])
-    chat(monkeypatch, f"{question}\n{question}\n", *greedy)
-    assert asked[-2:] == [["system", "user"], ["system", "user", "assistant", "user"]]
-
-
-def tokenizer_of(run_dir):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(run_dir)
-
-
-def test_a_chat_says_when_the_conversation_is_too_long(run_dir, capsys, monkeypatch):
-    chat(monkeypatch, f"{'9 ' * 9000}\n/nothing\n", run_dir)
-    error = capsys.readouterr().err
-    assert "say less, or /reset" in error and "there is no /nothing" in error
+def test_help_and_refusals_import_nothing_heavy(tmp_path):
+    program = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import evaluate_model\ntry: evaluate_model.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+               "print('HEAVY', sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & sys.modules.keys()))")
+    for flags in (["--help"], ["--nonsense"], ["--from", "nowhere.jsonl"], [str(ROOT / "recipes")]):
+        run = subprocess.run([sys.executable, "-c", program, str(ROOT), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        assert "HEAVY []" in run.stdout, run.stderr

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},
     "estimators": {"answers"}, "scores": {"estimators", "evaluation_file", "recipe"}, "evaluation_file": {"recipe", "whole_files"}, "generation": set(),
     "evaluation": {"answers", "evaluation_file", "generation", "recipe"},
-    "engines": {"adapters", "backends", "generation", "recipe", "saved"}, "chat": {"generation"},
+    "engines": {"adapters", "backends", "generation", "recipe", "saved"}, "chat": {"generation", "safe_text"},
     "evaluation_plan": {"dotted_paths", "evaluation", "evaluation_file", "generation", "kinds", "problems", "recipe", "saved", "scores", "sections"},
     "held_out": {"evaluation", "evaluation_file", "generation", "interruption", "recipe", "scores"},
     "continuation": {"adapters", "recipe", "saved", "sections"}, "fidelity": set(),
