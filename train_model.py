@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     command = cli.parse(argv)
     with log_to_console() as early_log, Interruption().watching() as interruption:
         try:
-            _run(command, early_log, interruption)
+            return _run(command, early_log, interruption)
         except Interrupted as stopped:
             print(f"interrupted: {stopped}", file=sys.stderr)
             return stopped.exit_code
@@ -46,20 +46,23 @@ def main(argv: list[str] | None = None) -> int:
         except Exception:
             logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file; the terminal gets it anyway
             raise
-    return 0
 
 
-def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, interruption: Interruption) -> None:
+def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, interruption: Interruption) -> int:
     if "help" in command.switches:
         from gtpo.schema import help_text
 
         print(help_text())
-        return
+        return 0
     if "version" in command.switches:
         from gtpo.runs import versions
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
-        return
+        return 0
+    if "check" in command.switches:
+        from gtpo.preflight import check
+
+        return check(command, _request(command), _processes())
     recipe = cli.make_recipe(command)
     set_up(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
@@ -69,10 +72,14 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, in
 
         print_plan(continued(recipe), _processes())
     else:
-        from gtpo.starts import Request
+        train(recipe, _request(command), early_log=early_log, interruption=interruption)
+    return 0
 
-        request = Request(command.resume, force="force_resume" in command.switches, overwrite="overwrite" in command.switches)
-        train(recipe, request, early_log=early_log, interruption=interruption)
+
+def _request(command: cli.CommandLine):
+    from gtpo.starts import Request
+
+    return Request(command.resume, force="force_resume" in command.switches, overwrite="overwrite" in command.switches)
 
 
 def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHandler | None = None,
@@ -97,7 +104,7 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
 
 
 def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | None, interruption: Interruption) -> None:
-    from gtpo import backends, base_model, data, model_card, problems, runs
+    from gtpo import backends, base_model, data, imported, model_card, problems, runs
     from gtpo.arguments import precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
     from gtpo.continuation import tokenizer_section
@@ -110,9 +117,8 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     runs.prepare_trackers(recipe, run_dir)
 
     backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
-    trainer_class = _load("trainer.class_path", recipe.trainer.class_path)  # only now: it binds to the patched TRL
-    rewards = [_load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
-    _check_trainer(recipe, trainer_class)
+    trainer_class = imported.trainer_class(recipe)  # only now: it binds to the patched TRL
+    rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
     _seed_everything(recipe)
     tokenizer = load_tokenizer(tokenizer_section(recipe.model), backend)
     train_set = problems.load_training(recipe, tokenizer, _processes())
@@ -163,24 +169,6 @@ def _seed_everything(recipe: Recipe) -> None:
 
     deterministic = recipe.training.trl_options().get("full_determinism")
     (enable_full_determinism if deterministic else set_seed)(recipe.seed)
-
-
-def _check_trainer(recipe: Recipe, trainer_class) -> None:
-    import trl
-
-    if not (isinstance(trainer_class, type) and issubclass(trainer_class, trl.GRPOTrainer)):
-        raise RecipeError(f"trainer.class_path: {recipe.trainer.class_path!r} is no subclass of trl.GRPOTrainer; use "
-                          "gtpo.gtpo_training.UnslothGTPOTrainer, or a subclass of it")
-
-
-def _load(key: str, dotted: str):
-    try:
-        found = cli.load_object(dotted)
-    except (Exception, SystemExit) as error:  # somebody's code: whatever it raises, the recipe is where it was named
-        raise RecipeError(f"{key}: {dotted!r} cannot be imported ({type(error).__name__}: {error})") from error
-    if not callable(found):
-        raise RecipeError(f"{key}: {dotted!r} is {type(found).__name__}, which cannot be called; name a function or class")
-    return found
 
 
 def _override_constants(recipe: Recipe, tokenizer) -> None:

@@ -21,8 +21,8 @@ def read_config(folder: Path) -> dict:
     except FileNotFoundError as error:
         name = CONFIG if CONFIG in str(error) else WEIGHTS
         if (folder / "adapter_model.bin").is_file():
-            raise RecipeError(f"{folder}: there is no {WEIGHTS}, and adapter_model.bin, which could run code when it is loaded, is not "
-                              "taken; give an adapter in safetensors (peft's save_pretrained writes it)") from None
+            raise RecipeError(f"{folder}: there is no {WEIGHTS}, and adapter_model.bin, which could run code when it is loaded, is "
+                              "not taken; give an adapter in safetensors (peft's save_pretrained writes it)") from None
         raise RecipeError(f"{folder}: there is no {name}; give a folder with an adapter in safetensors") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise RecipeError(f"{folder}: the adapter is damaged ({' '.join(str(error).split())}); use another checkpoint") from None

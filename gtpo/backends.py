@@ -125,7 +125,7 @@ def load_policy(
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
     try:
-        config = _lora_config(section, adapter) if lora else None
+        config = lora_config(section, adapter) if lora else None
         if backend == "unsloth":
             policy = _load_with_unsloth(section, tokenizer, dtype, config, seed, gradient_checkpointing)
         else:
@@ -139,7 +139,8 @@ def load_policy(
     return policy
 
 
-def _lora_config(section: ModelSection, adapter: Path | None):
+def lora_config(section: ModelSection, adapter: Path | None):
+    """The peft.LoraConfig of the adapter to train: that of the folder `adapter`, else the recipe's."""
     from peft import LoraConfig
 
     if adapter:

@@ -27,15 +27,15 @@ def _check_files(key: str, name: str, files: list[str]) -> None:
     """Raises RecipeError where the weights are there, but not as safetensors: other formats can hold code that runs."""
     pickled = sorted(file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt")) and "model" in file)
     if pickled and not any(file.endswith(".safetensors") for file in files):
-        raise RecipeError(f"{key}: {name!r} has its weights in {pickled[0]}, which could run code when it is loaded; use a model in "
-                          "safetensors (transformers' save_pretrained writes it)")
+        raise RecipeError(f"{key}: {name!r} has its weights in {pickled[0]}, which could run code when it is loaded; use a model "
+                          "in safetensors (transformers' save_pretrained writes it)")
 
 
 def loading_error(key: str, section: ModelSection, error: Exception) -> RecipeError:
     """`error`, from loading a model or its tokenizer, as a sentence."""
     if "custom code which must be executed" in str(error):  # transformers 5.17.0
-        return RecipeError(f"model.trust_remote_code: {section.model_name!r} comes with Python code of its own, which runs only if this is "
-                           "true; set it if you trust the author")
+        return RecipeError(f"model.trust_remote_code: {section.model_name!r} comes with Python code of its own, which runs only if "
+                           "this is true; set it if you trust the author")
     return RecipeError(f"{key} ({str(error).strip().splitlines()[0]})")
 
 

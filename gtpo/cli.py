@@ -82,6 +82,8 @@ def parse(argv: list[str]) -> CommandLine:
                         "use --section.key value")
     if "force_resume" in switches and resume is None:
         problems.append("--force-resume: there is nothing to force without --resume")
+    if "json" in switches and "check" not in switches:
+        problems.append("--json: goes with --check; give both, or leave it out")
     return CommandLine(
         *(files[:1] or _recipe_of(resume)), overrides=overrides, switches=frozenset(switches), problems=tuple(problems), resume=resume
     )

@@ -92,6 +92,23 @@ def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, se
     Raises RecipeError for missing files, columns or splits, and if nothing is left. `load_object` finds the function of
     a dotted `dataset.name`.
     """
+    problems = measured_problems(section, tokenizer, chat_template_kwargs=chat_template_kwargs, load_object=load_object)
+    fitting = problems.filter(lambda length: length <= max_prompt_length, input_columns="prompt_length", load_from_cache_file=False)
+    logger.info("[GTPO] %s: %d problems; %d of %d dropped, longer than %d prompt tokens", label, len(fitting),
+                len(problems) - len(fitting), len(problems), max_prompt_length)
+    if not len(fitting):
+        shortest = min(problems["prompt_length"], default=None)
+        raise RecipeError(
+            "dataset: it has no rows with a question and an answer" if shortest is None else
+            f"training.max_prompt_length: {max_prompt_length} drops all {len(problems)} prompts; the shortest has {shortest} "
+            "tokens after the chat template")
+    fitting = fitting.remove_columns("prompt_length")
+    return fitting.shuffle(seed=seed) if shuffle else fitting
+
+
+def measured_problems(section: DatasetSection, tokenizer, *, chat_template_kwargs: dict | None = None,
+                      load_object: Callable[[str], Any] | None = None):
+    """All the dataset's problems in their order, with `prompt_length` in tokens."""
     import datasets
 
     rows, source = _load_rows(section, load_object)
@@ -116,18 +133,7 @@ def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, se
             prompt, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {}))
         return {"prompt": prompt, "answer": source.reference(str(row[answer])), "prompt_length": len(tokens)}
 
-    problems = filled.map(as_problem, remove_columns=rows.column_names, load_from_cache_file=False)
-    fitting = problems.filter(lambda length: length <= max_prompt_length, input_columns="prompt_length", load_from_cache_file=False)
-    logger.info("[GTPO] %s: %d problems; %d of %d dropped, longer than %d prompt tokens", label, len(fitting),
-                len(problems) - len(fitting), len(problems), max_prompt_length)
-    if not len(fitting):
-        shortest = min(problems["prompt_length"], default=None)
-        raise RecipeError(
-            "dataset: it has no rows with a question and an answer" if shortest is None else
-            f"training.max_prompt_length: {max_prompt_length} drops all {len(problems)} prompts; the shortest has {shortest} "
-            "tokens after the chat template")
-    fitting = fitting.remove_columns("prompt_length")
-    return fitting.shuffle(seed=seed) if shuffle else fitting
+    return filled.map(as_problem, remove_columns=rows.column_names, load_from_cache_file=False)
 
 
 def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:

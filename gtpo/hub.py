@@ -40,6 +40,27 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
     return [file.rfilename for file in info.siblings or ()]
 
 
+def check_access(name: str) -> str:
+    """Whether there is a token for the model `name`, and whether it opens it, as a sentence that does not show it."""
+    import httpx
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    if os.path.isdir(name):
+        return "not needed: the model is a folder here"
+    source = "set" if get_token() else "not set, and not needed unless the model is gated"
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return f"{source}; the hub is not asked, since HF_HUB_OFFLINE is set"
+    try:
+        HfApi().auth_check(name)
+    except GatedRepoError:
+        raise RecipeError(f"model.model_name: {name!r} is gated, and the token is {source.partition(',')[0]}; accept its licence "
+                          "on the hub and set HF_TOKEN to a token of that account") from None
+    except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
+        return f"{source}; the hub could not be asked ({type(error).__name__})"
+    return f"{source}; the hub gives {name} to it"
+
+
 def push(folder: Path, repository: str) -> str:
     """Upload `folder` to the hub repository, made private if it is new; returns its address."""
     from huggingface_hub import HfApi

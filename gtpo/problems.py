@@ -4,18 +4,28 @@ import os
 
 from gtpo.arguments import batch_plan
 from gtpo.cli import load_object
-from gtpo.data import check_source, load_problems
+from gtpo.data import check_source, load_problems, measured_problems
 from gtpo.recipe import Recipe, RecipeError
 
 
 def load_training(recipe: Recipe, tokenizer, processes: int):
     """The problems to train on, shuffled with the seed; raises RecipeError if they do not fill one rollout."""
     problems = _load_problems(recipe, recipe.dataset, tokenizer)
-    needed = batch_plan(recipe, processes).prompts_per_rollout
-    if len(problems) < needed:  # TRL leaves incomplete rollouts out, so it would train nothing
-        raise RecipeError(f"dataset: {len(problems)} problems are left, and one rollout takes {needed}; lower "
-                          "training.per_device_train_batch_size or gradient_accumulation_steps")
+    enough(recipe, len(problems), processes)
     return problems
+
+
+def enough(recipe: Recipe, count: int, processes: int) -> None:
+    """Raises RecipeError if `count` problems do not fill one rollout: TRL leaves incomplete ones out, so it would train nothing."""
+    needed = batch_plan(recipe, processes).prompts_per_rollout
+    if count < needed:
+        raise RecipeError(f"dataset: {count} problems are left, and one rollout takes {needed}; lower "
+                          "training.per_device_train_batch_size or gradient_accumulation_steps")
+
+
+def measured_training(recipe: Recipe, tokenizer):
+    """All problems of the recipe's dataset, with `prompt_length`, before the length filter."""
+    return measured_problems(recipe.dataset, tokenizer, chat_template_kwargs=recipe.training.chat_template_kwargs, load_object=load_object)
 
 
 def _load_problems(recipe: Recipe, section, tokenizer, *, shuffle: bool = True, label: str = "Dataset"):

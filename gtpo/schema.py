@@ -11,6 +11,8 @@ from gtpo.trl_options import grpo_options
 SWITCHES = {
     "help": "Print this help.",
     "version": "Print our version and the libraries'.",
+    "check": "Try all that can fail early, rewards included, without loading the model; say ok, warn or fail. Exit code 0 or 2.",
+    "json": "With --check: the findings as JSON.",
     "dry_run": "Print the resolved recipe (stdout) and the plan (stderr); load nothing.",
     "overwrite": "Replace the run directory if it exists.",
     "resume": "Go on from the run directory's last whole checkpoint; --resume PATH: from that checkpoint, or that run's last.",

@@ -10,7 +10,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "mistakes": {"recipe", "schema", "sections"}, "dotted_paths": set(),
     "yaml_text": set(), "safe_text": set(), "environment": set(), "console": {"safe_text"},
     "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections", "yaml_text"},
-    "answers": {"verifier"}, "verifier": set(),
+    "answers": {"spellings", "verifier"}, "spellings": set(), "verifier": set(),
     "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
     "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections", "whole_files"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
@@ -33,10 +33,15 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "whole_files": set(), "interruption": set(), "checkpoints": {"recipe", "whole_files"}, "changes": {"recipe"},
     "starts": {"changes", "checkpoints", "recipe"}, "rewinding": {"checkpoints", "starts", "whole_files"},
     "exact_resume": {"checkpoints", "interruption", "recipe", "starts", "whole_files"},
+    "findings": {"safe_text"}, "memory": {"recipe", "sections"}, "room": {"arguments", "memory", "recipe"},
+    "reward_trial": {"cli"}, "reward_doctor": {"answers", "findings", "reward_trial"},
+    "checks": {"arguments", "backends", "base_model", "chat_tokenizer", "cli", "continuation", "data", "environment", "findings", "hub", "imported", "memory",
+               "problems", "recipe", "reward_doctor", "room", "runs", "safe_text", "starts"},
+    "preflight": {"checks", "cli", "findings", "recipe", "starts"}, "imported": {"cli", "recipe"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
-LIGHT = {"console", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
+LIGHT = {"imported", "findings", "memory", "room", "reward_trial", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",
          "whole_files", "interruption", "checkpoints", "changes", "starts", "rewinding", "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}

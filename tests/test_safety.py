@@ -17,7 +17,7 @@ from conftest import ROOT
 
 import report_run
 import train_model
-from gtpo import adapters, cli, environment, safe_text, yaml_text
+from gtpo import adapters, cli, environment, imported, safe_text, yaml_text
 from gtpo.base_model import check_model
 from gtpo.recipe import Recipe, RecipeError
 
@@ -112,7 +112,7 @@ def test_a_module_beside_the_recipe_stands_in_for_no_installed_one(tmp_path, mon
     (tmp_path / "r.yaml").write_text(f"{MINIMAL}trainer: {{reward_funcs: [reward_math.final_reward, colorsys.rgb_to_hls]}}\n")
     monkeypatch.chdir(tmp_path)
     recipe = cli.read_recipe(["r.yaml"])
-    assert [train_model._load("x", path).__module__ for path in recipe.trainer.reward_funcs] == ["reward_math", "colorsys"]
+    assert [imported.load("x", path).__module__ for path in recipe.trainer.reward_funcs] == ["reward_math", "colorsys"]
 
 
 def test_a_text_by_dotted_path_never_becomes_the_name_of_a_model_on_the_hub(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_a_text_by_dotted_path_never_becomes_the_name_of_a_model_on_the_hub(tmp_
     monkeypatch.chdir(tmp_path)
     assert "'texts.name' is a str, which cannot be called" in refusal(tmp_path, MINIMAL, "--trainer.reward_funcs", "texts.name")
     with pytest.raises(RecipeError, match="'texts.later' is str, which cannot be called"):
-        train_model._load("trainer.reward_funcs", "texts.later")
+        imported.load("trainer.reward_funcs", "texts.later")
 
 
 @pytest.mark.parametrize("path", ["owner/model", "https://hub/x.y", "../../etc.passwd", "a..b", "os.system('x')", "é.x", ".x"])

@@ -1,0 +1,197 @@
+"""What `--check` checks, in a run's order and by the very code that a run calls.
+
+Each check returns a sentence, or findings of its own, and adds what it learns to the facts; it raises RecipeError for what
+fails, and what it logs as a warning becomes a finding, too.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gtpo import cli
+from gtpo.environment import set_up
+from gtpo.findings import Finding
+from gtpo.recipe import Recipe
+from gtpo.safe_text import without_secrets
+from gtpo.starts import Request, find_start
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Facts:
+    """What is known so far; None where nothing is, yet."""
+
+    command: cli.CommandLine
+    request: Request
+    processes: int
+    recipe: Recipe | None = None
+    backend: str | None = None
+    tokenizer: Any = None
+    problems: Any = None  # those to train on
+    longest: int | None = None  # tokens of the longest prompt among them
+    shape: Any = None
+    optimizer: float = 8.0  # bytes per trained parameter
+
+
+def _recipe(facts: Facts) -> str:
+    from gtpo.arguments import batch_plan
+    from gtpo.continuation import continued
+
+    recipe = cli.make_recipe(facts.command)
+    set_up(recipe.env)
+    sys.argv = [without_secrets(word) for word in sys.argv]
+    recipe = continued(recipe)
+    plan = batch_plan(recipe, facts.processes)
+    facts.recipe = recipe
+    return (f"{facts.command.recipe_file}: {plan.prompts_per_step:g} x {recipe.training.num_generations} completions per optimizer "
+            f"step, of at most {recipe.max_completion_length} tokens")
+
+
+def _run_directory(facts: Facts) -> str:
+    start = find_start(facts.recipe, facts.request, facts.processes)
+    if start.finished is not None:
+        return f"{start.run_dir} holds this run, finished after {start.finished} steps"
+    if start.checkpoint is not None:
+        return f"{start.run_dir}: the run goes on after step {start.checkpoint.step}"
+    return f"{start.run_dir} {'will be replaced' if start.run_dir.exists() else 'is free'}"
+
+
+def _model_files(facts: Facts) -> str:
+    from gtpo.base_model import check_model
+
+    section = facts.recipe.model
+    check_model(section.model_name)
+    if section.trust_remote_code:
+        logger.warning("model.trust_remote_code: Python code that comes with the model will be run")
+    return f"{section.model_name} is {'a folder here' if os.path.isdir(section.model_name) else 'in the cache or on the hub'}"
+
+
+def _hub_token(facts: Facts) -> str:
+    from gtpo.hub import check_access
+
+    return check_access(facts.recipe.model.model_name)
+
+
+def _backend(facts: Facts) -> str:
+    import torch
+
+    from gtpo.backends import prepare_backend
+
+    facts.backend = prepare_backend(facts.recipe.model, facts.recipe.gtpo_runtime.torch_compile_options)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
+    return f"{'Unsloth' if facts.backend == 'unsloth' else 'transformers + peft'} on {device}"
+
+
+def _trainer(facts: Facts) -> str:
+    from gtpo.arguments import training_arguments
+    from gtpo.imported import trainer_class
+    from gtpo.memory import optimizer_bytes
+
+    trainer_class(facts.recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = training_arguments(facts.recipe, folder, processes=facts.processes)
+    facts.optimizer = optimizer_bytes(arguments.optim.value)
+    return f"{facts.recipe.trainer.class_path}, with {arguments.optim.value}"
+
+
+def _tokenizer(facts: Facts) -> str:
+    from gtpo.chat_tokenizer import load_tokenizer
+    from gtpo.continuation import tokenizer_section
+
+    facts.tokenizer = load_tokenizer(tokenizer_section(facts.recipe.model), facts.backend)
+    ends, pads = facts.tokenizer.eos_token, facts.tokenizer.pad_token
+    return f"{len(facts.tokenizer)} entries; the chat template works; ends with {ends!r}, pads with {pads!r}"
+
+
+def _dataset(facts: Facts) -> str:
+    import datasets
+
+    from gtpo.arguments import batch_plan, steps
+    from gtpo.data import check_source
+    from gtpo.problems import enough, measured_training
+
+    check_source(facts.recipe.dataset)
+    datasets.disable_progress_bars()
+    problems = measured_training(facts.recipe, facts.tokenizer)
+    lengths, limit = problems["prompt_length"], facts.recipe.max_prompt_length
+    kept = [i for i, length in enumerate(lengths) if length <= limit]
+    enough(facts.recipe, len(kept), facts.processes)
+    facts.problems, facts.longest = problems.select(kept).remove_columns("prompt_length"), max(lengths[i] for i in kept)
+    dropped = len(lengths) - len(kept)
+    if dropped > len(lengths) / 10:
+        logger.warning("the length filter drops %d of %d problems; training.max_prompt_length is %d and the longest prompt has %d "
+                       "tokens", dropped, len(lengths), limit, max(lengths))
+    total = steps(facts.recipe, batch_plan(facts.recipe, facts.processes), len(kept)).partition(" (")[0]
+    return (f"{len(kept)} problems; {dropped} of {len(lengths)} dropped, longer than {limit} prompt tokens; the longest prompt left "
+            f"has {facts.longest}; steps: {total}")
+
+
+def _held_out(facts: Facts) -> str:
+    from gtpo.problems import check_held_out, load_held_out
+
+    check_held_out(facts.recipe)
+    held_out = load_held_out(facts.recipe, facts.tokenizer)
+    return "none: nothing is evaluated" if held_out is None else f"{len(held_out)} problems"
+
+
+def _rewards(facts: Facts) -> list[Finding]:
+    from gtpo.reward_doctor import PROBLEMS, diagnose
+
+    count = min(PROBLEMS, len(facts.problems))
+    rows = [facts.problems[i * len(facts.problems) // count] for i in range(count)]  # from all over the data
+    return diagnose(facts.recipe.trainer.reward_funcs, facts.recipe.training.reward_weights, rows, facts.tokenizer)
+
+
+def _model(facts: Facts) -> str:
+    from gtpo.backends import lora_config
+    from gtpo.memory import shape
+
+    adapter = facts.recipe.model.adapter
+    facts.shape = shape(facts.recipe.model, lora_config(facts.recipe.model, adapter and Path(adapter)))
+    return f"{facts.shape.parameters:,} parameters, and {facts.shape.adapter:,} in the adapter"
+
+
+def _memory(facts: Facts) -> str:
+    from gtpo.room import memory
+
+    return memory(facts.recipe, facts.shape, backend=facts.backend, processes=facts.processes, longest=facts.longest,
+                  optimizer=facts.optimizer)
+
+
+def _disk(facts: Facts) -> str:
+    from gtpo.memory import checkpoint
+    from gtpo.room import disk
+
+    with tempfile.TemporaryDirectory() as folder:
+        facts.tokenizer.save_pretrained(folder)
+        tokenizer = sum(file.stat().st_size for file in Path(folder).iterdir())
+    run_dir = Path(facts.recipe.output_dir())
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
+    return disk(facts.recipe, checkpoint(facts.shape, facts.optimizer, tokenizer), free=shutil.disk_usage(there).free,
+                problems=len(facts.problems), processes=facts.processes)
+
+
+def _trackers(facts: Facts) -> str:
+    from gtpo.runs import prepare_trackers
+
+    prepare_trackers(facts.recipe, Path(facts.recipe.output_dir()))
+    trackers = [tracker for tracker in facts.recipe.training.report_to if tracker != "none"]
+    offline = "wandb" in trackers and os.environ.get("WANDB_MODE") in ("offline", "disabled")
+    return f"{' and '.join(trackers) or 'none'}{', offline' if offline else ', with a login' if 'wandb' in trackers else ''}"
+
+
+STEPS: list[tuple[str, tuple[str, ...], Callable[[Facts], str | list[Finding]]]] = [  # name, facts it needs, check
+    ("recipe", (), _recipe), ("run directory", ("recipe",), _run_directory), ("trackers", ("recipe",), _trackers),
+    ("model files", ("recipe",), _model_files), ("hub token", ("recipe",), _hub_token), ("backend", ("recipe",), _backend),
+    ("trainer", ("recipe", "backend"), _trainer), ("tokenizer", ("recipe", "backend"), _tokenizer),
+    ("dataset", ("recipe", "tokenizer"), _dataset), ("held-out", ("recipe", "tokenizer"), _held_out),
+    ("rewards", ("recipe", "problems"), _rewards), ("model", ("recipe", "backend"), _model),
+    ("memory", ("recipe", "shape", "longest"), _memory), ("disk", ("recipe", "shape", "problems"), _disk),
+]

@@ -1,0 +1,86 @@
+"""The worst-case estimate, against cases computed by hand."""
+
+import pytest
+
+from gtpo.memory import LIBRARIES, Load, Shape, checkpoint, optimizer_bytes, peak, shape
+from gtpo.recipe import RecipeError
+from gtpo.sections import ModelSection
+
+LLAMA_8B = Shape(parameters=8_030_261_248, quantizable=6_979_321_856, adapter=335_544_320, layers=32, hidden=4096, intermediate=14_336, kv=1024,
+                 vocabulary=128_256)
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def lora(rank: int, targets=LINEAR):
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def llama_8b(tmp_path) -> ModelSection:
+    """Llama-3.1-8B's configuration, and nothing else of it."""
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+                max_position_embeddings=131_072, tie_word_embeddings=False, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    return ModelSection(model_name=str(tmp_path))
+
+
+def test_the_shape_of_llama_8b_is_counted_without_its_weights(llama_8b):
+    assert shape(llama_8b, lora(128)) == LLAMA_8B
+    assert shape(llama_8b, lora(16)).adapter == 41_943_040
+    with pytest.raises(RecipeError, match=r"model.target_modules: \['nothing'\] does not fit this model"):
+        shape(llama_8b, lora(16, ["nothing"]))
+
+
+def test_weights_take_what_their_bits_say():
+    def weights(**load):
+        return peak(LLAMA_8B, Load(completions=1, rollout=1, prompt=1, completion=1, **load))["weights"]
+
+    assert weights(bits=16) == 2 * 8_030_261_248 and weights(bits=32) == 4 * 8_030_261_248
+    four_bits = 6_979_321_856 * (4 + 8 / 64 + 32 / 64 / 256) / 8  # weights, and the double-quantised scales of their blocks
+    embeddings_head_and_norms = 2 * 128_256 * 4096 + (2 * 32 + 1) * 4096
+    assert weights(bits=4, unsloth=True) == int(four_bits + 2 * embeddings_head_and_norms)
+    assert weights(bits=4) == int(four_bits + 4 * embeddings_head_and_norms)
+
+
+def test_the_documented_recipe_by_hand():
+    """8 completions of 1,500 tokens after prompts of 4,000, rank 128, an 8-bit optimizer, Unsloth without vLLM."""
+    found = peak(LLAMA_8B, Load(completions=8, rollout=8, prompt=4000, completion=1500, bits=4, unsloth=True, optimizer=2.1))
+    tokens = 8 * 5500
+    assert found["adapter and optimizer"] == int(335_544_320 * 10.1)
+    one_layer = tokens * (8 * 4096 + 2 * 1024 + 4 * 14_336) * 2
+    assert found["activations"] == tokens * 4096 * 2 * 32 + 2 * one_layer
+    assert found["logits"] == int(8 * 1500 * 128_256 * 14 / 4)
+    assert found["sampling"] == 0 and found["libraries"] == LIBRARIES
+    assert sum(found.values()) / 2**30 == pytest.approx(5.31 + 3.16 + 10.74 + 15.11 + 5.02 + 1.0, abs=0.02)
+
+
+def test_plain_trl_keeps_the_logits_of_the_whole_micro_batch():
+    found = peak(LLAMA_8B, Load(completions=2, rollout=8, prompt=500, completion=1000))
+    assert found["logits"] == 2 * 1000 * 128_256 * 18
+
+
+def test_without_checkpointing_every_layer_keeps_its_activations():
+    few, many = (peak(LLAMA_8B, Load(completions=1, rollout=1, prompt=500, completion=500, checkpointing=c))["activations"] for c in (True, False))
+    one_layer = 1000 * (8 * 4096 + 2 * 1024 + 4 * 14_336) * 2
+    assert many == 33 * one_layer and few == 2 * one_layer + 32 * 1000 * 4096 * 2
+
+
+def test_sampling_and_training_take_turns_so_the_larger_one_counts():
+    found = peak(LLAMA_8B, Load(completions=1, rollout=512, prompt=100, completion=900, unsloth=True))
+    assert found["activations"] == found["logits"] == 0
+    assert found["sampling"] == 512 * 1000 * 32 * 2 * 1024 * 2 + 512 * 100 * (4 * 4096 + 2 * 14_336) * 2 + 512 * 128_256 * 12
+
+
+def test_vllm_takes_its_share_and_holds_the_weights():
+    found = peak(LLAMA_8B, Load(completions=1, rollout=512, prompt=100, completion=900, bits=16, unsloth=True, vllm=40 * 2**30))
+    assert found["vLLM"] == 40 * 2**30 and found["sampling"] == 0 and "weights" not in found
+    small = peak(LLAMA_8B, Load(completions=1, rollout=8, prompt=100, completion=900, bits=16, unsloth=True, vllm=2**30))
+    assert small["vLLM"] == 2 * 8_030_261_248
+
+
+def test_a_checkpoint_holds_adapter_optimizer_and_tokenizer():
+    assert checkpoint(LLAMA_8B, 8, 17 * 10**6) == 335_544_320 * 12 + 17 * 10**6 + 2**20
+    assert [optimizer_bytes(name) for name in ("adamw_torch", "paged_adamw_8bit", "adamw_8bit", "sgd")] == [8, 2.1, 2.1, 8]
