@@ -84,13 +84,11 @@ def _request(command: cli.CommandLine):
 
 def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHandler | None = None,
           interruption: Interruption | None = None) -> Path:
-    """Train as `recipe` says and return the run directory; `recipe.env` must already be set.
-
-    `request` (a `gtpo.starts.Request`) says what may become of a run that is there already.
-    """
-    from gtpo import runs
+    """Train as `recipe` (its `env` is set) and `request` (a `gtpo.starts.Request`) say, and return the run directory."""
     from gtpo.continuation import continued
     from gtpo.starts import Request, find_start
+    from gtpo.trackers import one_tracker_run
+    from gtpo.troubles import explained
 
     recipe = continued(recipe)
     start = find_start(recipe, request or Request(), _processes())
@@ -98,13 +96,13 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
         print(f"Run directory: {start.run_dir}\nThis run is finished, after {start.finished} steps. To train on, raise training.max_steps "
               "or training.num_train_epochs.")
     else:
-        with runs.one_tracker_run(recipe, start):
+        with one_tracker_run(recipe, start), explained(recipe, start.run_dir):
             _train(recipe, start, early_log, interruption or Interruption())
     return start.run_dir
 
 
 def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | None, interruption: Interruption) -> None:
-    from gtpo import backends, base_model, data, imported, model_card, problems, runs
+    from gtpo import backends, base_model, data, imported, model_card, problems, runs, trackers
     from gtpo.arguments import precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
     from gtpo.continuation import tokenizer_section
@@ -114,7 +112,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     data.check_source(recipe.dataset)
     problems.check_held_out(recipe)
     base_model.check_model(recipe.model.model_name)
-    runs.prepare_trackers(recipe, run_dir)
+    trackers.prepare_trackers(recipe, run_dir)
 
     backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
     trainer_class = imported.trainer_class(recipe)  # only now: it binds to the patched TRL
@@ -137,6 +135,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
     alarm = watch(trainer, recipe, run_dir)
+    trackers.let_training_go_on(trainer)
     model_card.describe_saves(policy.model, trainer, recipe, run_dir)
 
     is_main = trainer.accelerator.is_main_process

@@ -33,6 +33,7 @@ CASES = {
     "epochs_steps_per_generation": [*EPOCHS, "3", "--training.steps_per_generation", "3"],
     "logging_steps": ["--training.logging_steps", "4", "--training.log_completions", "true"],
     "evaluation": [*EVERY, "2", "--evaluation.samples", "2", "--evaluation.temperature", "1"],
+    "within_evaluation": [*EVERY, "1", "--evaluation.batch_size", "2", "--training.logging_steps", "2"],  # where the signal arrives
     "grpo_everything": [*BASELINE, *EPOCHS, "2", "--training.logging_steps", "3", "--training.num_iterations", "2", *EVERY, "1"],
 }
 
@@ -47,11 +48,27 @@ def flags(folder: Path, steps: int, case: list[str]) -> list[str]:
     ]
 
 
-def interrupt_at(step: int):
+def interrupt_at(step: int, case: str = "") -> None:
     """Lets a SIGTERM arrive within that step of the run that is about to begin in this process."""
     from transformers import TrainerCallback
 
-    from gtpo import exact_resume
+    from gtpo import exact_resume, held_out
+
+    if case == "within_evaluation":
+        evaluate = held_out.HeldOut.evaluate
+
+        def evaluate_and_interrupt(self, name):
+            drawn = held_out.with_model
+
+            def with_model(*args):
+                draw = drawn(*args)
+                return lambda *prompts: (name == f"step-{step}" and os.kill(os.getpid(), signal.SIGTERM), draw(*prompts))[1]
+
+            held_out.with_model = with_model
+            return evaluate(self, name)
+
+        held_out.HeldOut.evaluate = evaluate_and_interrupt
+        return
 
     class Interrupt(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -122,14 +139,15 @@ def prove(name: str, steps: int, at: list[int] | None, scratch: Path) -> tuple[i
         raise SystemExit(f"{name}: the straight run ended with {code}: {(scratch / 'straight.txt').read_text()[-3000:]}")
     expected = outcome(scratch / "straight")
     total = expected["state"]["global_step"]
-    for k in at or range(1, total + 1):
+    interrupted = at or range(1, total + (name != "within_evaluation"))  # there is none after the last step
+    for k in interrupted:
         argv, said = flags(scratch / f"at{k}", steps, case), scratch / f"at{k}.txt"
-        codes = workers.run(argv, said, lambda k=k: interrupt_at(k)), workers.run([*argv, "--resume"], said)
+        codes = workers.run(argv, said, lambda k=k: interrupt_at(k, name)), workers.run([*argv, "--resume"], said)
         if codes != (143, 0):
             problems.append(f"{name}, step {k}: exit codes {codes}: {said.read_text()[-3000:]}")
             continue
         problems += [f"{name}, step {k}: {place}" for place in differences(expected, outcome(scratch / f"at{k}"))]
-    return len(at or range(1, total + 1)), problems
+    return len(interrupted), problems
 
 
 def main() -> int:

@@ -1,5 +1,6 @@
 """Training runs in processes of their own that can be killed: forked from one that has imported everything already."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -29,13 +30,18 @@ def prepare() -> None:
     import train_model  # noqa: F401
 
 
+ALIVE: list["Worker"] = []  # none outlives whoever started it
+
+
 class Worker:
     """`python train_model.py ARGV` in a forked process; what it prints goes to `output`. `before` is called in it first."""
 
     def __init__(self, argv: list[str], output: Path, before=None):
         self.output = output
+        output.touch()
         self.pid = os.fork()
         if self.pid:
+            ALIVE.append(self)
             return
         code = 70
         try:
@@ -62,6 +68,7 @@ class Worker:
         for _ in range(int(seconds / 0.01)):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
+                ALIVE.remove(self)
                 return os.waitstatus_to_exitcode(status)
             time.sleep(0.01)
         self.kill(signal.SIGKILL)
@@ -75,6 +82,12 @@ class Worker:
     @property
     def said(self) -> str:
         return self.output.read_text()
+
+
+@atexit.register
+def _end() -> None:
+    for worker in ALIVE:
+        worker.kill(signal.SIGKILL)
 
 
 def run(argv: list[str], output: Path, before=None) -> int:

@@ -1,15 +1,13 @@
-"""A run's directory: whose it is, what it holds, and where its trackers write."""
+"""A run's directory: whose it is, and what it holds."""
 
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import logging.handlers
-import os
 import platform
-import secrets
 import subprocess
+import sys
 from pathlib import Path
 
 import gtpo
@@ -18,13 +16,13 @@ from gtpo.recipe import Recipe, RecipeError
 from gtpo.rewinding import rewind
 from gtpo.safe_text import SafeFormatter
 from gtpo.starts import Start, check_still, only_run_in
+from gtpo.trackers import keep_identity
 from gtpo.whole_files import remove, write_whole, written_aside
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo", "bitsandbytes",
              "vllm", "math-verify", "wandb")
-TRACKERS = "trackers.json"  # which of a tracker's runs this one is
 
 
 @contextlib.contextmanager
@@ -42,7 +40,7 @@ def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandl
         check_still(start)
         rewind(start)
         _describe(run_dir, recipe)
-        log = logging.FileHandler(run_dir / "train.log", encoding="utf-8")
+        log = _Log(run_dir / "train.log", encoding="utf-8")
         log.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         if early_log is not None:
             early_log.setTarget(log)
@@ -58,6 +56,18 @@ def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandl
             log.close()
 
 
+class _Log(logging.FileHandler):
+    """The log file; on a full disk it misses lines, and says nothing of that: what fills the disk has an error of its own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _describe(run_dir: Path, recipe: Recipe) -> None:
     values, hidden = recipe.saved()
     if hidden:
@@ -65,8 +75,7 @@ def _describe(run_dir: Path, recipe: Recipe) -> None:
     with written_aside(run_dir / "recipe.yaml") as aside, aside.open("w", encoding="utf-8") as file:
         to_yaml(values, file)
     write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
-    if run_id := os.environ.get("WANDB_RUN_ID"):
-        write_whole(run_dir / TRACKERS, json.dumps({"wandb": run_id}) + "\n")
+    keep_identity(run_dir)
 
 
 def versions() -> dict[str, str]:
@@ -78,63 +87,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[library] = "not installed"
     return {**found, "python": platform.python_version(), "platform": platform.platform()}
-
-
-def prepare_trackers(recipe: Recipe, run_dir: Path) -> None:
-    """Let the trackers write into the run directory and never ask a question; raises RecipeError for a missing one."""
-    for tracker in recipe.training.report_to:
-        if tracker in ("wandb", "tensorboard", "trackio") and importlib.util.find_spec(tracker) is None:
-            raise RecipeError(f"training.report_to: the package {tracker} is not installed; run: pip install {tracker}, or "
-                              "use none")
-    if "wandb" not in recipe.training.report_to:
-        return
-    os.environ.setdefault("WANDB_DIR", str(run_dir))
-    os.environ.setdefault("WANDB_PROJECT", recipe.wandb.project)
-    for name in recipe.wandb.model_fields_set:  # what a recipe says beats the caller's environment, a default does not
-        if (value := getattr(recipe.wandb, name)) is not None:
-            os.environ[f"WANDB_{name.upper()}"] = value
-    if "WANDB_MODE" not in os.environ and not _wandb_login():
-        os.environ["WANDB_MODE"] = "offline"
-        logger.warning("[GTPO] wandb: no login found, so this run is kept offline; `wandb sync` uploads it later")
-
-
-@contextlib.contextmanager
-def one_tracker_run(recipe: Recipe, start: Start):
-    """Inside, trackers go on with the run that a resumed run directory tells of; a new run has an identity to be kept there."""
-    names = ("WANDB_RUN_ID", "WANDB_RESUME", "TENSORBOARD_LOGGING_DIR")
-    before = {name: os.environ.get(name) for name in names}
-    goes_on = start.checkpoint is not None and not start.copies
-    if "wandb" in recipe.training.report_to:
-        os.environ.setdefault("WANDB_RUN_ID", (goes_on and _wandb_run(start.run_dir)) or secrets.token_hex(4))
-        os.environ.setdefault("WANDB_RESUME", "allow")
-    folders = sorted((start.run_dir / "runs").glob("*")) if goes_on else []
-    if folders:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folders[0]))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _wandb_run(run_dir: Path) -> str | None:
-    try:
-        return json.loads((run_dir / TRACKERS).read_text(encoding="utf-8"))["wandb"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _wandb_login() -> bool:
-    """Whether a key is at hand, so that wandb would not ask for one."""
-    import wandb
-    from wandb.sdk.lib import wbauth  # wandb 0.31.0; its public login() asks questions
-
-    settings = wandb.Settings()
-    return bool(os.environ.get("WANDB_API_KEY") or settings.identity_token_file
-                or wbauth.read_netrc_auth(host=settings.base_url))
 
 
 def _commit() -> str:

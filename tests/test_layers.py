@@ -16,7 +16,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections", "whole_files"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
     "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder", "safe_text"}, "alarm": set(),
     "watch_sections": {"sections"}, "recorder": {"groups", "shaping", "token_texts"}, "token_texts": set(),
-    "runs": {"cli", "recipe", "rewinding", "safe_text", "starts", "whole_files"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
+    "runs": {"cli", "recipe", "rewinding", "safe_text", "starts", "trackers", "whole_files"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
     "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},
     "estimators": {"answers"}, "scores": {"estimators", "evaluation_file", "recipe"}, "evaluation_file": {"recipe", "whole_files"}, "generation": set(),
     "evaluation": {"answers", "evaluation_file", "generation", "recipe"},
@@ -32,6 +32,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "reports": {"configurations", "conflict_view", "curves", "recipe", "run_record", "scores", "summary"},
     "whole_files": set(), "interruption": set(), "checkpoints": {"recipe", "whole_files"}, "changes": {"recipe"},
     "starts": {"changes", "checkpoints", "recipe"}, "rewinding": {"checkpoints", "starts", "whole_files"},
+    "trackers": {"recipe", "starts", "whole_files"}, "troubles": {"checkpoints", "recipe"},
     "exact_resume": {"checkpoints", "interruption", "recipe", "starts", "whole_files"},
     "findings": {"safe_text"}, "memory": {"recipe", "sections"}, "room": {"arguments", "memory", "recipe"},
     "reward_trial": {"cli"}, "reward_doctor": {"answers", "findings", "reward_trial"},
@@ -44,7 +45,7 @@ HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb",
 LIGHT = {"imported", "findings", "memory", "room", "reward_trial", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",
-         "whole_files", "interruption", "checkpoints", "changes", "starts", "rewinding", "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}
+         "whole_files", "interruption", "checkpoints", "changes", "starts", "rewinding", "trackers", "troubles", "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:

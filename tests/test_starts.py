@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gtpo import checkpoints, cli, rewinding, runs
+from gtpo import checkpoints, cli, rewinding, runs, trackers
 from gtpo.changes import changes
 from gtpo.recipe import RecipeError
 from gtpo.starts import Request, find_start
@@ -307,7 +307,7 @@ def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_an
     tracked, seen = recipe("--training.report_to", "wandb"), []
     for request in (Request(), Request(resume=""), Request(overwrite=True)):
         start = find_start(tracked, request)
-        with runs.one_tracker_run(tracked, start), runs.opened(start, tracked, None):
+        with trackers.one_tracker_run(tracked, start), runs.opened(start, tracked, None):
             seen.append((os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"], os.environ.get("TENSORBOARD_LOGGING_DIR")))
             if not request.resume:
                 checkpoint(start.run_dir, len(seen), tracked)

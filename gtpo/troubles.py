@@ -1,0 +1,74 @@
+"""What stops a run without being a mistake of its recipe, in one sentence: a full disk, too little memory, no way to a tracker."""
+
+import contextlib
+import errno
+import logging
+import re
+from pathlib import Path
+
+from gtpo import checkpoints
+from gtpo.recipe import Recipe, RecipeError
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NOT_WRITABLE = {*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+OF_LIBRARIES = re.compile(r"os error (\d+)|PytorchStreamWriter|inline_container")  # safetensors and torch write in their own ways
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def explained(recipe: Recipe, run_dir: Path):
+    """Inside, such an error becomes a RecipeError that says what would help; its traceback goes to the log file."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        sentence = next((told for cause in _causes(error) if (told := _told(cause, recipe, run_dir))), None)
+        if sentence is None:
+            raise
+        logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file alone
+        raise RecipeError(sentence) from error
+
+
+def _told(error: BaseException, recipe: Recipe, run_dir: Path) -> str | None:
+    if type(error).__module__.partition(".")[0] == "wandb":
+        reason = " ".join(str(error).split()).rstrip(".")
+        return f"wandb: {reason}; look at the network and the login, or keep the run on this machine with WANDB_MODE=offline. " + _goes_on(run_dir)
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
+        return _memory(error, recipe) + _goes_on(run_dir, " --force-resume")
+    reason = _not_written(error)
+    if reason:
+        return f"{getattr(error, 'filename', None) or run_dir}: cannot be written ({reason}); make room, or let it be written. " + _goes_on(run_dir)
+    return None
+
+
+def _not_written(error: BaseException) -> str | None:
+    if isinstance(error, OSError):
+        return error.strerror if error.errno in NOT_WRITABLE else None
+    found = OF_LIBRARIES.search(str(error))
+    if not found or found[1] and int(found[1]) not in NOT_WRITABLE:
+        return None
+    return "No space left on device" if not found[1] else " ".join(str(error).split())
+
+
+def _memory(error: BaseException, recipe: Recipe) -> str:
+    training = recipe.training
+    device = "the GPU" if "cuda" in f"{type(error).__module__} {error}".lower() or "OutOfMemory" in type(error).__name__ else "this machine"
+    per_device, size = training.per_device_train_batch_size, training.num_generations
+    checkpointing = "" if training.trl_options().get("gradient_checkpointing", True) else ", or set training.gradient_checkpointing to true"
+    return (f"memory: {device} has too little for this recipe ({' '.join(str(error).split())[:160] or type(error).__name__}). Lower "
+            f"training.per_device_train_batch_size (now {per_device}; raise gradient_accumulation_steps by as much), "
+            f"model.max_seq_length (now {recipe.model.max_seq_length}) or training.num_generations (now {size}){checkpointing}. ")
+
+
+def _goes_on(run_dir: Path, more: str = "") -> str:
+    saved = checkpoints.folders(run_dir) if run_dir.is_dir() else []
+    if not saved:
+        return "There is no checkpoint yet: start again with --resume"
+    return f"Everything up to {saved[-1].name} is whole: go on with --resume{more}"
+
+
+def _causes(error: BaseException | None):
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
