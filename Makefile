@@ -1,11 +1,12 @@
 # make demo   train the embedded demo on a CPU, and report     make test       run all tests
 # make pictures   the README's pictures, from the demo         make gpu-check  needs a GPU
+# make soak   kill, stop, fill and damage runs for half an hour: docs/reliability.md
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 DEMO_FLAGS ?=
 
-.PHONY: demo test pictures gpu-check
+.PHONY: demo test pictures soak gpu-check
 demo: $(VENV)/.cpu
 	$(VENV)/bin/python train_model.py recipes/demo.yaml --overwrite $(DEMO_FLAGS)
 	$(VENV)/bin/python report_run.py recipes/demo.yaml $(DEMO_FLAGS)
@@ -17,6 +18,10 @@ pictures: $(VENV)/.cpu
 	$(VENV)/bin/python train_model.py recipes/demo.yaml --overwrite --output_root runs/pictures
 	$(VENV)/bin/python report_run.py recipes/demo.yaml --output_root runs/pictures --out runs/pictures/report
 	$(VENV)/bin/python benchmarks/screenshots.py runs/pictures/report docs/images
+
+soak: $(VENV)/.cpu
+	$(VENV)/bin/python benchmarks/resume_proof.py
+	$(VENV)/bin/python benchmarks/soak.py --rounds 20
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

@@ -179,7 +179,7 @@ def _disk(facts: Facts) -> str:
 
 
 def _trackers(facts: Facts) -> str:
-    from gtpo.runs import prepare_trackers
+    from gtpo.trackers import prepare_trackers
 
     prepare_trackers(facts.recipe, Path(facts.recipe.output_dir()))
     trackers = [tracker for tracker in facts.recipe.training.report_to if tracker != "none"]

@@ -7,7 +7,9 @@ its own because Unsloth replaces trl.GRPOTrainer; tests call `compare` and read 
 import copy
 import json
 import os
+import pathlib
 import sys
+import tempfile
 import types
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -208,6 +210,7 @@ if __name__ == "__main__":
     import inspect
 
     import recordings
+    import resumes
     from unsloth import FastLanguageModel
 
     generated = sys.modules["UnslothGRPOTrainer"].torch_compile_options
@@ -215,7 +218,9 @@ if __name__ == "__main__":
     recorded = [recordings.record(class_path, os.getcwd(), pad=pad) for class_path, pad in (
         ("gtpo.gtpo_training.UnslothGTPOTrainer", "~"), ("gtpo.gtpo_training.UnslothGTPOTrainer", "^"),
         ("custom_trainer.original.UnslothGRPOTrainer", "~"))]
-    print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd()),
+    folder = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd()))
+    resumed = resumes.where_resumed_runs_differ("gtpo.gtpo_training.UnslothGTPOTrainer", folder, steps=[1])
+    print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd()), "resumed": resumed,
         "recorded": [{name: run[name] for name in ("lines", "entropy_error")} for run in recorded],
         "compile_options": {name: generated[name] for name in ("shape_padding", "trace.enabled", "max_autotune")},
         "from_pretrained": list(inspect.signature(FastLanguageModel.from_pretrained).parameters),

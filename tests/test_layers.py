@@ -37,7 +37,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "findings": {"safe_text"}, "memory": {"recipe", "sections"}, "room": {"arguments", "memory", "recipe"},
     "reward_trial": {"cli"}, "reward_doctor": {"answers", "findings", "reward_trial"},
     "checks": {"arguments", "backends", "base_model", "chat_tokenizer", "cli", "continuation", "data", "environment", "findings", "hub", "imported", "memory",
-               "problems", "recipe", "reward_doctor", "room", "runs", "safe_text", "starts"},
+               "problems", "recipe", "reward_doctor", "room", "trackers", "safe_text", "starts"},
     "preflight": {"checks", "cli", "findings", "recipe", "starts"}, "imported": {"cli", "recipe"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
 }

@@ -84,3 +84,7 @@ def test_unsloth_still_takes_the_arguments_that_the_backend_gives_it(figures):
             "trust_remote_code", "random_state"} <= set(figures["from_pretrained"])
     assert {"r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "modules_to_save", "kwargs",
             "use_gradient_checkpointing", "random_state"} <= set(figures["get_peft_model"])
+
+
+def test_a_resumed_run_is_the_run_it_would_have_been(figures):
+    assert figures["resumed"] == []
