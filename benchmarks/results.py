@@ -13,6 +13,7 @@ import numpy
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, PAGE = ROOT / "docs/results/runs", ROOT / "docs/results.md"
 LAST = 0.1  # "at the end" means over the last tenth of the steps
+CLAIM = 10  # seeds from which on a difference is claimed
 NAMES = {
     "grpo": "GRPO", "grpo_std": "GRPO, divided by the standard deviation", "gtpo": "GTPO", "neutral": "GTPO, neutral (ours)",
     "no_lambda": "GTPO without lambda", "no_entropy": "GTPO without gate and penalty", "w_raw_1": "GTPO, w_raw 1",
@@ -73,37 +74,40 @@ def table(variants: dict[str, dict]) -> str:
     for name, runs in variants.items():
         figures = numpy.array([[figure(run) for figure in COLUMNS.values()] for run in runs.values()])
         spread = figures.std(axis=0, ddof=1) if len(figures) > 1 else figures[0] * 0
-        lines.append([NAMES[name], str(len(figures)), *(f"{m:.{digits(m)}f} ± {s:.{digits(m)}f}" for m, s in zip(figures.mean(axis=0), spread))])
+        cells = zip(COLUMNS, figures.mean(axis=0), spread)
+        lines.append([NAMES[name], str(len(figures)), *(f"{mean:.{digits(title)}f} ± {sd:.{digits(title)}f}" for title, mean, sd in cells)])
     return markdown(lines)
 
 
 def paired(variants: dict[str, dict]) -> str:
-    """Differences from GRPO, seed by seed: the mean with its 95 % interval (Student's t); bold where that leaves out 0."""
+    """Differences from GRPO, seed by seed: the mean with its 95 % interval (Student's t).
+
+    Bold where it leaves out 0 and the seeds are enough to claim something.
+    """
     lines = [["difference from GRPO", "seeds", *COLUMNS]]
     for name, runs in variants.items():
         seeds = sorted(runs.keys() & variants["grpo"].keys())
         if name == "grpo" or len(seeds) < 2:
             continue
-        cells = []
-        for figure in COLUMNS.values():
-            cells.append(difference([figure(runs[seed]) - figure(variants["grpo"][seed]) for seed in seeds]))
+        cells = [difference([figure(runs[seed]) - figure(variants["grpo"][seed]) for seed in seeds], digits(title))
+                 for title, figure in COLUMNS.items()]
         lines.append([NAMES[name], str(len(seeds)), *cells])
     return markdown(lines)
 
 
-def difference(values: list[float]) -> str:
+def difference(values: list[float], places: int) -> str:
     from scipy import stats
 
     mean, error = numpy.mean(values), stats.sem(values)
     if error == 0:
-        return f"{mean:+.2f}"
+        return f"{mean:+.{places}f}"
     low, high = stats.t.interval(0.95, len(values) - 1, loc=mean, scale=error)
-    cell = f"{mean:+.{digits(mean)}f} [{low:+.{digits(mean)}f}, {high:+.{digits(mean)}f}]"
-    return f"**{cell}**" if low > 0 or high < 0 else cell
+    cell = f"{mean:+.{places}f} [{low:+.{places}f}, {high:+.{places}f}]"
+    return f"**{cell}**" if (low > 0 or high < 0) and len(values) >= CLAIM else cell
 
 
-def digits(value: float) -> int:
-    return 1 if abs(value) >= 2 else 3
+def digits(title: str) -> int:
+    return 3 if "nats" in title else 1
 
 
 def markdown(lines: list[list[str]]) -> str:
