@@ -1,6 +1,7 @@
 """YAML from anywhere, read as plain values of bounded size, and written so that it reads back unchanged."""
 
 import datetime
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ MOST_VALUES = 20_000  # with each alias counted as what it stands for
 DEEPEST = 40  # levels
 
 _reader = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-6 is a number, `no` is text, a repeated key is an error
+
+
+_FOLDED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")  # which ruamel.yaml 0.19.1 writes as they are and reads as others
 
 
 class YamlError(ValueError):
@@ -86,4 +90,5 @@ def to_yaml(values: dict[str, Any], stream) -> None:
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False
     writer.width = 100
+    writer.allow_unicode = not _FOLDED.search(json.dumps(values, ensure_ascii=False))
     writer.dump(values, stream)

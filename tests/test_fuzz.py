@@ -1,0 +1,89 @@
+"""Hostile input, a little of it: benchmarks/fuzz.py brings more. Random texts by hypothesis; recipes, answers and runs by benchmarks/hostile.py."""
+
+import random
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.append(str(ROOT / "benchmarks"))
+import fuzz  # noqa: E402
+import hostile  # noqa: E402
+
+from gtpo import answers, safe_text, yaml_text  # noqa: E402
+from reward_math import final_reward, released_reward  # noqa: E402
+
+FEW = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+TEXTS = st.lists(st.one_of(st.sampled_from(hostile.PIECES), st.text(max_size=8)), max_size=12).map("".join)
+NUMBERS = st.integers(-(10**12), 10**12)
+
+
+@pytest.mark.parametrize("target, inputs", [("recipe", 80), ("answers", 200), ("rewards", 320), ("report", 256), ("console", 300)])
+def test_hostile_input_does_no_harm(target, inputs, monkeypatch):
+    if target == "report":
+        monkeypatch.setitem(fuzz.TARGETS, "report", (lambda dice: fuzz.check_report(dice, 256), inputs))
+    outcome = fuzz.run(target, inputs, seed=2)
+    assert outcome.failures == [] and outcome.inputs >= inputs
+
+
+def test_a_failure_is_found_with_the_seed_that_repeats_it(monkeypatch):
+    monkeypatch.setitem(fuzz.TARGETS, "answers", (lambda dice: 1 // (dice.random() > 0.5), 10))
+    outcome = fuzz.run("answers", 10, seed=0)
+    assert outcome.failures and outcome.inputs == 10
+    number, what = outcome.failures[0]
+    assert what.startswith("ZeroDivisionError") and random.Random(number).random() < 0.5
+
+
+@pytest.mark.parametrize("hack", ["<script>", "<img src=x>", "<!-- x -->", "</details>", "<a href='http://x'>x</a>", "<p onclick=x>x</p>"])
+def test_the_check_of_a_page_sees_what_has_escaped(hack, monkeypatch):
+    import jinja2
+
+    monkeypatch.setattr(jinja2.Environment, "__init__", _without_escaping(jinja2.Environment.__init__))
+    monkeypatch.setattr(hostile, "text", lambda dice, pieces=12: hack)
+    with pytest.raises(AssertionError):
+        fuzz.check_report(random.Random(0), 16)
+
+
+def _without_escaping(init):
+    return lambda self, *args, **kwargs: init(self, *args, **{**kwargs, "autoescape": False})
+
+
+@FEW
+@given(TEXTS)
+def test_any_text_has_a_format_score_and_answers(text):
+    fuzz.answers_text(text[:50], text[50:100], text)
+    assert answers.format_score(text) < 10 or answers.final_answer(text) is not None
+
+
+@FEW
+@given(TEXTS, NUMBERS, NUMBERS)
+def test_only_the_right_number_is_paid(text, wrong, right):
+    answer = answers.format_reference(text, str(wrong))
+    for reward in (final_reward,):
+        [paid] = reward([answer], [str(right)])
+        assert paid == (20 if wrong == right and answers.format_score(answer) == 10 else paid) and (paid < 20 or wrong == right)
+    assert released_reward([answer], [str(right)])[0] >= 0
+
+
+@FEW
+@given(TEXTS)
+def test_any_text_becomes_printable_once_and_for_all(text):
+    shown = safe_text.printable(text)
+    assert safe_text.printable(shown) == shown
+    assert all(c.isprintable() or c in "\n\t" or not c.isascii() for c in shown)
+
+
+PLAIN = st.recursive(st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(),
+                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12)
+
+
+@FEW
+@given(st.dictionaries(st.text(), PLAIN, max_size=4))
+def test_plain_values_come_back_from_yaml_as_they_were(values):
+    import io
+
+    stream = io.StringIO()
+    yaml_text.to_yaml(values, stream)
+    assert yaml_text.load(stream.getvalue()) == values
