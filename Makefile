@@ -1,6 +1,6 @@
 # make demo   train the embedded demo on a CPU, and report     make test       run all tests
 # make pictures   the README's pictures, from the demo         make gpu-check  needs a GPU
-# make soak   kill, stop, fill and damage runs for half an hour: docs/reliability.md
+# make soak   the long tests, for an hour or so: faults, hostile input: docs/reliability.md
 PYTHON ?= python3
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
@@ -22,6 +22,7 @@ pictures: $(VENV)/.cpu
 soak: $(VENV)/.cpu
 	$(VENV)/bin/python benchmarks/resume_proof.py
 	$(VENV)/bin/python benchmarks/soak.py --rounds 20
+	$(VENV)/bin/python benchmarks/fuzz.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

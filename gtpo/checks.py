@@ -32,6 +32,7 @@ class Facts:
     request: Request
     processes: int
     recipe: Recipe | None = None
+    files: bool | None = None  # the model's are there
     backend: str | None = None
     tokenizer: Any = None
     problems: Any = None  # those to train on
@@ -68,9 +69,22 @@ def _model_files(facts: Facts) -> str:
 
     section = facts.recipe.model
     check_model(section.model_name)
+    facts.files = True
     if section.trust_remote_code:
         logger.warning("model.trust_remote_code: Python code that comes with the model will be run")
     return f"{section.model_name} is {'a folder here' if os.path.isdir(section.model_name) else 'in the cache or on the hub'}"
+
+
+def _data_files(facts: Facts) -> str:
+    from gtpo.data import check_source
+    from gtpo.problems import check_held_out
+
+    check_source(facts.recipe.dataset)
+    check_held_out(facts.recipe)
+    section = facts.recipe.dataset
+    if section.path:
+        return f"{section.path} is here"
+    return f"{section.name} is {'a function' if section.kind == 'function' else 'in the cache or on the hub'}"
 
 
 def _hub_token(facts: Facts) -> str:
@@ -114,10 +128,8 @@ def _dataset(facts: Facts) -> str:
     import datasets
 
     from gtpo.arguments import batch_plan, steps
-    from gtpo.data import check_source
     from gtpo.problems import enough, measured_training
 
-    check_source(facts.recipe.dataset)
     datasets.disable_progress_bars()
     problems = measured_training(facts.recipe, facts.tokenizer)
     lengths, limit = problems["prompt_length"], facts.recipe.max_prompt_length
@@ -134,9 +146,8 @@ def _dataset(facts: Facts) -> str:
 
 
 def _held_out(facts: Facts) -> str:
-    from gtpo.problems import check_held_out, load_held_out
+    from gtpo.problems import load_held_out
 
-    check_held_out(facts.recipe)
     held_out = load_held_out(facts.recipe, facts.tokenizer)
     return "none: nothing is evaluated" if held_out is None else f"{len(held_out)} problems"
 
@@ -189,9 +200,10 @@ def _trackers(facts: Facts) -> str:
 
 STEPS: list[tuple[str, tuple[str, ...], Callable[[Facts], str | list[Finding]]]] = [  # name, facts it needs, check
     ("recipe", (), _recipe), ("run directory", ("recipe",), _run_directory), ("trackers", ("recipe",), _trackers),
-    ("model files", ("recipe",), _model_files), ("hub token", ("recipe",), _hub_token), ("backend", ("recipe",), _backend),
-    ("trainer", ("recipe", "backend"), _trainer), ("tokenizer", ("recipe", "backend"), _tokenizer),
+    ("model files", ("recipe",), _model_files), ("data files", ("recipe",), _data_files),
+    ("hub token", ("recipe",), _hub_token), ("backend", ("recipe",), _backend),
+    ("trainer", ("recipe", "backend"), _trainer), ("tokenizer", ("recipe", "files", "backend"), _tokenizer),
     ("dataset", ("recipe", "tokenizer"), _dataset), ("held-out", ("recipe", "tokenizer"), _held_out),
-    ("rewards", ("recipe", "problems"), _rewards), ("model", ("recipe", "backend"), _model),
+    ("rewards", ("recipe", "problems"), _rewards), ("model", ("recipe", "files", "backend"), _model),
     ("memory", ("recipe", "shape", "longest"), _memory), ("disk", ("recipe", "shape", "problems"), _disk),
 ]

@@ -3,6 +3,8 @@
 import datetime
 import json
 import re
+import warnings
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from ruamel.yaml.error import MarkedYAMLError
 LARGEST = 128 * 1024  # characters; the longest recipe of ours has 4,300
 MOST_VALUES = 20_000  # with each alias counted as what it stands for
 DEEPEST = 40  # levels
+MOST_OPEN = 200  # brackets at a time, those in texts included
 
 _reader = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-6 is a number, `no` is text, a repeated key is an error
 
@@ -40,8 +43,11 @@ def load(text: str) -> Any:
     """The values in `text`: numbers, texts, lists, mappings, true, false, null and nothing else; raises YamlError."""
     if len(text) > LARGEST:
         raise YamlError(f"it has more than {LARGEST // 1024} KiB; a recipe is a short text")
+    if max(accumulate((sign in "[{") - (sign in "]}") for sign in re.findall(r"[][{}]", text)), default=0) > MOST_OPEN:
+        raise YamlError("it is nested too deeply")  # which the reader would find out only after seconds
     try:
-        values = _reader.load(text)
+        with warnings.catch_warnings(action="ignore"):  # a repeated anchor, which is fine, and shown with its text
+            values = _reader.load(text)
     except RecursionError:
         raise YamlError("it is nested too deeply") from None
     except MarkedYAMLError as error:

@@ -47,7 +47,7 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"Ready: {len(lines) - 1} ok."
     assert [text[:19].split(maxsplit=1)[1].strip() for text in lines[:-1]] == [
-        "recipe", "run directory", "trackers", "model files", "hub token", "backend", "trainer", "tokenizer", "dataset", "held-out", "reward", "model",
+        "recipe", "run directory", "trackers", "model files", "data files", "hub token", "backend", "trainer", "tokenizer", "dataset", "held-out", "reward", "model",
         "memory", "disk"]
     assert all(text.startswith("ok    ") and text[6:19].strip() and text[19:21] == "  " and text[21] != " " for text in lines[:-1])
     text = "\n".join(lines)
@@ -67,7 +67,7 @@ def test_every_failure_is_told_at_once_and_what_needs_it_is_said_to_be_unchecked
                      "--training.optimizer", "adamw_8bit", "--model.target_modules", "nothing", "--evaluation.split", "nothing", code=2)
     verdicts = {name: [f["verdict"] for f in several] for name, several in found.items()}
     assert verdicts == {
-        "recipe": ["ok"], "run directory": ["fail"], "trackers": ["ok"], "model files": ["ok"], "hub token": ["ok"], "backend": ["ok"],
+        "recipe": ["ok"], "run directory": ["fail"], "trackers": ["ok"], "model files": ["ok"], "data files": ["fail"], "hub token": ["ok"], "backend": ["ok"],
         "trainer": ["fail"], "tokenizer": ["ok"], "dataset": verdicts["dataset"], "held-out": ["fail"], "reward": ["fail", "warn"], "model": ["fail"],
         "memory": ["warn"], "disk": ["warn"]}
     assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in found["trainer"][0]["sentence"]
@@ -93,6 +93,13 @@ def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys, 
     assert train_model.main(demo("--check=1")) == 2
     assert train_model.main([str(ROOT / "recipes/demo.yaml"), "--json"]) == 2
     assert "--json: goes with --check" in capsys.readouterr().err
+
+
+def test_without_the_model_what_needs_it_is_not_checked_and_the_rest_is(here, capsys):
+    found = findings(capsys, "--model-name", str(here), code=2)
+    assert [name for name, several in found.items() if several[-1]["verdict"] == "fail"] == ["model files"]
+    assert [name for name, several in found.items() if several[-1]["sentence"].startswith("not checked")] == [
+        "tokenizer", "dataset", "held-out", "rewards", "model", "memory", "disk"]
 
 
 def test_no_token_is_in_what_a_check_says(here, capsys):
