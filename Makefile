@@ -23,6 +23,7 @@ soak: $(VENV)/.cpu
 	$(VENV)/bin/python benchmarks/resume_proof.py
 	$(VENV)/bin/python benchmarks/soak.py --rounds 20
 	$(VENV)/bin/python benchmarks/fuzz.py
+	$(VENV)/bin/python benchmarks/soak_rewards.py
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

@@ -1,7 +1,7 @@
 """Train LoRA adapters with GTPO: `python train_model.py [config.yaml] [--section.key value ...]`.
 
 Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists every key. Exit code 2: the recipe or the
-machine cannot do it; 3: an alarm stopped the run, and all is saved; 130 and 143: Ctrl-C or SIGTERM did, and all is saved.
+machine cannot do it; 3: an alarm or a limit stopped the run, and all is saved; 130 and 143: Ctrl-C or SIGTERM did, likewise.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from gtpo.safe_text import without_secrets
 
 
 class RunStopped(Exception):
-    """An alarm stopped the run, as its recipe says; everything is saved."""
+    """An alarm or a limit stopped the run, as its recipe says; everything is saved."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,11 +129,17 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
 
     _override_constants(recipe, policy.tokenizer)
     arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
-    trainer = _make_trainer(trainer_class, policy, rewards, arguments, train_set)
     from gtpo.exact_resume import resume_exactly
     from gtpo.held_out import HeldOut
+    from gtpo.judges import Judges
+    from gtpo.nonfinite import skip_non_finite
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
+    judges = Judges(recipe.rewards, list(zip(recipe.trainer.reward_funcs, rewards)), seed=recipe.seed,
+                    file=run_dir / "reward_failures.jsonl")
+    trainer = _make_trainer(trainer_class, policy, judges.functions, arguments, train_set)
+    judges.attach(trainer)
+    non_finite = skip_non_finite(trainer, recipe.training.max_skipped_steps)
     alarm = watch(trainer, recipe, run_dir)
     trackers.let_training_go_on(trainer)
     model_card.describe_saves(policy.model, trainer, recipe, run_dir)
@@ -147,6 +153,8 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
         resume_exactly(trainer, start, recipe, interruption)
         with interruption.deferred():
             trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
+        if non_finite.poisoned:
+            raise RunStopped(non_finite.stopped_by)
         interruption.stop_here(f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume")
         if is_main:
             policy.save_adapter(run_dir)
@@ -159,8 +167,8 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
             with written_aside(run_dir / "trainer_state.json") as aside:  # last: it says that the run is finished
                 trainer.state.save_to_json(str(aside))
             print(f"Run directory: {run_dir}")
-        if alarm.stopped_by:
-            raise RunStopped(f"{alarm.stopped_by}; the run was stopped there, its adapter and a checkpoint are saved")
+        if stopped_by := judges.stopped_by or non_finite.stopped_by or alarm.stopped_by:
+            raise RunStopped(f"{stopped_by}; the run was stopped there, its adapter and a checkpoint are saved")
 
 
 def _seed_everything(recipe: Recipe) -> None:

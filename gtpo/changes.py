@@ -11,6 +11,7 @@ HARMLESS = (  # none of these reaches the policy
     "run_name", "output_root", "env.*", "watch.*", "alarm.*", "wandb.*", "evaluation.every", "evaluation.batch_size",
     "model.gpu_memory_utilization", "training.logging_*", "training.log_*", "training.save_s*", "training.save_total_limit",
     "training.report_to", "training.disable_tqdm", "training.num_completions_to_print", "training.push_to_hub", "training.hub_*",
+    "rewards.workers", "rewards.memory", "rewards.max_failures", "training.max_skipped_steps",
 )
 MORE = ("training.max_steps", "training.num_train_epochs")  # harmless where they grow
 

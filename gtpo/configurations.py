@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 from gtpo.run_record import RunRecord
 
 SEEDS = {"model.random_seed", "training.seed", "training.data_seed"}
-SAYS_NOTHING = ("run_name", "output_root", "env", "wandb", "watch", "alarm", "evaluation.batch_size", "training.report_to",
-                "training.logging_steps", "training.save_steps", "training.save_total_limit")  # of what is trained
+SAYS_NOTHING = (  # of what is trained
+    "run_name", "output_root", "env", "wandb", "watch", "alarm", "rewards", "evaluation.batch_size", "training.report_to",
+    "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.max_skipped_steps",
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ def whole_groups(rollout: dict[str, Tensor], rewards: Tensor, size: int, acceler
     """`completion_ids`, `completion_mask`, `prefix`, `suffix`, all (N, T), and `advantages` (N,), of all processes.
 
     N rows, `size` after each other per group (a group may be spread over processes); T is the longest completion of any
-    process. `rewards` (N,) says how large rounding may be; NaN where a completion is unjudged. Masked tool output
+    process. `rewards` (N,) tell rounding from a difference; NaN where a completion is unjudged. Masked tool output
     counts as no token.
     """
     mask = rollout["completion_mask"]
@@ -32,12 +32,14 @@ def whole_groups(rollout: dict[str, Tensor], rewards: Tensor, size: int, acceler
 
 
 def without_rounding(advantages: Tensor, rewards: Tensor) -> Tensor:
-    """`advantages` with 0 where |A_i| < 1e-6 max(1, max |R|) of its group, both (groups, G).
+    """`advantages` with 0 where the reward is the mean of its group, but for 1e-6 max(1, max |R|); both (groups, G).
 
-    A float32 group mean leaves rounding behind where all rewards are equal; it must not count as a sign.
+    A float32 group mean leaves rounding behind where all rewards are equal, which a division by a standard deviation then
+    magnifies; it must not count as a sign.
     """
     largest = rewards.nan_to_num(0.0).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
-    return torch.where(advantages.abs() < 1e-6 * largest, 0.0, advantages)
+    distance = (rewards - rewards.nanmean(dim=1, keepdim=True)).abs()
+    return torch.where(distance < 1e-6 * largest, 0.0, advantages)
 
 
 def conflict_fractions(groups: dict[str, Tensor], size: int) -> tuple[float, float]:

@@ -82,7 +82,6 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         self._micro_batch: Mapping[str, Tensor] = {}  # what the hook needs beside its arguments
         self.seen_by_loss: dict[str, Tensor] | None = None  # entropies, mask (B, W); completion_entropy, kept, real (B,)
         self._shape_tokens: Callable | None = None
-        self.add_callback(self.non_finite)
         self._say_what_surprises()
 
     # ---- lambda: decided where groups are whole, carried by TRL through its shuffle and split
@@ -126,8 +125,6 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = self._parent_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.model.training:
-            self.non_finite.saw(loss)
         self._log_entropies()
         return loss
 
@@ -180,7 +177,6 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
             metrics["gtpo/frac_filtered"].append(filtered / count)
         if self.initial_entropy is not None:
             metrics["gtpo/initial_entropy"].append(self.initial_entropy)
-        metrics["gtpo/skipped_steps"].append(float(self.non_finite.skipped))
 
     def _say_what_surprises(self) -> None:
         if PAD_ID != (pad_id := getattr(self.processing_class, "pad_token_id", None)):
@@ -194,15 +190,13 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            state = {"initial_entropy": self.initial_entropy, "skipped_steps": self.non_finite.skipped}
-            (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+            (folder / STATE_FILE).write_text(json.dumps({"initial_entropy": self.initial_entropy}), encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         path = checkpoint and Path(checkpoint, STATE_FILE)
         if path and path.exists():
-            state = json.loads(path.read_text(encoding="utf-8"))
-            self.initial_entropy, self.non_finite.skipped = state["initial_entropy"], state["skipped_steps"]
+            self.initial_entropy = json.loads(path.read_text(encoding="utf-8"))["initial_entropy"]
 
 
 def _shape_tokens(entropies, mask, advantages, judged, token_weights, keep, scale):

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from gtpo.kinds import EnvMap
+from gtpo.rewards_sections import RewardsSection
 from gtpo.safe_text import hide, is_secret
 from gtpo.sections import (
     DatasetSection,
@@ -57,6 +58,7 @@ class Recipe(Section):
     dataset: DatasetSection
     training: TrainingSection = TrainingSection()
     trainer: TrainerSection = TrainerSection()
+    rewards: RewardsSection = RewardsSection()
     gtpo_runtime: RuntimeSection = RuntimeSection()
     evaluation: EvaluationSection = EvaluationSection()
     watch: WatchSection = WatchSection()

@@ -115,6 +115,8 @@ class DocumentedTraining(Section):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(0.1, ge=0)
     """Gradients are clipped to this norm; 0 for no clipping."""
+    max_skipped_steps: int | None = Field(20, ge=0)
+    """Steps in a row that may be skipped because loss or gradients are not finite; then the run stops, saved. null for no limit."""
     num_generations: Generations = 8
     """Completions per prompt, the group size G."""
     per_device_train_batch_size: int = Field(1, ge=1)
@@ -137,7 +139,6 @@ class DocumentedTraining(Section):
     """How token losses are averaged; grpo is the paper's 1/G and 1/|o_i| (TRL's own default is dapo)."""
     scale_rewards: Literal["none", "group", "batch"] | bool = "none"
     """Division of advantages by a standard deviation; the paper divides by none (TRL's own default is group)."""
-
 
     @model_validator(mode="after")
     def counts_are_counts(self):

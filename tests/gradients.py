@@ -59,7 +59,7 @@ def make_trainer(class_path: str, folder: str, *, pad: str = "~", peaked: float 
     })
     prompts = ["a", "bcd", "ab ab ab", "hg", "fedcba", "c" * 11, "abcabcabcabca", "e"]
     trainer = trainer_class(
-        model=model, args=arguments, processing_class=tokenizer, reward_funcs=[reward],
+        model=model, args=arguments, processing_class=tokenizer, reward_funcs=reward if isinstance(reward, list) else [reward],
         train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
     )
     # In float32 on a CPU; Unsloth would otherwise autocast to float16 once it has computed old log-probs.
@@ -205,6 +205,34 @@ def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: floa
     }
 
 
+def judged(folder: str) -> dict:
+    """A step with rewards some of which cannot be had, one with none at all, and one with gradients that are not finite."""
+    from pathlib import Path
+
+    import hostile_rewards
+
+    from gtpo.judges import Judges
+    from gtpo.nonfinite import skip_non_finite
+    from gtpo.rewards_sections import RewardsSection
+
+    figures = {}
+    for class_path in ("gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"):
+        judges = Judges(RewardsSection(max_failures=1), [("hostile_rewards.failing_step_by_step", hostile_rewards.failing_step_by_step)], seed=1,
+                        file=Path(folder, "failures.jsonl"))
+        trainer = make_trainer(class_path, folder, reward=judges.functions, max_steps=3)
+        judges.attach(trainer)
+        skipping, seen = skip_non_finite(trainer, None), watch(trainer)
+        weight = next(p for p in trainer.model.parameters() if p.requires_grad)
+        weight.register_hook(lambda gradient, trainer=trainer: gradient * (1.0 if trainer.state.global_step < 2 else float("nan")))
+        trainer.train()
+        figures[class_path] = {
+            "unjudged": [logs["reward/cannot_judge"] for logs in seen["logs"][:3]], "skipped": skipping.skipped,
+            "advantages": [int((rollout["advantages"] != 0).sum()) for rollout in seen["rollouts"][:3]],
+            "largest": [max(g.abs().max().item() for g in step.values()) for step in seen["gradients"][:2]],
+            "finite": all(p.isfinite().all().item() for p in trainer.model.parameters())}
+    return figures
+
+
 if __name__ == "__main__":
     patch_unsloth()
     import inspect
@@ -221,7 +249,7 @@ if __name__ == "__main__":
     folder = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd()))
     resumed = resumes.where_resumed_runs_differ("gtpo.gtpo_training.UnslothGTPOTrainer", folder, steps=[1])
     print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd()), "resumed": resumed,
-        "recorded": [{name: run[name] for name in ("lines", "entropy_error")} for run in recorded],
+        "judged": judged(os.getcwd()), "recorded": [{name: run[name] for name in ("lines", "entropy_error")} for run in recorded],
         "compile_options": {name: generated[name] for name in ("shape_padding", "trace.enabled", "max_autotune")},
         "from_pretrained": list(inspect.signature(FastLanguageModel.from_pretrained).parameters),
         "get_peft_model": list(inspect.signature(FastLanguageModel.get_peft_model).parameters)}))

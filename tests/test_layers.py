@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside functions
-    "trl_options": set(), "kinds": set(), "sections": {"kinds", "trl_options"}, "recipe": {"kinds", "safe_text", "sections", "trl_options", "watch_sections"}, "schema": {"recipe", "sections", "trl_options"},
+    "trl_options": set(), "kinds": set(), "sections": {"kinds", "trl_options"}, "recipe": {"kinds", "rewards_sections", "safe_text", "sections", "trl_options", "watch_sections"}, "schema": {"recipe", "sections", "trl_options"},
     "mistakes": {"recipe", "schema", "sections"}, "dotted_paths": set(),
     "yaml_text": set(), "safe_text": set(), "environment": set(), "console": {"safe_text"},
     "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections", "yaml_text"},
@@ -15,7 +15,9 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
     "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections", "whole_files"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
     "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder", "safe_text"}, "alarm": set(),
-    "watch_sections": {"sections"}, "recorder": {"groups", "shaping", "token_texts"}, "token_texts": set(),
+    "watch_sections": {"sections"}, "rewards_sections": {"sections"},
+    "judge_call": set(), "judge_process": {"judge_call"}, "verdicts": set(), "failures": {"safe_text", "verdicts"},
+    "judges": {"failures", "judge_call", "judge_process", "recipe", "rewards_sections", "verdicts"}, "recorder": {"groups", "shaping", "token_texts"}, "token_texts": set(),
     "runs": {"cli", "recipe", "rewinding", "safe_text", "starts", "trackers", "whole_files"}, "plan": {"arguments", "cli", "data", "recipe"}, "problems": {"arguments", "cli", "data", "recipe"},
     "saved": {"adapters", "arguments", "backends", "base_model", "chat_tokenizer", "cli", "recipe", "sections"},
     "estimators": {"answers"}, "scores": {"estimators", "evaluation_file", "recipe"}, "evaluation_file": {"recipe", "whole_files"}, "generation": set(),
@@ -44,6 +46,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
 LIGHT = {"imported", "findings", "memory", "room", "reward_trial", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
+         "rewards_sections", "judge_call", "judge_process", "verdicts", "failures",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",
          "whole_files", "interruption", "checkpoints", "changes", "starts", "rewinding", "trackers", "troubles", "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}
 

@@ -45,3 +45,12 @@ def test_both_processes_completions_are_in_one_file_in_the_order_of_their_groups
     halves = [found["recorded"]["ids"] for found in figures]  # each process has half of each rollout
     assert [line["ids"] for line in lines] == halves[0][:8] + halves[1][:8] + halves[0][8:] + halves[1][8:]
     assert figures[0]["recorded"]["entropy_error"] < 6e-4
+
+
+def test_a_function_that_fails_in_one_process_stops_both_after_the_same_step(figures):
+    first, second = (found["judged"] for found in figures)
+    assert first["steps"] == second["steps"] == 4 and first["failures"] == second["failures"] == 11
+    assert first["judged"] == [[True] * 4] * 4 and second["judged"] == [[True] * 4] + [[False] * 4] * 3
+    assert first["stopped_by"] == second["stopped_by"] and first["stopped_by"].startswith("Step 4: reward functions failed on 11 of the last")
+    assert [logs["reward/cannot_judge"] for logs in first["logs"]] == [0, 4, 8, 11]  # the fourth was not asked any more
+    assert first["logs"][0]["judged/here"] == 4 and first["logs"][1]["judged/here"] is None  # one process had none to log

@@ -87,7 +87,7 @@ def test_the_reference_names_every_key_and_no_other():
     reference = README.split("## Recipe reference")[1].split("\n- ")[0]
     named = set(re.findall(r"`(\w+)`", reference))
     keys = {path[-1] for path, info, section in leaves() if section != "training" or info.default is not None or path[-1] == "max_prompt_length"}
-    sections = {"env", "model", "dataset", "training", "trainer", "gtpo_runtime", "evaluation", "watch", "alarm", "wandb"}
+    sections = {"env", "model", "dataset", "training", "trainer", "rewards", "gtpo_runtime", "evaluation", "watch", "alarm", "wandb"}
     assert keys - named == set()
     assert named - keys - sections == {"HF_TOKEN"}
 

@@ -91,10 +91,50 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(here):
 
 
 def test_a_run_that_fails_leaves_its_traceback_in_the_log(here):
-    (here / "failing_reward.py").write_text("def pay(completions, **kwargs):\n    raise KeyError('judge is away')\n")
+    (here / "failing_trainer.py").write_text(
+        "import trl\n\nclass Failing(trl.GRPOTrainer):\n    def compute_loss(self, *args, **kwargs):\n        raise KeyError('no loss')\n")
     with pytest.raises(KeyError):
-        train_model.main(demo_flags("--trainer.reward_funcs", "failing_reward.pay"))
-    assert "judge is away" in (run_dir(here) / "train.log").read_text()
+        train_model.main(demo_flags("--trainer.class_path", "failing_trainer.Failing"))
+    assert "no loss" in (run_dir(here) / "train.log").read_text()
+
+
+def test_a_reward_function_that_fails_on_everything_is_told_at_the_first_step(here, capsys):
+    (here / "failing_reward.py").write_text("def pay(completions, **kwargs):\n    raise KeyError('judge is away')\n")
+    assert train_model.main(demo_flags("--trainer.reward_funcs", "failing_reward.pay")) == 2
+    assert ("error: trainer.reward_funcs: 'failing_reward.pay' failed on every completion of the first rollout, it raised KeyError: "
+            "'judge is away'; the tracebacks are in runs/demo_adam1") in capsys.readouterr().err
+    lines = [json.loads(line) for line in (run_dir(here) / "reward_failures.jsonl").read_text().splitlines()]
+    assert "judge is away" in lines[-1]["traceback"] and lines[-1]["answer"].startswith("<reasoning>")
+
+
+@pytest.mark.parametrize("class_path", ["gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"])
+def test_a_run_whose_rewards_fail_too_often_stops_saved_with_an_exit_code_of_its_own(here, capsys, class_path):
+    flags = demo_flags("--trainer.class_path", class_path, "--trainer.reward_funcs", "hostile_rewards.failing_later", "--training.max_steps",
+                       "50", "--training.per_device_train_batch_size", "32", "--training.save_steps", "50")
+    assert train_model.main(flags) == 3
+    folder = run_dir(here)
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith("stopped: Step 2: reward functions failed on 21 of the last 64 completions, ")
+    assert said.err.rstrip().endswith("; the run was stopped there, its adapter and a checkpoint are saved")
+    assert f"Run directory: {folder.relative_to(here)}" in said.out
+    assert (folder / "adapter_model.safetensors").is_file() and (folder / "checkpoint-2/optimizer.pt").is_file()
+    assert [row["reward/cannot_judge"] for row in history(folder) if "reward" in row] == [0, 21]
+    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert [line["reward"] is None for line in lines] == [False] * 32 + [True] * 32
+
+
+def test_a_resumed_run_counts_failures_as_if_it_had_never_stopped(here):
+    flags = ["--trainer.reward_funcs", "hostile_rewards.failing_on_some_texts", "--rewards.max_failures", "1", "--training.max_steps", "4"]
+    logged, failures = {}, {}
+    for name, resumed in (("straight", False), ("resumed", True)):
+        assert train_model.main(demo_flags("--run-name", name, *flags)) == 0
+        folder = run_dir(here, name)
+        if resumed:
+            assert train_model.main(demo_flags("--run-name", name, *flags, "--resume", str(folder / "checkpoint-2"))) == 0
+        logged[name] = [row["reward/cannot_judge"] for row in history(folder) if "reward" in row]
+        failures[name] = [json.loads(line)["step"] for line in (folder / "reward_failures.jsonl").read_text().splitlines()]
+    assert logged["straight"] == logged["resumed"] and 0 < logged["straight"][1] < logged["straight"][3]
+    assert failures["straight"] == failures["resumed"] and len(set(failures["straight"])) > 2
 
 
 def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):

@@ -149,49 +149,6 @@ def test_trls_own_evaluation_shapes_its_groups_and_touches_no_training_state(tmp
     assert trainer.initial_entropy == measured and not trainer.non_finite._finite_losses
 
 
-def test_a_non_finite_loss_skips_the_step_counts_it_and_says_so(tmp_path, caplog):
-    trainer = gradients.make_trainer(CLASS, str(tmp_path), max_steps=3, optim="adamw_torch", weight_decay=0.1)
-    seen = gradients.watch(trainer)
-    parent, poisoned = trainer._parent_loss, []
-
-    def sometimes_nan(model, inputs, *args, **kwargs):
-        loss = parent(model, inputs, *args, **kwargs)
-        if trainer.state.global_step == 1 and torch.is_grad_enabled() and not poisoned:
-            poisoned.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
-            return loss * float("nan")
-        return loss
-
-    trainer._parent_loss = sometimes_nan
-    after = []
-
-    class WeightsAfterEachStep(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            after.append({n: p.detach().clone() for n, p in trainer.model.named_parameters()})
-
-    trainer.add_callback(WeightsAfterEachStep())
-    with caplog.at_level(logging.WARNING):
-        trainer.train()
-    assert all(torch.equal(after[1][n], poisoned[0][n]) for n in poisoned[0])  # no update, no decay
-    assert any(not torch.equal(after[2][n], after[1][n]) for n in after[1])  # and training goes on
-    assert [logs["gtpo/skipped_steps"] for logs in seen["logs"][:3]] == [0, 0, 1]
-    assert trainer.non_finite.skipped == 1 and "Step 2 skipped" in caplog.text
-
-
-def test_a_non_finite_loss_with_finite_gradients_skips_the_step_too(tmp_path):
-    trainer = gradients.make_trainer(CLASS, str(tmp_path), optim="adamw_torch")
-    parent = trainer._parent_loss
-
-    def infinite(model, inputs, *args, **kwargs):
-        loss = parent(model, inputs, *args, **kwargs)
-        return loss + torch.inf if torch.is_grad_enabled() else loss  # the constant has no gradient
-
-    trainer._parent_loss = infinite
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    trainer.train()
-    assert trainer.non_finite.skipped == 1
-    assert all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
-
-
 def test_tool_output_inside_a_completion_neither_votes_nor_ends_a_run():
     class OneProcess:
         gather = staticmethod(lambda tensor: tensor)
@@ -210,7 +167,7 @@ def test_every_checkpoint_keeps_the_initial_entropy_and_a_resumed_run_does_not_m
     trainer = gradients.make_trainer(CLASS, str(tmp_path), **options)
     trainer.train()
     state = json.loads((tmp_path / "checkpoint-1" / gtpo_training.STATE_FILE).read_text())
-    assert state == {"initial_entropy": trainer.initial_entropy, "skipped_steps": 0}
+    assert state == {"initial_entropy": trainer.initial_entropy}
     resumed = gradients.make_trainer(CLASS, str(tmp_path), **options)
     resumed._measure_initial_entropy = lambda rollout: pytest.fail("measured again")
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

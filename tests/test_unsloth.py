@@ -56,6 +56,15 @@ def test_without_lambda_gate_and_penalty_a_step_is_grpos(figures):
     assert figures["distance_from_grpo"] < 1e-6
 
 
+def test_rewards_that_fail_and_gradients_that_are_not_finite_leave_finite_weights(figures):
+    for class_path, found in figures["judged"].items():
+        first, second, third = found["unjudged"]
+        assert 0 < first < 8 and second == third == first + 16
+        partly, none, all_ = found["advantages"]
+        assert none == 0 < partly < all_ == 16
+        assert found["largest"][0] > 0 == found["largest"][1] and found["skipped"] == 1 and found["finite"], class_path
+
+
 def test_completions_are_recorded_with_the_entropies_of_their_own_tokens(figures):
     """Unsloth's loss has other columns than the completion, and leaves padding ids out, an end token among them."""
     for run, end_is_padding in zip(figures["recorded"], (False, True)):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
@@ -31,7 +32,7 @@ def weights_over_processes(accelerator: Accelerator) -> dict:
     mine = {name: tensor[accelerator.process_index * half :][:half] for name, tensor in everything.items()}
     width = int(mine["completion_mask"].sum(1).max())  # TRL pads each process's completions to their own longest
     mine = {name: tensor[:, :width] if tensor.ndim == 2 else tensor for name, tensor in mine.items()}
-    groups = whole_groups(mine, torch.ones(12), 4, accelerator)
+    groups = whole_groups(mine, everything["advantages"], 4, accelerator)
     found = groups["prefix"] | groups["suffix"]
     expected = torch.cat([shaping.conflict_tokens(*(everything[name][i : i + 4] for name in (
         "completion_ids", "completion_mask", "advantages"))) for i in (0, 4, 8)])
@@ -69,9 +70,28 @@ def training_over_processes(folder: str) -> dict:
             "one_sided_here": len(set(rollout["advantages"].sign().tolist())) == 1}
 
 
+def judged_over_processes(folder: str) -> dict:
+    """A function that fails on everything the second process has, and logs a metric where it does not."""
+    import hostile_rewards
+
+    from gtpo.judges import Judges
+    from gtpo.rewards_sections import RewardsSection
+
+    judges = Judges(RewardsSection(max_failures=0.1), [("hostile_rewards.failing_on_the_second", hostile_rewards.failing_on_the_second)],
+                    seed=1, file=Path(folder, "failures.jsonl"))
+    trainer = gradients.make_trainer(
+        "gtpo.gtpo_training.UnslothGTPOTrainer", folder, reward=judges.functions, num_generations=8, per_device_train_batch_size=4,
+        gradient_accumulation_steps=1, max_steps=9)
+    judges.attach(trainer)
+    seen = gradients.watch(trainer)
+    trainer.train()
+    return {"steps": trainer.state.global_step, "stopped_by": judges.stopped_by, "failures": judges.failures.total,
+            "judged": [rollout["judged"].tolist() for rollout in seen["rollouts"]], "logs": seen["logs"][:-1]}
+
+
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    figures = {"shaping": weights_over_processes(accelerator), "training": training_over_processes(os.getcwd()),
+    figures = {"judged": judged_over_processes(os.getcwd()), "shaping": weights_over_processes(accelerator), "training": training_over_processes(os.getcwd()),
                "recorded": recorded_over_processes(os.getcwd())}
     with open(f"figures-{accelerator.process_index}.json", "w") as file:
         json.dump(figures, file)
