@@ -93,8 +93,9 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
     recipe = continued(recipe)
     start = find_start(recipe, request or Request(), _processes())
     if start.finished is not None:
-        print(f"Run directory: {start.run_dir}\nThis run is finished, after {start.finished} steps. To train on, raise training.max_steps "
-              "or training.num_train_epochs.")
+        logging.getLogger("gtpo").info("[GTPO] This run is finished, after %d steps; to train on, raise training.max_steps or "
+                                       "training.num_train_epochs", start.finished)
+        print(f"Run directory: {start.run_dir}")
     else:
         with one_tracker_run(recipe, start), explained(recipe, start.run_dir):
             _train(recipe, start, early_log, interruption or Interruption())

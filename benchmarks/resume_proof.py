@@ -48,21 +48,21 @@ def flags(folder: Path, steps: int, case: list[str]) -> list[str]:
     ]
 
 
-def interrupt_at(step: int, case: str = "") -> None:
+def interrupt_at(step: int, case: str = "", total: int = 0) -> None:
     """Lets a SIGTERM arrive within that step of the run that is about to begin in this process."""
     from transformers import TrainerCallback
 
     from gtpo import exact_resume, held_out
 
     if case == "within_evaluation":
-        evaluate = held_out.HeldOut.evaluate
+        evaluate, where = held_out.HeldOut.evaluate, {0: "before", total: "after"}.get(step, f"step-{step}")
 
         def evaluate_and_interrupt(self, name):
             drawn = held_out.with_model
 
             def with_model(*args):
                 draw = drawn(*args)
-                return lambda *prompts: (name == f"step-{step}" and os.kill(os.getpid(), signal.SIGTERM), draw(*prompts))[1]
+                return lambda *prompts: (name == where and os.kill(os.getpid(), signal.SIGTERM), draw(*prompts))[1]
 
             held_out.with_model = with_model
             return evaluate(self, name)
@@ -139,10 +139,10 @@ def prove(name: str, steps: int, at: list[int] | None, scratch: Path) -> tuple[i
         raise SystemExit(f"{name}: the straight run ended with {code}: {(scratch / 'straight.txt').read_text()[-3000:]}")
     expected = outcome(scratch / "straight")
     total = expected["state"]["global_step"]
-    interrupted = at or range(1, total + (name != "within_evaluation"))  # there is none after the last step
+    interrupted = at or range(name != "within_evaluation", total + 1)  # an evaluation comes before the first step, too
     for k in interrupted:
         argv, said = flags(scratch / f"at{k}", steps, case), scratch / f"at{k}.txt"
-        codes = workers.run(argv, said, lambda k=k: interrupt_at(k, name)), workers.run([*argv, "--resume"], said)
+        codes = workers.run(argv, said, lambda k=k: interrupt_at(k, name, total)), workers.run([*argv, "--resume"], said)
         if codes != (143, 0):
             problems.append(f"{name}, step {k}: exit codes {codes}: {said.read_text()[-3000:]}")
             continue

@@ -153,6 +153,8 @@ class ExactResume(TrainerCallback):
         optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
         ours = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         rates = list(getattr(scheduler, "base_lrs", []))
+        if self.trainer.args.device.type == "cpu":  # transformers loads onto it, and torch knows no place called cpu:0
+            vars(self.trainer.args)["_setup_devices"] = torch.device("cpu")
         load(checkpoint)
         if self.changed and hasattr(scheduler, "lr_lambdas"):
             scheduler.base_lrs = rates

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from gtpo import adapters, base_model, fidelity, model_card
 from gtpo.recipe import RecipeError
 from gtpo.saved import Saved, check_vocabulary
+from gtpo.whole_files import flush, flush_entries
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,9 @@ def _beside(out: Path):
         yield folder
         check_free(out)  # somebody may have been faster
         folder.chmod(0o755)
+        flush(folder)
         folder.rename(out)
+        flush_entries(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -3,8 +3,6 @@
 import base64
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from gtpo import conflict_view, curves, summary
@@ -12,6 +10,7 @@ from gtpo.configurations import Configuration, configurations, differences, wind
 from gtpo.recipe import RecipeError
 from gtpo.run_record import RunRecord, read_run
 from gtpo.scores import Score
+from gtpo.whole_files import written_aside
 
 MAKER = "GTPO report_run.py"  # in every file we write; a file without it is not ours to replace
 TEMPLATES = Path(__file__).parent / "templates"
@@ -28,11 +27,9 @@ def write_report(run_dirs: list[Path], page: Path, picture: Path, *, steps: list
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         picture.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=page.parent, prefix=".report") as aside:
-            curves.write_png(Path(aside, "curves.png"), configurations(runs), MAKER)
-            Path(aside, "report.html").write_bytes(html)
-            os.replace(Path(aside, "curves.png"), picture)
-            os.replace(Path(aside, "report.html"), page)
+        with written_aside(page) as html_aside, written_aside(picture) as picture_aside:
+            curves.write_png(picture_aside, configurations(runs), MAKER)
+            html_aside.write_bytes(html)
     except OSError as error:
         raise RecipeError(f"{page.parent}: cannot be written to ({error.strerror}); choose another place with --out") from None
 

@@ -13,7 +13,7 @@ ASIDE = ".partial-"  # in front of a name, so that its suffix still tells the fo
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
     """A path to write a file or a folder at; at the end it takes the place of `path`, and vanishes if that fails."""
-    aside = path.with_name(ASIDE + path.name)
+    aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
     remove(aside)
     try:
         yield aside

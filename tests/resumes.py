@@ -15,7 +15,7 @@ def train(class_path: str, folder: Path, *, checkpoint=None, changed: bool = Fal
 
     from benchmarks.resume_proof import _drop_times
 
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{**OPTIONS, **options})
     completions = folder / "completions.jsonl"
     if checkpoint:
@@ -24,7 +24,7 @@ def train(class_path: str, folder: Path, *, checkpoint=None, changed: bool = Fal
     Recorder(trainer, completions)
     if callback:
         trainer.add_callback(callback)
-    ExactResume(trainer, folder, {"recipe": {}, "processes": 1}, checkpoint=checkpoint, changed=changed)
+    ExactResume(trainer, folder, {"recipe": {}, "processes": trainer.accelerator.num_processes}, checkpoint=checkpoint, changed=changed)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
     return {
         "weights": {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad},
@@ -33,10 +33,10 @@ def train(class_path: str, folder: Path, *, checkpoint=None, changed: bool = Fal
     }
 
 
-def where_resumed_runs_differ(class_path: str, folder: Path, steps=(1, 2, 3)) -> list[str]:
+def where_resumed_runs_differ(class_path: str, folder: Path, steps=(1, 2, 3), **options) -> list[str]:
     from benchmarks.resume_proof import differences
     from gtpo import checkpoints
 
-    straight = train(class_path, folder / "straight")
+    straight = train(class_path, folder / "straight", **options)
     return [f"{step}{place}" for step in steps for place in differences(straight, train(
-        class_path, folder / str(step), checkpoint=checkpoints.read(folder / f"straight/checkpoint-{step}")))]
+        class_path, folder / str(step), checkpoint=checkpoints.read(folder / f"straight/checkpoint-{step}"), **options))]

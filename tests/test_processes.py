@@ -54,3 +54,7 @@ def test_a_function_that_fails_in_one_process_stops_both_after_the_same_step(fig
     assert first["stopped_by"] == second["stopped_by"] and first["stopped_by"].startswith("Step 4: reward functions failed on 11 of the last")
     assert [logs["reward/cannot_judge"] for logs in first["logs"]] == [0, 4, 8, 11]  # the fourth was not asked any more
     assert first["logs"][0]["judged/here"] == 4 and first["logs"][1]["judged/here"] is None  # one process had none to log
+
+
+def test_a_resumed_run_is_the_run_it_would_have_been_on_both(figures):
+    assert [found["resumed"] for found in figures] == [[], []]

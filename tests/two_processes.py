@@ -10,6 +10,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 
 import gradients  # noqa: E402
 import recordings  # noqa: E402
+import resumes  # noqa: E402
 import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
@@ -91,8 +92,10 @@ def judged_over_processes(folder: str) -> dict:
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
-    figures = {"judged": judged_over_processes(os.getcwd()), "shaping": weights_over_processes(accelerator), "training": training_over_processes(os.getcwd()),
-               "recorded": recorded_over_processes(os.getcwd())}
+    figures = {"judged": judged_over_processes(os.getcwd()), "shaping": weights_over_processes(accelerator),
+               "training": training_over_processes(os.getcwd()), "recorded": recorded_over_processes(os.getcwd()),
+               "resumed": resumes.where_resumed_runs_differ("gtpo.gtpo_training.UnslothGTPOTrainer", Path("resumed"), steps=[1],
+                                                           per_device_train_batch_size=4)}
     with open(f"figures-{accelerator.process_index}.json", "w") as file:
         json.dump(figures, file)
     torch.distributed.destroy_process_group()
