@@ -101,10 +101,10 @@ class Soak:
     def sigterm(self, rounds: int) -> Found:
         """SIGTERM or Ctrl-C at random moments: a checkpoint of the step under way, and a documented exit code."""
         found = Found(rounds)
-        for i in range(rounds):
-            varied, signum = i % len(VARIED), (signal.SIGTERM, signal.SIGINT)[i % 2]
+        while found.faults < rounds:
+            varied, signum = found.faults % len(VARIED), (signal.SIGTERM, signal.SIGINT)[found.faults % 2]
             argv, folder, said = self.new(varied)
-            for _ in range(3):
+            for _ in range(3):  # within one run, if it does not end before
                 began = said.read_text().count("Backend") if said.is_file() else 0
                 worker = workers.Worker([*argv, "--resume"], said)
                 wait_for(lambda: worker.said.count("Backend") > began, worker)

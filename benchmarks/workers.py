@@ -15,6 +15,8 @@ sys.path[:0] = [str(ROOT)]
 
 def prepare() -> None:
     """Import what a run imports, once; one thread each, so that forks stay safe and sums keep their order."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:  # also where another process's wandb listens
+        del os.environ[name]
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
     import torch
 

@@ -5,6 +5,7 @@ trl 1.13.0 leave out is kept here: TRL's step counter, the rollout under way, me
 behind the order of later epochs, and what our callbacks remember (those with a `resume_state`).
 """
 
+import contextlib
 import functools
 import logging
 from collections import deque
@@ -58,10 +59,14 @@ class ExactResume(TrainerCallback):
         trainer._get_output_dir = lambda trial=None: str(aside)
         try:
             save(model, trial)
+            torch.save(self._state(), written / self._state_file())
+            self._on_main(lambda: self._publish(written, step))
+        except BaseException:  # on a full disk, what there is of it is in the way
+            with contextlib.suppress(OSError):
+                remove(aside)
+            raise
         finally:
             del trainer._get_output_dir
-        torch.save(self._state(), written / self._state_file())
-        self._on_main(lambda: self._publish(written, step))
 
     def _publish(self, written: Path, step: int) -> None:
         state = self.trainer.state

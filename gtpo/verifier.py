@@ -91,7 +91,8 @@ def _serve():
     import signal
     from dataclasses import replace
 
-    signal.signal(signal.SIGTERM, lambda *_: None)  # sent to all of a job, whose run has a step to finish: no verdict may be lost
+    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to all of a job, whose run has a step to finish: no verdict may be lost
+        signal.signal(signum, lambda *_: None)
     posix = os.name == "posix"  # elsewhere only WALL_SECONDS limits
     if posix:
         import resource

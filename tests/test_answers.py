@@ -335,6 +335,16 @@ def test_a_child_that_was_killed_from_outside_is_replaced():
     assert same_answer("a+b+2", "2+b+a")
 
 
+def test_a_signal_to_all_of_a_job_does_not_end_the_child_before_the_run():
+    import signal
+
+    assert same_answer("s+1", "1+s")
+    child = verifier._child
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        child.send_signal(signum)
+    assert same_answer("s+2", "2+s") and verifier._child is child
+
+
 def test_after_an_interrupt_no_reply_is_taken_for_that_to_the_next_question():
     class Interrupted:
         def __init__(self, child):

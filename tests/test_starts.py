@@ -315,3 +315,20 @@ def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_an
     assert seen[0][0] == seen[1][0] != seen[2][0] and all(resume == "allow" for _, resume, _ in seen)
     assert [folder and Path(folder).name for *_, folder in seen] == [None, "first", None]
     assert "WANDB_RUN_ID" not in os.environ  # a next run in this process is another one
+
+
+# ---- the command line
+
+
+def test_resume_takes_a_path_or_none_and_the_recipe_of_the_run_it_names(recipe):
+    assert cli.parse(["r.yaml", "--resume"]).resume == "" and cli.parse(["r.yaml"]).resume is None
+    assert cli.parse(["--resume", "r.yaml"]).recipe_file == "r.yaml"
+    assert cli.parse(["--resume", "a/checkpoint-2", "r.yaml", "--training.max_steps", "3"]).resume == "a/checkpoint-2"
+    assert cli.parse(["--resume=a"]).resume == "a"
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 2, recipe())
+    for path in (run_dir, run_dir / "checkpoint-2"):
+        command = cli.parse(["--resume", str(path), "--force-resume"])
+        assert command.recipe_file == str(run_dir / "recipe.yaml") and cli.make_recipe(command) == recipe()
+    with pytest.raises(RecipeError, match="--force-resume: there is nothing to force without --resume"):
+        cli.read_recipe(["r.yaml", "--force-resume"])

@@ -227,6 +227,44 @@ def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypat
     assert {"train/gtpo/completion_entropy", "train/reward/total_avg", "train/reward"} <= logged
 
 
+def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypatch):
+    import signal
+
+    import trl
+    import wandb
+
+    wandb.teardown()  # it keeps the environment of the process's first run
+    judge, rollouts = trl.GRPOTrainer._calculate_rewards, []
+
+    def judge_and_interrupt(self, *args):
+        rollouts.append(args)
+        if len(rollouts) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return judge(self, *args)
+
+    monkeypatch.setattr(trl.GRPOTrainer, "_calculate_rewards", judge_and_interrupt)
+    flags = demo_flags("--training.report_to", "wandb", "--training.max_steps", "4", "--training.save_steps", "100")
+    assert train_model.main(flags) == 143
+    folder = run_dir(here)
+    assert f"interrupted: checkpoint-2 is saved in {folder.relative_to(here)}; go on with --resume" in capsys.readouterr().err
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"] and not (folder / "trainer_state.json").exists()
+    (first,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    sessions = [wandb_records(first)]  # written to its end
+    assert train_model.main([*flags, "--resume"]) == 0
+    assert "goes on after step 2 of 4" in (folder / "train.log").read_text()
+    (second,) = [file for file in folder.glob("wandb/offline-run-*/run-*.wandb") if file != first]
+    sessions.append(wandb_records(second))
+    lines = [[{"/".join(item.nested_key) or item.key: item.value_json for item in r.history.item} for r in records if r.HasField("history")]
+             for records in sessions]
+    assert [[line["train/global_step"] for line in session if "train/reward" in line] for session in lines] == [["1", "2"], ["3", "4"]]
+    (one,), (other,) = [{r.run.run_id for r in records if r.HasField("run")} for records in sessions]
+    assert one == other == json.loads((folder / "trackers.json").read_text())["wandb"]
+    assert [row["step"] for row in history(folder) if "reward" in row] == [1, 2, 3, 4]
+    capsys.readouterr()
+    assert train_model.main([*flags, "--resume"]) == 0
+    assert "This run is finished, after 4 steps; to train on, raise training.max_steps" in capsys.readouterr().err
+
+
 def wandb_records(file) -> list:
     """The records of an offline run, once its last one is on disk: wandb's own process writes it."""
     import wandb
