@@ -119,7 +119,7 @@ def cost(runs: dict) -> str:
     every = [run for variants in runs.values() for seeds in variants.values() for run in seeds.values()]
     hours = sum(run["cpu_seconds"] for run in every) / 3600
     one = every[0]["versions"]
-    commits = ", ".join(sorted({run["versions"]["commit"][:10] for run in every}))
+    commits = ", ".join(sorted({re.sub("(?<=^.{10})[0-9a-f]+", "", run["versions"]["commit"]) for run in every}))
     return (f"{len(every)} runs, {hours:.1f} CPU hours in all (training and evaluation, one thread each). torch {one['torch']}, transformers "
             f"{one['transformers']}, trl {one['trl']}, peft {one['peft']}, Python {one['python']}; commits {commits}.")
 
