@@ -18,7 +18,7 @@ def train(class_path: str, folder: Path, *, checkpoint=None, changed: bool = Fal
     folder.mkdir(parents=True, exist_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{**OPTIONS, **options})
     completions = folder / "completions.jsonl"
-    if checkpoint:
+    if checkpoint and trainer.accelerator.is_main_process:  # as in a run, one process writes the file
         earlier = checkpoint.folder.parent / completions.name
         completions.write_bytes(earlier.read_bytes()[: checkpoint.told["completions"]])
     Recorder(trainer, completions)
@@ -26,6 +26,7 @@ def train(class_path: str, folder: Path, *, checkpoint=None, changed: bool = Fal
         trainer.add_callback(callback)
     ExactResume(trainer, folder, {"recipe": {}, "processes": trainer.accelerator.num_processes}, checkpoint=checkpoint, changed=changed)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
+    trainer.accelerator.wait_for_everyone()  # before another process reads what that one wrote
     return {
         "weights": {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad},
         "optimizer": trainer.optimizer.state_dict(), "completions": completions.read_bytes(),
