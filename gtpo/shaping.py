@@ -94,9 +94,10 @@ def _leading_run(ids: Tensor, mask: Tensor, advantages: Tensor) -> Tensor:
     # A token id of its own for each row's masked columns: they match nothing.
     nobody = -1 - torch.arange(len(ids), device=ids.device).unsqueeze(1)
     packed = torch.where(real, packed, nobody)
-    opposite = advantages.sign().unsqueeze(0) * advantages.sign().unsqueeze(1) < 0  # (G, G)
-    same = packed.unsqueeze(0) == packed.unsqueeze(1)  # (G, G, T): no table over the vocabulary
-    conflict = (same & opposite.unsqueeze(2)).any(dim=1)
+    positive, negative = advantages > 0, advantages < 0
+    same = packed[positive].unsqueeze(1) == packed[negative].unsqueeze(0)  # (G+, G-, T): no table over the vocabulary
+    conflict = torch.zeros_like(mask)
+    conflict[positive], conflict[negative] = same.any(dim=1), same.any(dim=0)
     run = conflict.long().cumprod(dim=1).bool()
     return torch.zeros_like(mask).scatter(1, real_first, run)
 
