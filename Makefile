@@ -19,11 +19,12 @@ pictures: $(VENV)/.cpu
 	$(VENV)/bin/python report_run.py recipes/demo.yaml --output_root runs/pictures --out runs/pictures/report
 	$(VENV)/bin/python benchmarks/screenshots.py runs/pictures/report docs/images
 
-soak: $(VENV)/.cpu
+soak: $(VENV)/.unsloth
 	$(VENV)/bin/python benchmarks/resume_proof.py
 	$(VENV)/bin/python benchmarks/soak.py --rounds 20
 	$(VENV)/bin/python benchmarks/fuzz.py
 	$(VENV)/bin/python benchmarks/soak_rewards.py
+	$(VENV)/bin/python tests/injected.py --unsloth "$$(mktemp -d)" 2 4
 
 gpu-check:
 	$(PYTHON) benchmarks/gpu_check.py

@@ -1,0 +1,164 @@
+"""Train the tiny policy on rollouts that are given, so that any number of processes trains on the same ones.
+
+`python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes, which are forked once all is imported,
+leaves what has to be the same in FOLDER/N.pt and prints how far two and four are from one; exit code 1 if that is 1e-6 or more.
+`--unsloth` does so with the trainer that Unsloth generates.
+"""
+
+import os
+import socket
+import sys
+import tempfile
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
+
+import gradients  # noqa: E402
+import torch  # noqa: E402
+
+ROWS = 24  # three groups of eight: two processes share the second, four share all of them
+LONGEST = (7, 4, 6, 3)  # tokens, of each quarter of the rows: processes hold completions of unequal width
+CASES = {
+    "adamw": {"optim": "adamw_torch", "max_grad_norm": 0.1, "weight_decay": 0.1},
+    "filtered": {"optim": "sgd", "learning_rate": 1.0, "threshold": 1.58},  # <H>_ini is just below it
+    "accumulation": {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 3},
+    "iterations": {"optim": "sgd", "learning_rate": 1.0, "num_iterations": 2, "max_steps": 4},
+}
+
+
+def drawn(rollout: int, tokenizer, rows: int = ROWS, seed: int = 0) -> list[list[int]]:
+    """Completions (ids) of a rollout, the same whoever asks: two letters, so that many stand at the same place; some are cut off."""
+    generator = torch.Generator().manual_seed(1000 * seed + rollout)
+    letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "ab"]
+    completions = []
+    for row in range(rows):
+        longest = LONGEST[row * len(LONGEST) // rows]
+        length = longest if row % (rows // len(LONGEST)) == 0 else int(torch.randint(1, longest + 1, (1,), generator=generator))
+        ids = [letters[int(torch.randint(0, 2, (1,), generator=generator))] for _ in range(length)]
+        completions.append([*ids[:-1], tokenizer.eos_token_id] if row % 3 and length > 1 else ids)
+    return completions
+
+
+def inject(trainer, rows: int = ROWS) -> None:
+    """Let `trainer` get the completions of `drawn` instead of sampling, `rows` to a rollout over all processes."""
+    drawn_so_far = 0
+
+    def generate(prompt_ids, *args, **kwargs):
+        nonlocal drawn_so_far
+        first = trainer.accelerator.process_index * len(prompt_ids)
+        completions = drawn(drawn_so_far, trainer.processing_class, rows)[first : first + len(prompt_ids)]
+        drawn_so_far += 1
+        return completions, None
+
+    trainer._generate_single_turn = generate
+
+
+def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **options) -> dict:
+    """What has to be the same for any number of processes: prompts and lambda of each rollout, <H>_ini, gradients and LoRA weights."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    micro_batches = options.get("steps_per_generation", options.get("gradient_accumulation_steps", 1))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = gradients.make_trainer(class_path, folder, **{
+            "num_generations": 8, "per_device_train_batch_size": rows // processes // micro_batches, "gradient_accumulation_steps": 1,
+            "max_steps": 3, **options})
+        from gtpo import gtpo_training
+
+        gtpo_training.ENT_THRESHOLD = threshold
+        inject(trainer, rows)
+        seen = gradients.watch(trainer)
+        steps = []
+        trainer.add_callback(_EachStep(trainer.model, steps))
+        trainer.train()
+    return {
+        "processes": trainer.accelerator.num_processes, "widths": _gathered(trainer, [r["completion_ids"].shape[1] for r in seen["rollouts"]]),
+        "prompts": [_rows(trainer, r["prompt_ids"] * r["prompt_mask"], r["prompt_mask"]) for r in seen["rollouts"]],
+        "token_weights": [_rows(trainer, r["token_weights"], r["completion_mask"]) for r in seen["rollouts"]],
+        "signs": [_gathered(trainer, r["advantages"].sign().tolist()) for r in seen["rollouts"]],
+        "initial_entropy": trainer.initial_entropy, "gradients": seen["gradients"], "lora": steps,
+        "filtered": [line["gtpo/frac_filtered"] for line in seen["logs"][:-1]], "lengths": [_gathered(trainer, r["completion_mask"].sum(1).tolist()) for r in seen["rollouts"]],
+    }
+
+
+def _EachStep(model, steps: list):
+    from transformers import TrainerCallback
+
+    class EachStep(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+
+    return EachStep()
+
+
+def _rows(trainer, values, mask) -> list[list[float]]:
+    """The real entries of each row, of all processes, in the rollout's order."""
+    return _gathered(trainer, [row[real.bool()].tolist() for row, real in zip(values, mask, strict=True)])
+
+
+def _gathered(trainer, values: list) -> list:
+    from accelerate.utils import gather_object
+
+    return gather_object(values) if trainer.accelerator.num_processes > 1 else values
+
+
+def largest_difference(one: dict, other: dict) -> float:
+    """Of any weight of two dictionaries of tensors."""
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def fork(processes: int, folder: str) -> None:
+    """Train the cases with as many gloo processes; raises RuntimeError if one of them fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
+    children = [os.fork() or _child(rank, processes, folder) for rank in range(processes)]
+    if any([os.waitpid(child, 0)[1] for child in children]):
+        raise RuntimeError(f"not all of {processes} processes succeeded")
+
+
+def _child(rank: int, processes: int, folder: str):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
+    try:
+        figures = {name: train("gtpo.gtpo_training.UnslothGTPOTrainer", **case) for name, case in CASES.items()}
+        if rank == 0:
+            torch.save(figures, os.path.join(folder, f"{processes}.pt"))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os._exit(0)
+    finally:
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+
+
+def distances(one: dict, several: dict) -> dict[str, float]:
+    """How far a case with several processes is from that with one: the largest difference of each figure."""
+    return {
+        "lambda": float(one["token_weights"] != several["token_weights"] or one["prompts"] != several["prompts"]),
+        "initial entropy": abs(one["initial_entropy"] - several["initial_entropy"]),
+        "gradient": max(map(largest_difference, one["gradients"], several["gradients"])),
+        "LoRA": max(map(largest_difference, one["lora"], several["lora"])),
+    }
+
+
+def main(folder: str, counts: list[str]) -> int:
+    os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)  # a child of a process with more cannot use them
+    import gtpo.gtpo_training  # noqa: F401  with all that it imports
+
+    for count in ["1", *counts]:
+        fork(int(count), folder)
+    one, *others = (torch.load(os.path.join(folder, f"{count}.pt")) for count in ["1", *counts])
+    worst = 0.0
+    for case in CASES:
+        for several in others:
+            found = distances(one[case], several[case])
+            worst = max(worst, *found.values())
+            print(f"{case:13} {several[case]['processes']} processes: " + ", ".join(f"{name} {far:.1e}" for name, far in found.items()))
+    return int(worst >= 1e-6)
+
+
+if __name__ == "__main__":
+    if "--unsloth" in sys.argv:
+        sys.argv.remove("--unsloth")
+        gradients.patch_unsloth()
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

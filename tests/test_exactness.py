@@ -1,0 +1,57 @@
+"""The same rollouts give the same update: with one, two and four processes, at once and in micro-batches."""
+
+import subprocess
+import sys
+
+import injected
+import pytest
+import torch
+from conftest import ROOT
+from gradients import relative_error
+
+GTPO = "gtpo.gtpo_training.UnslothGTPOTrainer"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[int, dict]:
+    """What one, two and four gloo processes made of the same rollouts, by the number of processes and the case."""
+    folder = tmp_path_factory.mktemp("exactness")
+    run = subprocess.run([sys.executable, str(ROOT / "tests/injected.py"), str(folder), "2", "4"], capture_output=True, text=True, timeout=600)
+    assert "processes: lambda" in run.stdout, run.stderr[-4000:]
+    return {count: torch.load(folder / f"{count}.pt") for count in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("case", injected.CASES)
+def test_several_processes_make_the_update_of_one(found, case, processes):
+    one, several = found[1][case], found[processes][case]
+    assert several["processes"] == processes and len(one["lora"]) == len(several["lora"]) >= 3
+    distances = injected.distances(one, several)
+    assert distances.pop("lambda") == 0 and max(distances.values()) < 1e-6, distances
+
+
+def test_the_rollouts_are_hard_cases(found):
+    one, two, four = (found[count]["adamw"] for count in (1, 2, 4))
+    assert set(one["widths"]) == {7} and set(two["widths"]) == {6, 7} and set(four["widths"]) == {3, 4, 6, 7}
+    assert {-1.0, 1.0} <= set(one["signs"][0]) and len(set(one["lengths"][0])) > 4
+    weights = [weight for rollout in one["token_weights"] for row in rollout for weight in row]
+    assert {0.0, 1.0, 2.0} == set(weights)
+    assert 0 < min(found[1]["filtered"]["filtered"]) and max(found[1]["filtered"]["filtered"]) < 1
+    assert all(torch.cat([g.flatten() for g in step.values()]).norm() > 1e-3 for case in found[1].values() for step in case["gradients"])
+
+
+def test_a_difference_would_be_seen(found):
+    one, two = found[1], found[2]
+    assert injected.distances(one["adamw"], two["filtered"])["LoRA"] > 1e-3
+    assert injected.distances({**one["adamw"], "token_weights": one["adamw"]["token_weights"][::-1]}, two["adamw"])["lambda"] == 1
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_prompts_in_micro_batches_give_the_gradient_of_all_at_once(parts):
+    """8 prompts of 8 completions: as 2 x 4 prompts and as 4 x 2."""
+    options = {"rows": 64, "max_steps": 1, "optim": "sgd"}
+    at_once = injected.train(GTPO, **options)
+    in_parts = injected.train(GTPO, gradient_accumulation_steps=parts, **options)
+    assert at_once["token_weights"] == in_parts["token_weights"] and at_once["prompts"] == in_parts["prompts"]
+    assert at_once["initial_entropy"] == pytest.approx(in_parts["initial_entropy"], abs=1e-6)
+    assert relative_error(in_parts["gradients"][0], at_once["gradients"][0]) < 1e-6
