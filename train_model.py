@@ -134,12 +134,14 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     from gtpo.held_out import HeldOut
     from gtpo.judges import Judges
     from gtpo.nonfinite import skip_non_finite
+    from gtpo.streaming_head import stream_log_probs
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
     judges = Judges(recipe.rewards, list(zip(recipe.trainer.reward_funcs, rewards)), seed=recipe.seed,
                     file=run_dir / "reward_failures.jsonl")
     trainer = _make_trainer(trainer_class, policy, judges.functions, arguments, train_set)
     judges.attach(trainer)
+    stream_log_probs(trainer)
     non_finite = skip_non_finite(trainer, recipe.training.max_skipped_steps)
     alarm = watch(trainer, recipe, run_dir)
     trackers.let_training_go_on(trainer)

@@ -1,30 +1,47 @@
 """What only a GPU can show: `make gpu-check`, or `python benchmarks/gpu_check.py`. Needs no network and nothing but this repository.
 
-For 16 and 4 bits, a randomly initialised Llama-shaped model goes through Unsloth's FastLanguageModel with LoRA and takes
-one GTPO step on a fixed rollout. The gradients of its LoRA weights are held against transformers in float32 on the same
-base weights (for 4 bits: the dequantised ones). Then three steps with real generation are timed. Each case runs in a
-process of its own, because Unsloth replaces TRL's trainers. Writes JSON and a table to docs/gpu/. Without a GPU it says
-so and exits 0.
+- gradients: for 16 and 4 bits, a randomly initialised Llama-shaped model goes through Unsloth's FastLanguageModel with LoRA
+  and takes one GTPO step on a fixed rollout. The gradients of its LoRA weights are held against transformers in float32 on
+  the same base weights (for 4 bits: the dequantised ones). Then three steps with real generation are timed.
+- train: `train_model.py config.yaml`, the documented recipe, on such a model and the demo's data; stopped half-way, resumed,
+  evaluated; the GPU memory it took beside the estimate of `--check`.
+- step, heads: benchmarks/step.py and benchmarks/heads.py with the shapes of real models.
+
+Each case runs in a process of its own, because Unsloth replaces TRL's trainers. One that fails is written down and does not
+stop the others. Writes JSON and a table to docs/gpu/. Without a GPU it says so and exits 0.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import json
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import measure
 
-BOUND = {"16-bit": 2e-2, "4-bit": 2e-2}  # relative error of the LoRA gradients
+ROOT = measure.ROOT
+BOUND = {16: 2e-2, 4: 2e-2}  # relative error of the LoRA gradients
 SEED, RANK, GENERATIONS, LENGTH = 3407, 16, 8, 48
+STEPS = [  # shape, GiB it needs, and the flags of benchmarks/step.py
+    (shape, gib, ["--backend", backend, *flags])
+    for shape, gib in (("qwen2.5-3b", 20), ("llama-3.1-8b", 40))
+    for backend, flags in (("unsloth", []), ("unsloth", ["--stock"]), ("unsloth", ["--bits", "4"]), ("transformers", []))
+]
+STEP = ["--generations", "8", "--prompt", "256", "--completion", "1024", "--rounds", "9"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check GTPO on this machine's GPU.")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/gpu", help="folder for the JSON file and the table")
+    parser.add_argument("--only", nargs="+", choices=["gradients", "train", "step", "heads"], help="some of the parts")
+    parser.add_argument("--shapes", nargs="+", choices=measure.SHAPES, default=["qwen2.5-3b", "llama-3.1-8b"], help="for step")
+    parser.add_argument("--limit", type=int, default=900, help="seconds after which a case is given up")
+    parser.add_argument("--commit", help="to write down where the copy has no repository")
     parser.add_argument("--case", choices=["unsloth", "reference"], help=argparse.SUPPRESS)
     parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -40,38 +57,134 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("skipped: no NVIDIA GPU is visible")
         return 0
-    figures = check()
-    write(figures, options.out)
-    return 0 if all(row["passed"] for row in figures["cases"]) else 1
+    return Check(options).run()
 
 
-def check() -> dict:
-    """Run every case and compare; returns what is written to docs/gpu."""
-    import torch
-    from safetensors.torch import load_file
+class Check:
+    """The cases, and what they found so far; it is written down after each, so that nothing is lost."""
 
-    from gtpo.runs import versions
+    def __init__(self, options: argparse.Namespace):
+        self.options, self.only = options, options.only or ["gradients", "train", "step", "heads"]
+        machine = measure.machine()
+        if options.commit:
+            machine["commit"] = options.commit
+        self.figures = {"date": datetime.date.today().isoformat(), "machine": machine, "cases": {}}
+        self.lock = threading.Lock()
 
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        make_model(work / "model")
-        for bits in (16, 4):
-            found, reference = (in_a_process(case, bits, work) for case in ("unsloth", "reference"))
-            ours, theirs = (load_file(work / f"{case}-{bits}.safetensors") for case in ("unsloth", "reference"))
-            error = relative_error(ours, theirs)
-            bound = BOUND[f"{bits}-bit"]
-            rows.append({"bits": bits, "gradient_error": error, "bound": bound, "passed": error <= bound, **found,
-                         "reference_seconds_per_step": reference["seconds_per_step"]})
-    return {"date": datetime.date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "versions": versions(), "cases": rows}
+    def run(self) -> int:
+        with tempfile.TemporaryDirectory() as folder:
+            self.work = Path(folder)
+            make_model(self.work / "model")
+            untimed = {f"gradients, {bits} bits": lambda bits=bits: self.gradients(bits) for bits in (16, 4) if "gradients" in self.only}
+            if "train" in self.only:
+                untimed["train"] = self.train
+            with concurrent.futures.ThreadPoolExecutor() as side_by_side:
+                for name, case in untimed.items():
+                    side_by_side.submit(self.keep, name, case)
+            if "heads" in self.only:
+                self.keep("heads", lambda: self.benchmark("heads.py"))
+            for shape in self.options.shapes if "step" in self.only else ():
+                self.steps(shape)
+        failed = [name for name, case in self.figures["cases"].items() if not case.get("passed", True)]
+        print(f"failed: {', '.join(failed)}" if failed else "all passed")
+        return 1 if failed else 0
+
+    def keep(self, name: str, case) -> None:
+        began = time.monotonic()
+        try:
+            found = case()
+        except Exception as error:  # a case that fails is a finding
+            found = {"passed": False, "error": str(error)[-4000:]}
+        with self.lock:
+            print(f"== {name}: {time.monotonic() - began:.0f} s\n{found.get('error', '')}", flush=True)
+            self.figures["cases"][name] = found
+            write(self.figures, self.options.out)
+
+    def gradients(self, bits: int) -> dict:
+        from safetensors.torch import load_file
+
+        found, reference = (
+            _figures(self.python(Path(__file__), "--case", case, "--bits", bits, "--work", self.work)) for case in ("unsloth", "reference"))
+        ours, theirs = (load_file(self.work / f"{case}-{bits}.safetensors") for case in ("unsloth", "reference"))
+        error = relative_error(ours, theirs)
+        return {"gradient_error": error, "bound": BOUND[bits], "passed": error <= BOUND[bits], **found,
+                "reference_seconds_per_step": reference["seconds_per_step"]}
+
+    def train(self) -> dict:
+        """The documented recipe on the small model: half a run, the rest after --resume, and an evaluation."""
+        flags = ["--model-name", self.work / "model", "--dataset.name", "gsm8k", "--dataset.subsets", "null", "--dataset.path",
+                 ROOT / "demo/data/train.jsonl", "--dataset.system_instruction", "Reason, then answer.", "--model.max_seq_length", "256",
+                 "--model.max_prompt_length", "128", "--training.max_prompt_length", "128", "--training.save_steps", "2", "--training.report_to", "none", "--output_root", self.work / "runs", "--run-name", "check"]
+        recipe = [ROOT / "train_model.py", ROOT / "config.yaml", *flags]
+        checked = self.python(*recipe, "--training.max_steps", "4", "--check", "--json", may_fail=True)
+        with GPUMemory() as memory:
+            self.python(*recipe, "--training.max_steps", "2")
+        run = next((self.work / "runs").iterdir())
+        resumed = self.python(*recipe, "--training.max_steps", "4", "--resume")
+        evaluated = self.python(ROOT / "evaluate_model.py", run, "--dataset", ROOT / "demo/data/test.jsonl", "--limit", "16", "--samples", "2",
+                                "--k", "1", "2")
+        saved = sorted(file.name for file in run.iterdir())
+        return {"passed": "adapter_model.safetensors" in saved, "saved": saved, "peak_gpu_mib": memory.peak,
+                "check": [check["sentence"] for check in json.loads(checked)["checks"] if check["check"] in ("backend", "model", "memory")],
+                "resumed": [line for line in resumed.splitlines() if "step" in line][-6:], "evaluated": evaluated[-1500:]}
+
+    def steps(self, shape: str) -> None:
+        import torch
+
+        mine = [(gib, flags) for name, gib, flags in STEPS if name == shape]
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < mine[0][0]:
+            print(f"skipped: {shape} needs {mine[0][0]} GiB, {free:.0f} are free")
+            return
+        folder = self.work / shape
+        self.python("-c", f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import measure; from pathlib import Path; "
+                          f"measure.make_model({shape!r}, Path({str(folder)!r}))")
+        for _, flags in mine:
+            self.keep(" ".join(["step", shape, *flags]), lambda: self.benchmark("step.py", "--shape", shape, "--model", folder, *STEP, *flags))
+
+    def benchmark(self, program: str, *flags) -> dict:
+        file = self.work / "figures.json"
+        printed = self.python(ROOT / "benchmarks" / program, "--json", file, *flags)
+        table = printed[printed.rfind("\n", 0, printed.find(" ms " if program == "heads.py" else "GTPO is")) :]
+        return {"printed": printed if program == "heads.py" else table, **json.loads(file.read_text())}
+
+    def python(self, *arguments, may_fail: bool = False) -> str:
+        """What a Python process printed; RuntimeError with the end of it where it failed or took too long."""
+        command = [sys.executable, *map(str, arguments)]
+        folder = tempfile.mkdtemp(dir=self.work)  # Unsloth writes a cache where it runs
+        try:
+            run = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=self.options.limit)
+        except subprocess.TimeoutExpired as error:
+            end = (error.stderr or b"").decode(errors="replace")[-2000:]
+            raise RuntimeError(f"{command[1:3]} was not done after {self.options.limit} s: {end}") from None
+        if run.returncode and not may_fail:
+            raise RuntimeError(f"{' '.join(command[1:])[:300]}: exit code {run.returncode}\n{run.stdout[-1000:]}\n{run.stderr[-3000:]}")
+        return run.stdout
 
 
-def in_a_process(case: str, bits: int, work: Path) -> dict:
-    command = [sys.executable, __file__, "--case", case, "--bits", str(bits), "--work", str(work)]
-    run = subprocess.run(command, cwd=work, stdout=subprocess.PIPE, text=True)
-    if run.returncode:
-        raise SystemExit(f"the case {case}, {bits} bits, failed; its output is above\n{run.stdout[-2000:]}")
-    return json.loads(next(line for line in run.stdout.splitlines() if line.startswith("FIGURES ")).removeprefix("FIGURES "))
+class GPUMemory:
+    """The most memory of the GPU in use, in MiB, read five times a second; of other processes too."""
+
+    def __enter__(self):
+        self.peak, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        import torch
+
+        while not self._done.wait(0.2):
+            free, total = torch.cuda.mem_get_info()
+            self.peak = max(self.peak, (total - free) // 2**20)
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+
+def _figures(printed: str) -> dict:
+    return json.loads(next(line for line in printed.splitlines() if line.startswith("FIGURES ")).removeprefix("FIGURES "))
 
 
 def make_model(folder: Path) -> None:
@@ -237,19 +350,26 @@ def relative_error(found: dict, expected: dict) -> float:
 
 
 def write(figures: dict, out: Path) -> None:
-    """JSON and a table, named after date and GPU; the table goes to the terminal too."""
-    name = f"{figures['date']}-{figures['gpu'].replace(' ', '-')}"
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(figures, indent=2) + "\n")
-    lines = [f"# {figures['gpu']}, {figures['date']}", "", "Printed by `make gpu-check`.", "",
-             "| case | gradient error (bound) | passed | s/step (reference) | peak memory | conflict tokens |",
+    """JSON and tables, named after date and GPU."""
+    machine, cases = figures["machine"], figures["cases"]
+    name = f"{figures['date']}-{machine['device'].replace(' ', '-')}"
+    measure.save(figures, out / f"{name}.json")
+    lines = [f"# {machine['device']}, {figures['date']}", "", f"Printed by `make gpu-check` at commit {machine['commit']}.", "",
+             "| LoRA gradients, FastLanguageModel against float32 | error (bound) | passed | s/step (reference) | peak memory | conflict tokens |",
              "|---|---|---|---|---|---|"]
-    lines += [f"| FastLanguageModel, {row['bits']}-bit | {row['gradient_error']:.1e} ({row['bound']:.0e}) | {row['passed']} | "
-              f"{row['seconds_per_step']:.2f} ({row['reference_seconds_per_step']:.2f}) | {row['peak_memory_gib']:.2f} GiB | "
-              f"{row['frac_conflict_tokens']:.0%} |" for row in figures["cases"]]
-    lines += ["", *(f"- {key} {value}" for key, value in figures["versions"].items())]
+    lines += [f"| {case} | {row['gradient_error']:.1e} ({row['bound']:.0e}) | {row['passed']} | {row['seconds_per_step']:.2f} "
+              f"({row['reference_seconds_per_step']:.2f}) | {row['peak_memory_gib']:.2f} GiB | {row['frac_conflict_tokens']:.0%} |"
+              for case, row in cases.items() if "gradient_error" in row]
+    for case, row in cases.items():
+        if "printed" in row:
+            lines += ["", f"## {case}", "", "```", row["printed"].strip(), "```"]
+        elif "evaluated" in row:
+            lines += ["", f"## {case}: `config.yaml`, half a run, `--resume`, an evaluation", "", f"Passed: {row['passed']}. Most GPU memory "
+                      f"in use: {row['peak_gpu_mib']:,} MiB. What `--check` had said:", "", *(f"- {line}" for line in row["check"]), "", "```", *row["resumed"], row["evaluated"].strip(), "```"]
+        elif "error" in row:
+            lines += ["", f"## {case}: failed", "", "```", row["error"].strip(), "```"]
+    lines += ["", "## Versions", "", *(f"- {key} {value}" for key, value in machine.items())]
     (out / f"{name}.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gtpo import shaping
 from gtpo.groups import conflict_fractions, whole_groups
 from gtpo.nonfinite import SkipNonFiniteSteps
 from gtpo.options import refuse_conflicting_options, say_other_objectives
+from gtpo.streaming_head import StreamingHead
 
 logger = logging.getLogger(__name__)
 ENT_THRESHOLD = 0.7  # "ln 2" of the paper's gate, in nats
@@ -29,9 +30,7 @@ W_RAW = 2.0  # lambda on the conflict tokens of completions with A > 0
 PAD_ID = 128004  # changes no weight: the completion mask decides what is padding
 EPS = 1e-6  # the released code's log guard; only the released functions read it
 torch_compile_options = {
-    "epilogue_fusion": True, "max_autotune": False, "shape_padding": True, "trace.enabled": False,
-    "triton.cudagraphs": False,
-}
+    "epilogue_fusion": True, "max_autotune": False, "shape_padding": True, "trace.enabled": False, "triton.cudagraphs": False}
 
 CONSTANTS = ("ENT_THRESHOLD", "ENT_SCALE", "W_RAW", "PAD_ID", "EPS", "torch_compile_options")
 STATE_FILE = "gtpo_state.json"
@@ -78,7 +77,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         self.args = copy.copy(self.args)  # the caller's arguments stay as they were
         self.args.top_entropy_quantile = self.top_entropy_quantile = 0.5
         self.initial_entropy: float | None = None  # <H>_ini, nats; None until measured
-        self.non_finite = SkipNonFiniteSteps(self)
+        self.non_finite, self.streaming_head = SkipNonFiniteSteps(self), StreamingHead(self)
         self._micro_batch: Mapping[str, Tensor] = {}  # what the hook needs beside its arguments
         self.seen_by_loss: dict[str, Tensor] | None = None  # entropies, mask (B, W); completion_entropy, kept, real (B,)
         self._shape_tokens: Callable | None = None

@@ -157,7 +157,9 @@ def two_steps(folder: str, class_path: str, **options) -> tuple[dict, dict]:
     """LoRA weights and log lines after two steps of `class_path` with w_raw 1, ent_scale 0 and the gate off."""
     trainer = make_trainer(class_path, folder, **{"max_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0, **options})
     from gtpo import gtpo_training
+    from gtpo.streaming_head import stream_log_probs
 
+    stream_log_probs(trainer)  # as train_model.py does for every trainer: the same arithmetic for both
     saved = {name: getattr(gtpo_training, name) for name in ("W_RAW", "ENT_SCALE", "ENT_THRESHOLD")}
     vars(gtpo_training).update(W_RAW=1.0, ENT_SCALE=0.0, ENT_THRESHOLD=float("inf"))
     seen = watch(trainer)

@@ -11,7 +11,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "yaml_text": set(), "safe_text": set(), "environment": set(), "console": {"safe_text"},
     "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections", "yaml_text"},
     "answers": {"spellings", "verifier"}, "spellings": set(), "verifier": set(),
-    "shaping": set(), "nonfinite": set(), "groups": {"shaping"}, "options": {"trl_options"},
+    "shaping": set(), "nonfinite": set(), "streaming_head": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
     "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections", "whole_files"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
     "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder", "safe_text"}, "alarm": set(),
@@ -41,7 +41,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "checks": {"arguments", "backends", "base_model", "chat_tokenizer", "cli", "continuation", "data", "environment", "findings", "hub", "imported", "memory",
                "problems", "recipe", "reward_doctor", "room", "trackers", "safe_text", "starts"},
     "preflight": {"checks", "cli", "findings", "recipe", "starts"}, "imported": {"cli", "recipe"},
-    "gtpo_training": {"shaping", "groups", "nonfinite", "options"},
+    "gtpo_training": {"shaping", "groups", "nonfinite", "options", "streaming_head"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
 LIGHT = {"imported", "findings", "memory", "room", "reward_trial", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",

@@ -1,0 +1,162 @@
+"""Log-probs and entropies without logits: the output head goes through the tokens in chunks, for TRL's GRPO trainers.
+
+trl 1.13 keeps the logits of a whole micro-batch and several copies of them: 7 GB for 4,096 tokens and a vocabulary of
+152,000. Unsloth's generated trainer streams on its own and is left alone.
+"""
+
+import contextlib
+import logging
+
+import torch
+import trl
+from torch import Tensor
+from torch.nn import functional as F
+from trl.trainer import grpo_trainer
+
+logger = logging.getLogger(__name__)
+CHUNK = {"cpu": 2**22, "cuda": 2**27}  # logits held at a time,
+LEAST = 128  # but no fewer rows than keep the matrix products busy
+
+
+def log_probs_and_entropies(hidden: Tensor, weight: Tensor, ids: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """log p(ids) and the entropies, in nats, both (...) in at least float32, of softmax(hidden weight^T).
+
+    `hidden` (..., H), `weight` (V, H), `ids` (...). Gradients reach `hidden` through the log-probs; the entropies carry
+    none. Two matrix products in all: d log p(y) / d hidden = weight[y] - sum_v p(v) weight[v] needs nothing from behind
+    it, so it is computed with the probabilities at hand, and backward only scales it. About `chunk` logits exist at a time.
+    """
+    log_probs, entropies = _Head.apply(hidden.reshape(-1, hidden.shape[-1]), weight, ids.reshape(-1), chunk)
+    return log_probs.view(ids.shape), entropies.view(ids.shape)
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, chunk):
+        device, ctx.dtype = hidden.device.type, hidden.dtype
+        if torch.is_autocast_enabled(device):
+            weight = weight.to(torch.get_autocast_dtype(device))  # once, not for each chunk
+        hidden = hidden.to(weight.dtype)
+        statistics = _compiled_statistics() if device == "cuda" else _statistics
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        log_probs, entropies = (torch.empty(len(ids), dtype=dtype, device=hidden.device) for _ in range(2))
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        size = max(1, chunk // len(weight)) if chunk else max(LEAST, CHUNK.get(device, CHUNK["cuda"]) // len(weight))
+        for start in range(0, len(ids), size):
+            rows = slice(start, start + size)
+            log_probs[rows], entropies[rows], slope = statistics(F.linear(hidden[rows], weight), ids[rows], slopes is not None)
+            if slopes is not None:
+                torch.mm(slope, weight, out=slopes[rows])
+        ctx.save_for_backward(slopes)
+        ctx.mark_non_differentiable(entropies)
+        return log_probs, entropies
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        (slopes,) = ctx.saved_tensors
+        return (gradient.unsqueeze(1) * slopes).to(ctx.dtype), None, None, None
+
+
+def _statistics(logits: Tensor, ids: Tensor, with_slope: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log p(ids) and entropy, both (N,), and d log p(ids) / d logits, (N, V) in the logits' dtype; may overwrite `logits`."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z -= z.amax(dim=1, keepdim=True)
+    p = z.exp()  # not yet divided by its sum
+    total = p.sum(dim=1)
+    log_probs = z.gather(1, ids.unsqueeze(1)).squeeze(1) - total.log()
+    entropies = total.log() - torch.linalg.vecdot(p, z) / total  # neither term is below 0: nothing cancels
+    if not with_slope:
+        return log_probs, entropies, None
+    p /= total.unsqueeze(1)
+    if p.is_cuda:  # compiled: one kernel, nothing more is written
+        slope = (ids.unsqueeze(1) == torch.arange(p.shape[1], device=p.device)).to(p.dtype) - p
+    else:
+        slope = p.neg_().scatter_add_(1, ids.unsqueeze(1), torch.ones_like(ids, dtype=p.dtype).unsqueeze(1))
+    return log_probs, entropies, slope.to(logits.dtype)
+
+
+_compiled = None
+
+
+def _compiled_statistics():
+    global _compiled
+    _compiled = _compiled or torch.compile(_statistics, dynamic=True)
+    return _compiled
+
+
+class _NotPlain(Exception):
+    """The model does something to its logits after the head."""
+
+
+def stream_log_probs(trainer: trl.GRPOTrainer) -> "StreamingHead":
+    """`trainer`'s own (GTPO's has one), or a new one."""
+    return getattr(trainer, "streaming_head", None) or StreamingHead(trainer)
+
+
+class StreamingHead:
+    """Makes `trainer`, one of TRL's GRPO trainers, compute log-probs and entropies with `log_probs_and_entropies`.
+
+    While TRL runs the model for log-probs, the head hands its hidden states through and the two functions that TRL applies
+    to logits get them. Where that is not the same (a head with a bias, an adapter or training weights, logits that the
+    model caps or scales afterwards, weights spread over devices, an entropy bonus), TRL's own path stays; `reason` says why.
+    """
+
+    def __init__(self, trainer: trl.GRPOTrainer):
+        self.trainer, self._parent = trainer, trainer._get_per_token_logps_and_entropies
+        self.reason = self._why_not()
+        if not self.reason:
+            trainer._get_per_token_logps_and_entropies = self._log_probs
+
+    def _why_not(self) -> str | None:
+        trainer = self.trainer
+        if type(trainer)._get_per_token_logps_and_entropies.__module__ != grpo_trainer.__name__:
+            return "the trainer has a path of its own"
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            return "the weights may be spread over devices"
+        if getattr(trainer, "_entropy_bonus_enabled", False):
+            return "an entropy bonus needs the entropies' gradient"
+        head = self._head()
+        if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+            return "the output head is no frozen matrix"
+        return None
+
+    def _head(self) -> torch.nn.Module | None:
+        return self.trainer.accelerator.unwrap_model(self.trainer.model).get_output_embeddings()
+
+    def _log_probs(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        try:
+            with self._streaming(logits_to_keep):
+                return self._parent(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        except _NotPlain:
+            self.reason = "the model changes its logits after the head"
+            logger.info("[GTPO] Log-probs from whole logits: %s", self.reason)
+            self.trainer._get_per_token_logps_and_entropies = self._parent
+            return self._parent(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _streaming(self, logits_to_keep: int):
+        head, seen = self._head(), {}
+        own = head.__dict__.get("forward")
+
+        def pass_through(hidden):
+            seen["hidden"] = hidden
+            return hidden
+
+        def log_probs(logits, ids):
+            if "plain" not in seen:
+                expected = seen["hidden"].to(logits.dtype)[:, :-1][:, -logits_to_keep:] / self.trainer.temperature
+                seen["plain"] = torch.equal(logits, expected)
+            if not seen["plain"]:
+                raise _NotPlain
+            log_probs, seen["entropies"] = log_probs_and_entropies(logits, head.weight, ids)
+            return log_probs
+
+        theirs = grpo_trainer.selective_log_softmax, grpo_trainer.entropy_from_logits
+        head.forward = pass_through
+        grpo_trainer.selective_log_softmax, grpo_trainer.entropy_from_logits = log_probs, lambda logits: seen["entropies"]
+        try:
+            yield
+        finally:
+            grpo_trainer.selective_log_softmax, grpo_trainer.entropy_from_logits = theirs
+            del head.forward
+            if own is not None:
+                head.forward = own
