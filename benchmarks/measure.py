@@ -1,6 +1,9 @@
 """What the benchmarks of steps and heads share: model shapes with random weights, fixed rollouts, seconds and peak memory."""
 
+import contextlib
+import fcntl
 import json
+import os
 import statistics
 import sys
 import time
@@ -36,6 +39,17 @@ def make_model(shape: str, folder: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def using_the_gpu(alone: bool):
+    """Wait for the GPU where several benchmarks share it (gpu_check.py says so): alone for what is timed, or beside others."""
+    if not (lock := os.environ.get("GTPO_GPU_LOCK")):
+        yield
+        return
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 def seconds() -> float:

@@ -59,10 +59,12 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
         first = first or trainer
         trainer.optimizer = first.optimizer or first.create_optimizer()
         steps[name] = Step(trainer, options)
-    for step in steps.values():
-        step(), step()  # compiles, and GTPO measures its initial entropy
-    peaks = {name: measure.peak_bytes(step) for name, step in steps.items()}
-    taken = measure.interleaved(steps, options.rounds)
+    with measure.using_the_gpu(alone=False):
+        for step in steps.values():
+            step(), step()  # compiles, and GTPO measures its initial entropy
+    with measure.using_the_gpu(alone=True):
+        peaks = {name: measure.peak_bytes(step) for name, step in steps.items()}
+        taken = measure.interleaved(steps, options.rounds)
     held = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     return {
         "machine": measure.machine(), "options": {k: str(v) for k, v in vars(options).items() if k not in ("json", "model")},
