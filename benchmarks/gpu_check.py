@@ -152,7 +152,7 @@ class Check:
 
     def benchmark(self, program: str, *flags) -> dict:
         file = Path(tempfile.mkdtemp(dir=self.work)) / "figures.json"
-        printed = self.python(ROOT / "benchmarks" / program, "--json", file, *flags)
+        printed = "\n" + self.python(ROOT / "benchmarks" / program, "--json", file, *flags)
         start = "\n\n" if program == "heads.py" else f"\n{self.figures['machine']['device']}: "  # after what libraries print
         return {"printed": printed[printed.find(start) :], **json.loads(file.read_text())}
 
