@@ -40,24 +40,57 @@ def prepare_trackers(recipe: Recipe, run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def one_tracker_run(recipe: Recipe, start: Start):
-    """Inside, trackers go on with the run that a resumed run directory tells of; a new run has an identity to be kept there."""
-    names = ("WANDB_RUN_ID", "WANDB_RESUME", "TENSORBOARD_LOGGING_DIR")
-    before = {name: os.environ.get(name) for name in names}
+    """Inside, trackers go on with the run that a resumed run directory tells of; a new run has an identity to be kept there.
+
+    Afterwards a wandb run that began inside is finished and its files are whole, and the environment is what it was: the
+    next run of this process is another one, in its own directory.
+    """
+    theirs, exit_code = _wandb_runs(), 0
     goes_on = start.checkpoint is not None and not start.copies
-    if "wandb" in recipe.training.report_to:
-        os.environ.setdefault("WANDB_RUN_ID", (goes_on and _wandb_run(start.run_dir)) or secrets.token_hex(4))
-        os.environ.setdefault("WANDB_RESUME", "allow")
     folders = sorted((start.run_dir / "runs").glob("*")) if goes_on else []
-    if folders:
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folders[0]))
+    with _same_environment_afterwards():
+        if "wandb" in recipe.training.report_to:
+            os.environ.setdefault("WANDB_RUN_ID", (goes_on and _wandb_run(start.run_dir)) or secrets.token_hex(4))
+            os.environ.setdefault("WANDB_RESUME", "allow")
+        if folders:
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folders[0]))
+        try:
+            yield
+        except BaseException as error:
+            exit_code = getattr(error, "exit_code", 1)
+            raise
+        finally:
+            if _wandb_runs() and not theirs:
+                _end_wandb(exit_code)
+
+
+@contextlib.contextmanager
+def _same_environment_afterwards():
+    def trackers() -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "TENSORBOARD_"))}
+
+    before = trackers()
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in trackers():
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _wandb_runs() -> bool:
+    return getattr(sys.modules.get("wandb"), "run", None) is not None
+
+
+def _end_wandb(exit_code: int) -> None:
+    """Finish wandb's run and let its own process write its files to their end; it keeps the environment of its first run."""
+    import wandb
+
+    try:
+        wandb.finish(exit_code=exit_code)
+        wandb.teardown(exit_code)
+    except Exception as error:  # its process may have been killed
+        logger.debug("wandb did not finish: %s: %s", type(error).__name__, error)
 
 
 def keep_identity(run_dir: Path) -> None:

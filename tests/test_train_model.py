@@ -5,7 +5,6 @@ import os
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
@@ -13,6 +12,7 @@ from conftest import ROOT
 
 import train_model
 from gtpo import cli, evaluation_file
+from gtpo.environment import NO_TELEMETRY
 
 
 @pytest.fixture
@@ -216,7 +216,6 @@ def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypat
     monkeypatch.setenv("NETRC", str(here / "no-netrc"))
     monkeypatch.setenv("WANDB_PROJECT", "of-the-caller")  # the recipe beats it
     assert train_model.main(demo_flags("--training.report_to", "wandb", "--wandb.project", "a-project", "--wandb.entity", "us")) == 0
-    assert os.environ.pop("WANDB_MODE") == "offline"
     folder = run_dir(here)
     assert "wandb: no login found, so this run is kept offline" in (folder / "train.log").read_text()
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
@@ -227,13 +226,25 @@ def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypat
     assert {"train/gtpo/completion_entropy", "train/reward/total_avg", "train/reward"} <= logged
 
 
+def test_two_runs_of_one_process_have_a_wandb_run_each_and_leave_the_environment_as_it_was(here):
+    before, seen = dict(os.environ), []
+    for name in ("one", "other"):
+        assert train_model.main(demo_flags("--training.report_to", "wandb", "--wandb.project", name, "--run-name", name, "--training.max_steps", "1")) == 0
+        (file,) = run_dir(here, name).glob("wandb/offline-run-*/run-*.wandb")
+        seen.append([(r.run.project, r.run.run_id) for r in wandb_records(file) if r.HasField("run")][0])
+        assert {name: value for name, value in os.environ.items() if name.startswith("WANDB_")} == {
+            **{name: value for name, value in before.items() if name.startswith("WANDB_")}, **NO_TELEMETRY_OF_WANDB}
+    assert [project for project, _ in seen] == ["one", "other"] and seen[0][1] != seen[1][1]
+
+
+NO_TELEMETRY_OF_WANDB = {name: value for name, value in NO_TELEMETRY.items() if name.startswith("WANDB_")}
+
+
 def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypatch):
     import signal
 
     import trl
-    import wandb
 
-    wandb.teardown()  # it keeps the environment of the process's first run
     judge, rollouts = trl.GRPOTrainer._calculate_rewards, []
 
     def judge_and_interrupt(self, *args):
@@ -266,21 +277,14 @@ def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypa
 
 
 def wandb_records(file) -> list:
-    """The records of an offline run, once its last one is on disk: wandb's own process writes it."""
-    import wandb
-
-    wandb.finish()
-    for _ in range(200):
-        records = parsed(file.read_bytes())
-        if records and records[-1].HasField("exit"):
-            return records
-        time.sleep(0.1)
-    pytest.fail("wandb never finished its offline run")
+    """The records of an offline run, which is on disk to its end as soon as ours has ended."""
+    records = parsed(file.read_bytes())
+    assert records[-1].HasField("exit")
+    return records
 
 
 def parsed(data: bytes) -> list:
     """A 7-byte header, then LevelDB's log format: 32 KiB blocks of (crc, length, type, bytes)."""
-    from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
     place, piece, records = 7, b"", []
@@ -293,12 +297,7 @@ def parsed(data: bytes) -> list:
         piece += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # a whole record, or its last piece
-            record = wandb_internal_pb2.Record()
-            try:
-                record.ParseFromString(piece)
-            except DecodeError:  # not yet written to its end
-                break
-            records.append(record)
+            records.append(wandb_internal_pb2.Record.FromString(piece))
             piece = b""
     return records
 
