@@ -15,7 +15,7 @@ import re
 import sys
 from pathlib import Path
 
-from gtpo.console import log_to_console, print_error
+from gtpo.console import log_to_console, print_end
 from gtpo.environment import set_up
 from gtpo.recipe import RecipeError
 from gtpo.sections import DATASET_ALIASES
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             asked = _parse(sys.argv[1:] if argv is None else argv)
             _run(asked)
         except RecipeError as error:
-            print_error(RecipeError(_in_flags(str(error), asked)))
+            print_end("error", RecipeError(_in_flags(str(error), asked)))
             return 2
         except KeyboardInterrupt:
             print("\ninterrupted: what was drawn is kept, and the same command goes on from there", file=sys.stderr)

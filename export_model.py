@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from gtpo.console import print_error
+from gtpo.console import print_end
 from gtpo.environment import set_up
 from gtpo.recipe import RecipeError
 from gtpo.safe_text import SafeFormatter
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _run(options)
     except RecipeError as error:
-        print_error(error)
+        print_end("error", error)
         return 2
     return 0
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from gtpo import cli
-from gtpo.console import print_error
+from gtpo.console import print_end
 from gtpo.recipe import RecipeError
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
         write_report(runs, page, picture, steps=steps)
     except RecipeError as error:
-        print_error(error)
+        print_end("error", error)
         return 2
     print(f"Curves: {picture}\nReport: {page} (open it in a browser)")
     return 0

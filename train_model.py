@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from gtpo import cli
-from gtpo.console import log_to_console, print_error
+from gtpo.console import log_to_console, print_end
 from gtpo.environment import set_up
 from gtpo.interruption import Interrupted, Interruption
 from gtpo.recipe import Recipe, RecipeError
@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _run(command, early_log, interruption)
         except Interrupted as stopped:
-            print(f"interrupted: {stopped}", file=sys.stderr)
+            print_end("interrupted", stopped)
             return stopped.exit_code
         except RecipeError as error:
-            print_error(error)
+            print_end("error", error)
             return 2
         except RunStopped as stopped:
-            print(f"stopped: {stopped}", file=sys.stderr)
+            print_end("stopped", stopped)
             return 3
         except Exception:
             logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file; the terminal gets it anyway

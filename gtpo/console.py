@@ -9,20 +9,25 @@ import sys
 from gtpo.safe_text import SafeFormatter, printable, without_secrets
 
 
-def print_error(error: Exception) -> None:
-    """Each sentence of a RecipeError on a line of stderr."""
-    for sentence in str(error).split("\n"):
-        print(f"error: {printable(without_secrets(sentence))}", file=sys.stderr)
+def print_end(verdict: str, why: BaseException) -> None:
+    """Why a verb ends, on stderr: `error: ...`, a line for each sentence."""
+    with _above_the_bar(sys.stderr):
+        for sentence in str(why).split("\n"):
+            print(f"{verdict}: {printable(without_secrets(sentence))}", file=sys.stderr)
 
 
 class _Console(logging.StreamHandler):
     """Writes to stderr, above a progress bar rather than into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=self.stream):
+        with _above_the_bar(self.stream):
             super().emit(record)
+
+
+def _above_the_bar(stream) -> contextlib.AbstractContextManager:
+    from tqdm import tqdm
+
+    return tqdm.external_write_mode(file=stream)
 
 
 @contextlib.contextmanager

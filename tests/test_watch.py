@@ -86,5 +86,6 @@ def test_a_message_stands_above_the_progress_bar_and_not_in_it(capsys):
     with console.log_to_console(), tqdm(total=3, file=sys.stderr) as bar:
         bar.update(1)
         logging.getLogger("gtpo.alarm").warning("Alarm!")
-    (said,) = [text for text in capsys.readouterr().err.split("\n") if "Alarm!" in text]
-    assert said.rpartition("\r")[2] == "Alarm!"  # the bar was wiped off the line before
+        console.print_end("stopped", RuntimeError("It raised \x1b[31m hf_abcdefghijklmnopqrst\nSaved."))
+    said = [text.rpartition("\r")[2] for text in capsys.readouterr().err.split("\n")]  # the bar was wiped off the line before
+    assert {"Alarm!", r"stopped: It raised \x1b[31m [secret]", "stopped: Saved."} <= {*said}
