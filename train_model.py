@@ -128,7 +128,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
         adapter=recipe.model.adapter and Path(recipe.model.adapter),
     )
 
-    _override_constants(recipe, policy.tokenizer)
+    imported.set_constants(recipe, policy.tokenizer)
     arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
     from gtpo.exact_resume import resume_exactly
     from gtpo.held_out import HeldOut
@@ -181,23 +181,15 @@ def _seed_everything(recipe: Recipe) -> None:
     (enable_full_determinism if deterministic else set_seed)(recipe.seed)
 
 
-def _override_constants(recipe: Recipe, tokenizer) -> None:
-    from gtpo.gtpo_training import override_constants
-
-    constants = recipe.gtpo_runtime.model_dump()
-    if constants["pad_id"] is None:
-        constants["pad_id"] = tokenizer.pad_token_id
-    override_constants(constants)
-
-
 def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
+    from gtpo.imported import made_trainer
+
     try:
-        trainer = trainer_class(model=policy.model, reward_funcs=rewards, args=arguments, train_dataset=train_set,
-                                processing_class=policy.tokenizer)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:  # what TRL says of options that do not fit
+        trainer = made_trainer(trainer_class, policy.model, policy.tokenizer, rewards, arguments, train_set)
+    except RecipeError:
         with contextlib.suppress(OSError):
             os.removedirs(arguments.output_dir)  # which TRL has made already; it stays if anything is in it
-        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+        raise
     if policy.backend == "transformers":  # trl 1.13.0 casts the adapter of a 4-bit model to bfloat16: small steps get lost
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:

@@ -1,6 +1,7 @@
 """Translate a recipe's `training` section into `trl.GRPOConfig`; nobody else knows both vocabularies."""
 
 import dataclasses
+import importlib.util
 import logging
 import math
 from typing import NamedTuple
@@ -91,6 +92,8 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
         **training.trl_options(), "optim": _optimizer(recipe),
         "bf16": precision(training) == "bf16", "fp16": precision(training) == "fp16",
     }
+    if options["use_vllm"] and importlib.util.find_spec("vllm") is None:
+        raise RecipeError("training.use_vllm: the package vllm is not installed; install it, or leave this out")
     try:
         arguments = trl.GRPOConfig(**options)
     except (ValueError, TypeError, ImportError, OSError) as error:

@@ -34,6 +34,7 @@ class Facts:
     recipe: Recipe | None = None
     files: bool | None = None  # the model's are there
     backend: str | None = None
+    arguments: Any = None  # TRL's
     tokenizer: Any = None
     problems: Any = None  # those to train on
     longest: int | None = None  # tokens of the longest prompt among them
@@ -110,9 +111,9 @@ def _trainer(facts: Facts) -> str:
 
     trainer_class(facts.recipe)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = training_arguments(facts.recipe, folder, processes=facts.processes)
-    facts.optimizer = optimizer_bytes(arguments.optim.value)
-    return f"{facts.recipe.trainer.class_path}, with {arguments.optim.value}"
+        facts.arguments = training_arguments(facts.recipe, folder, processes=facts.processes)
+    facts.optimizer = optimizer_bytes(facts.arguments.optim.value)
+    return f"{facts.recipe.trainer.class_path}, with {facts.arguments.optim.value}"
 
 
 def _tokenizer(facts: Facts) -> str:
@@ -145,6 +146,16 @@ def _dataset(facts: Facts) -> str:
             f"has {facts.longest}; steps: {total}")
 
 
+def _options(facts: Facts) -> str | list[Finding]:
+    from gtpo.imported import try_options
+
+    if facts.backend != "transformers" or facts.arguments.use_vllm:
+        return []  # Unsloth and vLLM would want a real model
+    with tempfile.TemporaryDirectory() as facts.arguments.output_dir:
+        try_options(facts.recipe, facts.arguments, facts.tokenizer, facts.problems)
+    return "the trainer takes them"
+
+
 def _held_out(facts: Facts) -> str:
     from gtpo.problems import load_held_out
 
@@ -157,7 +168,7 @@ def _rewards(facts: Facts) -> list[Finding]:
 
     count = min(PROBLEMS, len(facts.problems))
     rows = [facts.problems[i * len(facts.problems) // count] for i in range(count)]  # from all over the data
-    return diagnose(facts.recipe.trainer.reward_funcs, facts.recipe.training.reward_weights, rows, facts.tokenizer)
+    return diagnose(facts.recipe.trainer.reward_funcs, facts.recipe.training.reward_weights, rows, facts.tokenizer, facts.recipe.rewards)
 
 
 def _model(facts: Facts) -> str:
@@ -204,6 +215,6 @@ STEPS: list[tuple[str, tuple[str, ...], Callable[[Facts], str | list[Finding]]]]
     ("hub token", ("recipe",), _hub_token), ("backend", ("recipe",), _backend),
     ("trainer", ("recipe", "backend"), _trainer), ("tokenizer", ("recipe", "files", "backend"), _tokenizer),
     ("dataset", ("recipe", "tokenizer"), _dataset), ("held-out", ("recipe", "tokenizer"), _held_out),
-    ("rewards", ("recipe", "problems"), _rewards), ("model", ("recipe", "files", "backend"), _model),
+    ("options", ("recipe", "arguments", "problems"), _options), ("rewards", ("recipe", "problems"), _rewards), ("model", ("recipe", "files", "backend"), _model),
     ("memory", ("recipe", "shape", "longest"), _memory), ("disk", ("recipe", "shape", "problems"), _disk),
 ]

@@ -125,6 +125,8 @@ def measured_problems(section: DatasetSection, tokenizer, *, chat_template_kwarg
                          load_from_cache_file=False)
     if len(filled) < len(rows):
         logger.warning("[GTPO] Dataset: %d rows without question or answer left out", len(rows) - len(filled))
+    if not len(filled):
+        raise RecipeError(f"dataset: no row of {section.split!r} has a question and an answer; choose another dataset.split or dataset.path")
     system = [{"role": "system", "content": section.system_instruction}] if section.system_instruction else []
 
     def as_problem(row: dict) -> dict:

@@ -15,6 +15,36 @@ def trainer_class(recipe: Recipe):
     return found
 
 
+def set_constants(recipe: Recipe, tokenizer) -> None:
+    """Let GTPO's trainers have the constants that the recipe gives."""
+    from gtpo.gtpo_training import override_constants
+
+    constants = recipe.gtpo_runtime.model_dump()
+    if constants["pad_id"] is None:
+        constants["pad_id"] = tokenizer.pad_token_id
+    override_constants(constants)
+
+
+def made_trainer(made_by, model, tokenizer, rewards: list, arguments, problems):
+    """A trainer of the class `made_by`; raises RecipeError with what TRL says of options that do not fit."""
+    try:
+        return made_by(model=model, reward_funcs=rewards, args=arguments, train_dataset=problems, processing_class=tokenizer)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+
+
+def try_options(recipe: Recipe, arguments, tokenizer, problems) -> None:
+    """Make the trainer of `recipe` with a model of no size, to hear what TRL says of its options as a whole; raises RecipeError."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
+    set_constants(recipe, tokenizer)
+    rewards = [lambda completions, **kwargs: [0.0] * len(completions) for _ in recipe.trainer.reward_funcs]
+    made_trainer(trainer_class(recipe), model, tokenizer, rewards, arguments, problems)
+
+
 def load(key: str, dotted: str):
     """The function or class at `dotted`; raises RecipeError, beginning with `key`, if it cannot be imported or called."""
     try:

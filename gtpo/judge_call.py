@@ -127,7 +127,7 @@ def _serve() -> None:
         os.register_at_fork(after_in_child=replies.close)  # or the parent would wait for these children too
     os.dup2(2, 1)  # what a function prints is neither a reply nor a result of the run
     sys.stdout.reconfigure(line_buffering=True)
-    path, parent, memory, levels = pickle.loads(receive(calls)[0])
+    path, parent, memory, levels, load_seconds = pickle.loads(receive(calls)[0])
     for signum in (signal.SIGINT, signal.SIGTERM):  # sent to all of a job: the run has a step to finish; handlers end with exec
         signal.signal(signum, lambda *_: None)
     _bind_to(parent)
@@ -139,7 +139,7 @@ def _serve() -> None:
         logging.getLogger(name).setLevel(level)
     faulthandler.enable(replies)  # a crash leaves its traceback
     while (request := receive(calls)[0]) is not None:
-        faulthandler.dump_traceback_later(LOAD_SECONDS, exit=True, file=replies)
+        faulthandler.dump_traceback_later(load_seconds, exit=True, file=replies)
         reply = _answer(request, replies, log)
         faulthandler.cancel_dump_traceback_later()
         send(replies, reply)

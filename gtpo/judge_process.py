@@ -35,9 +35,9 @@ class JudgePool:
     Like this a call about many completions, which may rightly take long, does not hang for the sum of their limits.
     """
 
-    def __init__(self, workers: int, *, seconds: float, memory: float | None):
-        """`seconds` for one completion; `memory` in GiB for each process, None for no limit."""
-        self.workers, self.seconds, self.memory = workers, seconds, memory
+    def __init__(self, workers: int, *, seconds: float, memory: float | None, **more):
+        """`seconds` for one completion; `memory`, and what there is `more`, as for a JudgeProcess."""
+        self.workers, self.seconds, self.memory, self.more = workers, seconds, memory, more
         self._pace: dict[str, float] = {}  # by function, the most seconds per completion of a call so far
         self._start: dict[str, float] = {}  # by function, the seconds of the first call in a process
         self._threads: ThreadPoolExecutor | None = None
@@ -55,7 +55,7 @@ class JudgePool:
 
     def _open(self) -> ThreadPoolExecutor:
         """Threads that stay, because Linux ends a process with the thread that started it."""
-        self._processes = [JudgeProcess(self.memory) for _ in range(self.workers)]
+        self._processes = [JudgeProcess(self.memory, **self.more) for _ in range(self.workers)]
         self._idle = queue.LifoQueue()  # the last one knows the function best
         for process in self._processes:
             self._idle.put(process)
@@ -94,9 +94,9 @@ class JudgePool:
 class JudgeProcess:
     """A process that calls reward functions, one call at a time. It starts when it is asked, and again after a kill."""
 
-    def __init__(self, memory: float | None = None):
-        """`memory` in GiB; None for no limit."""
-        self.memory = memory
+    def __init__(self, memory: float | None = None, *, load_seconds: float = LOAD_SECONDS, quiet: bool = False):
+        """`memory` in GiB, None for no limit; `load_seconds` to import the module of a function; `quiet`: it prints nowhere."""
+        self.memory, self.load_seconds, self.quiet = memory, load_seconds, quiet
         self._child: subprocess.Popen | None = None
         self._called: set[str] = set()  # the functions that this child knows
 
@@ -118,7 +118,7 @@ class JudgeProcess:
         child, first = self._child, function not in self._called
         self._called.add(function)
         too_late = threading.Event()
-        timer = threading.Timer(seconds + GRACE_SECONDS + first * LOAD_SECONDS, lambda: (too_late.set(), _signal(child)))
+        timer = threading.Timer(seconds + GRACE_SECONDS + first * self.load_seconds, lambda: (too_late.set(), _signal(child)))
         timer.daemon = True
         timer.start()
         reply, text = None, ""
@@ -137,6 +137,8 @@ class JudgeProcess:
                 if (logger := logging.getLogger(record.name)).isEnabledFor(record.levelno):
                     logger.handle(record)
             return reply
+        if text.startswith("Timeout") and " in resolve_name" in text:
+            return {"failure": f"took longer than {self.load_seconds:.3g} s to be imported", "traceback": text}
         if too_late.is_set() or text.startswith("Timeout"):
             return {"failure": f"took longer than {seconds:.3g} s (rewards.seconds)", "traceback": text}
         return {"failure": f"ended its process ({_how_it_ended(child)})", "traceback": text}
@@ -155,14 +157,14 @@ class JudgeProcess:
         self._called = set()
         self._child = subprocess.Popen(
             [sys.executable, "-P", judge_call.__file__],  # -P: or modules of this folder would hide others of the same name
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if self.quiet else None,
             env={"PYTHONHASHSEED": "0", **os.environ},  # sets in the same order in every process
             start_new_session=True,  # Ctrl-C is for the parent; and a group, to be killed as one
         )
         weakref.finalize(self, _end, self._child)  # at the latest when Python exits
         loggers = [logging.root, *(found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))]
         levels = {logger.name: logger.level for logger in loggers if logger.level}
-        send(self._child.stdin, pickle.dumps((sys.path, os.getpid(), self.memory, levels)))
+        send(self._child.stdin, pickle.dumps((sys.path, os.getpid(), self.memory, levels, self.load_seconds)))
 
 
 def _signal(child: subprocess.Popen) -> None:

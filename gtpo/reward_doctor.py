@@ -1,17 +1,27 @@
 """The reward doctor: what the rewards pay for the right answer, and for what is wrong and looks like it.
 
-Every reward function is tried on a few problems of the data, in a process that can be killed. A wrong answer that is
-paid like a right one is what training will learn.
+Every reward function is tried on a few problems of the data, called as a run calls it: in a process that can be killed,
+with the recipe's limits. A wrong answer that is paid like a right one is what training will learn.
 """
 
 import math
+import os
+import re
+import time
+from types import SimpleNamespace
 from typing import NamedTuple
 
 from gtpo.answers import format_reference, reference_answer, same_answer
+from gtpo.cli import load_object
 from gtpo.findings import Finding
-from gtpo.reward_trial import Reply, try_reward
+from gtpo.judge_call import judge
+from gtpo.judge_process import CannotHandOver, JudgePool
+from gtpo.rewards_sections import RewardsSection
+from gtpo.verdicts import Verdict, accept
 
 PROBLEMS = 8
+IMPORT_SECONDS = 60.0  # for the module of a reward function
+TRAINER_STATE = SimpleNamespace(global_step=0, max_steps=1, epoch=0.0, log_history=[])
 PROBES = ("reference", "empty", "truncated", "wrong but containing", "another row's")
 
 
@@ -24,10 +34,11 @@ class Trial(NamedTuple):
     problem: str | None = None
 
 
-def diagnose(rewards: list[str], weights: list[float] | None, problems: list[dict], tokenizer, **limits: float) -> list[Finding]:
-    """A finding per reward function and, where there are several, one on their weighted sum; `limits` as in try_reward."""
+def diagnose(rewards: list[str], weights: list[float] | None, problems: list[dict], tokenizer, section: RewardsSection,
+             import_seconds: float = IMPORT_SECONDS) -> list[Finding]:
+    """A finding per reward function and, where there are several, one on their weighted sum."""
     probes = probe_completions(problems)
-    trials = [_try(path, problems, probes, tokenizer, **limits) for path in rewards]
+    trials = [_try(path, problems, probes, tokenizer, section, import_seconds) for path in rewards]
     broken = any(trial.problem for trial in trials)
     together = None if broken else _together(trials, weights or [1.0] * len(rewards))
     findings = [_finding(trial, others=len(trials) > 1 and not broken and not _overpaid(together)) for trial in trials]
@@ -54,40 +65,64 @@ def probe_completions(problems: list[dict]) -> dict[str, list[str | None]]:
     return made
 
 
-def _try(path: str, problems: list[dict], probes: dict[str, list[str | None]], tokenizer, **limits: float) -> Trial:
-    calls, kept = [], []
-    for name, completions in probes.items():
-        rows = [i for i, completion in enumerate(completions) if completion is not None]
-        if rows:
-            kept.append((name, rows))
-            calls.append({
+def _try(path: str, problems: list[dict], probes: dict[str, list[str | None]], tokenizer, section: RewardsSection,
+         import_seconds: float) -> Trial:
+    pool = JudgePool(1, seconds=section.seconds, memory=section.memory, load_seconds=import_seconds, quiet=True)
+    paid, seconds, count = {}, 0.0, 0
+    try:
+        for name, completions in probes.items():
+            rows = [i for i, completion in enumerate(completions) if completion is not None]
+            if not rows:
+                continue
+            reply = _ask(pool, path, section.isolated, {
                 "prompts": [problems[i]["prompt"] for i in rows],
                 "completions": [[{"role": "assistant", "content": completions[i]}] for i in rows],
                 "completion_ids": [tokenizer(completions[i], add_special_tokens=False)["input_ids"] for i in rows],
                 **{column: [problems[i][column] for i in rows] for column in problems[0] if column != "prompt"},
             })
-    replies = try_reward(path, calls, **limits)
-    paid, seconds, count = {}, 0.0, 0
-    for (name, rows), reply in zip(kept, replies):
-        if problem := reply.problem or _what_is_wrong(reply, len(rows)):
-            return Trial(path, paid, 0.0, problem if "import" in problem else f"{problem}, on {_on(name)}")  # before any call
-        paid[name] = [None] * len(problems)
-        for row, reward in zip(rows, reply.rewards):
-            paid[name][row] = reward
-        seconds, count = seconds + reply.seconds, count + len(rows)
+            verdict = Verdict(len(rows))
+            if "rewards" in reply:
+                accept(verdict, range(len(rows)), reply)
+            if problem := _what_is_wrong(reply, verdict):
+                return Trial(path, paid, 0.0, problem if "import" in problem else f"{problem}, on {_on(name)}")  # before any call
+            paid[name] = [None] * len(problems)
+            for row, reward in zip(rows, verdict.rewards):
+                paid[name][row] = reward
+            seconds, count = seconds + reply["seconds"], count + len(rows)
+    finally:
+        pool.close()
     return Trial(path, paid, 1000 * seconds / max(count, 1))
+
+
+def _ask(pool: JudgePool, path: str, isolated: bool, arguments: dict) -> dict:
+    """What `judge_call.judge` says of a call, and its `seconds`."""
+    arguments["trainer_state"] = TRAINER_STATE
+    try:
+        (reply,) = pool.map(lambda call: pool.ask(path, call, seed="check"), [arguments])
+    except CannotHandOver as error:
+        if isolated:
+            return {"failure": f"cannot be called in a process of its own, the dataset has a column that cannot be handed over ({error}); "
+                               "set rewards.isolated to false", "traceback": ""}
+        began = time.perf_counter()
+        reply = judge(load_object(path), arguments, len(arguments["completions"])) | {"seconds": time.perf_counter() - began}
+    return reply
+
+
+def _what_is_wrong(reply: dict, verdict: Verdict) -> str | None:
+    """A clause on what a run would call a failure, or a bug."""
+    if "bug" in reply:
+        return f"{reply['bug']}; return a list with a number or None for each completion"
+    failed = reply if "failure" in reply else next(iter(verdict.failures.values()), None)
+    if failed is None:
+        return None
+    frames = re.findall(r'File "([^"<]+)", line (\d+), in', failed["traceback"])
+    theirs = [f", {os.path.basename(file)} line {line}" for file, line in frames if os.path.basename(file) != "judge_call.py"]
+    return failed["failure"] + (theirs[-1] if theirs else "")
 
 
 def _on(name: str) -> str:
     return {"reference": "the reference answer", "empty": "an empty completion", "truncated": "a truncated completion",
             "wrong but containing": "a wrong answer that contains the right one", "another row's": "another row's answer"}[name]
-
-
-def _what_is_wrong(reply: Reply, expected: int) -> str | None:
-    if len(reply.rewards) != expected:
-        return f"returns {len(reply.rewards)} rewards for {expected} completions"
-    wrong = next((reward for reward in reply.rewards if isinstance(reward, str)), None)
-    return wrong and f"returns {wrong} for a completion; return a number, or None where it cannot judge"
 
 
 def _together(trials: list[Trial], weights: list[float]) -> Trial:

@@ -142,10 +142,12 @@ class DocumentedTraining(Section):
 
     @model_validator(mode="after")
     def counts_are_counts(self):
-        least = {"temperature": 1e-6, "steps_per_generation": 1, "generation_batch_size": 1, "warmup_steps": 0, "save_total_limit": 1}
+        least = {"temperature": 1e-6, "steps_per_generation": 1, "generation_batch_size": 1, "warmup_steps": 0, "save_total_limit": 1, "seed": 0}
         for name, bound in least.items():
             if (value := self.trl_options().get(name)) is not None and value < bound:
                 raise ValueError(f"training.{name}: {value} is too small; use {bound} or more")
+        if (seed := self.trl_options().get("seed") or 0) >= 2**32:
+            raise ValueError(f"training.seed: {seed} is too large; use less than 2**32")
         if (steps := self.trl_options().get("max_steps", -1)) != -1 and not 1 <= steps < 2**31:
             raise ValueError(f"training.max_steps: {steps} is no number of steps; use 1 or more, or -1 for whole epochs")
         return self

@@ -23,7 +23,7 @@ EVENTS = ("on_epoch_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "
 def prepare_trackers(recipe: Recipe, run_dir: Path) -> None:
     """Let the trackers write into the run directory and never ask a question; raises RecipeError for a missing one."""
     for tracker in recipe.training.report_to:
-        if tracker in ("wandb", "tensorboard", "trackio") and importlib.util.find_spec(tracker) is None:
+        if tracker != "none" and importlib.util.find_spec(tracker) is None:
             raise RecipeError(f"training.report_to: the package {tracker} is not installed; run: pip install {tracker}, or "
                               "use none")
     if "wandb" not in recipe.training.report_to:

@@ -37,14 +37,14 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "trackers": {"recipe", "starts", "whole_files"}, "troubles": {"checkpoints", "recipe"},
     "exact_resume": {"checkpoints", "interruption", "recipe", "starts", "whole_files"},
     "findings": {"safe_text"}, "memory": {"recipe", "sections"}, "room": {"arguments", "memory", "recipe"},
-    "reward_trial": {"cli"}, "reward_doctor": {"answers", "findings", "reward_trial"},
+    "reward_doctor": {"answers", "cli", "findings", "judge_call", "judge_process", "rewards_sections", "verdicts"},
     "checks": {"arguments", "backends", "base_model", "chat_tokenizer", "cli", "continuation", "data", "environment", "findings", "hub", "imported", "memory",
                "problems", "recipe", "reward_doctor", "room", "trackers", "safe_text", "starts"},
-    "preflight": {"checks", "cli", "findings", "recipe", "starts"}, "imported": {"cli", "recipe"},
+    "preflight": {"checks", "cli", "findings", "recipe", "starts"}, "imported": {"cli", "gtpo_training", "recipe"},
     "gtpo_training": {"shaping", "groups", "nonfinite", "options", "streaming_head"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
-LIGHT = {"imported", "findings", "memory", "room", "reward_trial", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
+LIGHT = {"imported", "findings", "memory", "room", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "rewards_sections", "judge_call", "judge_process", "verdicts", "failures",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",

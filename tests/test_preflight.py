@@ -1,5 +1,6 @@
 """`--check`: what can fail early does, with a sentence each, and what is fine says so; the model's weights are not loaded."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -19,8 +20,10 @@ from gtpo.starts import Request
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("os.environ", dict(os.environ))
-    return tmp_path
+    before = dict(os.environ)
+    yield tmp_path
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def demo(*flags: str) -> list[str]:
@@ -47,7 +50,7 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"Ready: {len(lines) - 1} ok."
     assert [text[:19].split(maxsplit=1)[1].strip() for text in lines[:-1]] == [
-        "recipe", "run directory", "trackers", "model files", "data files", "hub token", "backend", "trainer", "tokenizer", "dataset", "held-out", "reward", "model",
+        "recipe", "run directory", "trackers", "model files", "data files", "hub token", "backend", "trainer", "tokenizer", "dataset", "held-out", "options", "reward", "model",
         "memory", "disk"]
     assert all(text.startswith("ok    ") and text[6:19].strip() and text[19:21] == "  " and text[21] != " " for text in lines[:-1])
     text = "\n".join(lines)
@@ -68,7 +71,7 @@ def test_every_failure_is_told_at_once_and_what_needs_it_is_said_to_be_unchecked
     verdicts = {name: [f["verdict"] for f in several] for name, several in found.items()}
     assert verdicts == {
         "recipe": ["ok"], "run directory": ["fail"], "trackers": ["ok"], "model files": ["ok"], "data files": ["fail"], "hub token": ["ok"], "backend": ["ok"],
-        "trainer": ["fail"], "tokenizer": ["ok"], "dataset": verdicts["dataset"], "held-out": ["fail"], "reward": ["fail", "warn"], "model": ["fail"],
+        "trainer": ["fail"], "tokenizer": ["ok"], "dataset": verdicts["dataset"], "held-out": ["fail"], "options": ["warn"], "reward": ["fail", "warn"], "model": ["fail"],
         "memory": ["warn"], "disk": ["warn"]}
     assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in found["trainer"][0]["sentence"]
     assert "KeyError: 'judge is away', mine.py line 4" in found["reward"][0]["sentence"]
@@ -87,6 +90,22 @@ def test_what_falls_back_on_this_machine_is_a_warning(here, capsys):
     assert found["trackers"][-1]["sentence"] == "wandb, offline"
 
 
+@pytest.mark.parametrize("flags, failed", [
+    (["--training.report_to", "mlflow"], "trackers: training.report_to: the package mlflow is not installed; run: pip install mlflow, or use none"),
+    (["--training.use_vllm", "true"], "trainer: training.use_vllm: the package vllm is not installed"),
+    (["--training.save_strategy", "best"], "options: training: `args.metric_for_best_model` must be provided"),
+    (["--training.fsdp", "full_shard"], "options: training: Using fsdp only works in distributed training."),
+    (["--training.seed=-1"], "recipe: training.seed: -1 is too small; use 0 or more"),
+    (["--training.seed", str(2**32)], "recipe: training.seed: 4294967296 is too large; use less than 2**32"),
+    (["--dataset.split", "train[5:3]"], "dataset: dataset: no row of 'train[5:3]' has a question and an answer"),
+])
+def test_what_a_run_would_refuse_only_with_the_model_in_memory_fails_here(here, capsys, flags, failed):
+    if "vllm" in failed and importlib.util.find_spec("vllm"):
+        pytest.skip("vllm is installed")
+    name, _, sentence = failed.partition(": ")
+    assert findings(capsys, *flags, code=2)[name][-1]["sentence"].startswith(sentence)
+
+
 def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys, monkeypatch):
     found = findings(capsys, "--training.learning_rate", "fast", "--modle", "x", code=2)
     assert list(found) == ["recipe"] and len(found["recipe"]) == 2
@@ -99,7 +118,7 @@ def test_without_the_model_what_needs_it_is_not_checked_and_the_rest_is(here, ca
     found = findings(capsys, "--model-name", str(here), code=2)
     assert [name for name, several in found.items() if several[-1]["verdict"] == "fail"] == ["model files"]
     assert [name for name, several in found.items() if several[-1]["sentence"].startswith("not checked")] == [
-        "tokenizer", "dataset", "held-out", "rewards", "model", "memory", "disk"]
+        "tokenizer", "dataset", "held-out", "options", "rewards", "model", "memory", "disk"]
 
 
 def test_no_token_is_in_what_a_check_says(here, capsys):

@@ -1,13 +1,16 @@
 """The reward doctor: what rewards pay for right and wrong; and those that raise, hang, crash or return what is no reward."""
 
+import datetime
 import sys
 import textwrap
+import threading
 
 import pytest
 from conftest import ROOT
 
 from gtpo.answers import format_reference
 from gtpo.reward_doctor import diagnose, probe_completions
+from gtpo.rewards_sections import RewardsSection
 
 PROBLEMS = [{"prompt": [{"role": "user", "content": f"{a} + {a}?"}], "answer": format_reference(f"{a}+{a}={2 * a}", str(2 * a))} for a in (2, 6, 15, 50)]
 
@@ -22,9 +25,10 @@ def said(tmp_path, monkeypatch):
     """Verdicts and sentences on rewards of a module `mine` with this source."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path), str(ROOT)])
 
-    def diagnosed(*rewards: str, source: str = "", weights=None, **limits):
+    def diagnosed(*rewards: str, source: str = "", weights=None, problems=PROBLEMS, import_seconds: float = 60, **limits):
         (tmp_path / "mine.py").write_text("import os, time, math\n" + textwrap.dedent(source))
-        return [(finding.verdict, finding.sentence) for finding in diagnose(list(rewards), weights, PROBLEMS, Tokenizer(), **limits)]
+        found = diagnose(list(rewards), weights, problems, Tokenizer(), RewardsSection(**limits), import_seconds)
+        return [(finding.verdict, finding.sentence) for finding in found]
 
     return diagnosed
 
@@ -73,31 +77,42 @@ def test_a_reward_that_pays_the_empty_completion_best_is_found_out(said):
 
 
 @pytest.mark.parametrize("body, sentence", [
-    ("raise KeyError('judge is away')", "mine.pay raises KeyError: 'judge is away', mine.py line 3, on the reference answer"),
-    ("return [0.0]", "mine.pay returns 1 rewards for 4 completions, on the reference answer"),
-    ("return [math.nan] * 4", "mine.pay returns nan for a completion; return a number, or None where it cannot judge, on the reference answer"),
-    ("return [math.inf] * 4", "returns inf for a completion"), ("return ['good'] * 4", "returns the text 'good' for a completion"),
-    ("return [[1]] * 4", "returns a list for a completion"), ("return 5", "raises TypeError: 'int' object is not iterable"),
-    ("os._exit(7)", "mine.pay ends the whole process (exit code 7) instead of coming back, on the reference answer"), ("raise SystemExit(3)", "raises SystemExit: 3"),
-    ("return [1.0 if c[0]['content'] else 1 / 0 for c in completions]", "raises ZeroDivisionError: division by zero, mine.py line 3, on an empty completion"),
-    ("os.kill(os.getpid(), 11)", "ends the whole process (exit code -11)"),
+    ("raise KeyError('judge is away')", "mine.pay raised KeyError: 'judge is away', mine.py line 3, on the reference answer"),
+    ("return [0.0]", "mine.pay returned 1 rewards for 4 completions, not one for each; return a list with a number or None for each completion, on the"),
+    ("return [math.nan] * 4", "mine.pay returned nan, on the reference answer"), ("return [-math.inf] * 4", "returned -inf, on"),
+    ("return [10**400] * 4", "returned inf, on"), ("return [1e300] * 4", "returned 1e+300, on"), ("return ['good'] * 4", "returned the str 'good' as a reward"),
+    ("return [[1]] * 4", "returned a list as a reward"), ("return 5", "returned a int, not a list"), ("return dict.fromkeys(range(4), 1.0)", "returned a dict, not a list"),
+    ("return {1.0, 2.0, 3.0, 4.0}", "returned a set, not a list"), ("return map(float, iter(int, 1))", "returned more rewards for 4 completions"),
+    ("os._exit(7)", "mine.pay ended its process (exit code 7), on the reference answer"), ("raise SystemExit(3)", "raised SystemExit: 3"),
+    ("return [1.0 if c[0]['content'] else 1 / 0 for c in completions]", "raised ZeroDivisionError: division by zero, mine.py line 3, on an empty completion"),
+    ("os.kill(os.getpid(), 11)", "ended its process (signal SIGSEGV)"), ("return [len(bytearray(2**30))] * 4", "raised MemoryError (rewards.memory), mine.py line 3"),
 ])
-def test_a_reward_that_does_not_work_fails_with_its_cause(said, body, sentence):
-    [(verdict, found)] = said("mine.pay", source=f"def pay(completions, **kwargs):\n    {body}\n")
+def test_a_reward_that_would_fail_in_a_run_fails_with_its_cause(said, body, sentence):
+    [(verdict, found)] = said("mine.pay", source=f"def pay(completions, **kwargs):\n    {body}\n", memory=0.5)
     assert verdict == "fail" and sentence in found
 
 
 def test_a_reward_that_hangs_is_stopped_with_all_that_it_started(said):
     source = "import subprocess\ndef pay(completions, **kwargs):\n    subprocess.run(['sleep', '600'])\n"
-    assert said("mine.pay", source=source, call_seconds=0.5) == [("fail", "mine.pay does not come back within 0.5 seconds, on the reference answer")]
-    assert said("mine.pay", source="while True: pass", import_seconds=0.7) == [("fail", "mine.pay does not come back from its import within 0.7 seconds")]
+    assert said("mine.pay", source=source, seconds=0.1) == [("fail", "mine.pay took longer than 0.4 s (rewards.seconds), on the reference answer")]
+    assert said("mine.pay", source="while True: pass", import_seconds=0.7) == [("fail", "mine.pay took longer than 0.7 s to be imported")]
 
 
 def test_a_reward_that_cannot_be_imported_or_called_fails(said):
-    assert "cannot be imported (AttributeError: module 'mine' has no attribute 'nothing'" in said("mine.nothing")[0][1]
-    assert "cannot be imported (TypeError: it is int, which cannot be called" in said("mine.five", source="five = 5")[0][1]
+    assert "cannot be imported in its own process: AttributeError: module 'mine' has no attribute 'nothing'" in said("mine.nothing")[0][1]
+    assert "raised TypeError: 'int' object is not callable" in said("mine.five", source="five = 5")[0][1]
     broken = said("mine.pay", "reward_math.released_reward", source="raise OSError('no licence')")
     assert [verdict for verdict, _ in broken] == ["fail", "warn"] and "OSError: no licence, mine.py line 2" in broken[0][1]
+
+
+def test_a_column_of_any_kind_reaches_the_reward_or_is_told(said):
+    problems = [{**problem, "when": datetime.date(2000, 1, i + 1)} for i, problem in enumerate(PROBLEMS)]
+    source = "def pay(completions, when, **kwargs): return [float(date.day) for date in when]"
+    assert said("mine.pay", source=source, problems=problems)[0][1].split(": ")[1].startswith("reference 1 to 4, empty 1 to 4")
+    problems = [{**problem, "when": threading.Lock()} for problem in PROBLEMS]
+    [(verdict, sentence)] = said("mine.pay", source=source, problems=problems)
+    assert verdict == "fail" and "the dataset has a column that cannot be handed over (" in sentence and "set rewards.isolated to false" in sentence
+    assert "no_such_name" in said("mine.pay", source="def pay(**kwargs): return no_such_name", problems=problems, isolated=False)[0][1]
 
 
 def test_none_is_no_verdict_and_leaves_the_completion_out(said):
