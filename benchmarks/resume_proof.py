@@ -34,6 +34,10 @@ CASES = {
     "logging_steps": ["--training.logging_steps", "4", "--training.log_completions", "true"],
     "evaluation": [*EVERY, "2", "--evaluation.samples", "2", "--evaluation.temperature", "1"],
     "within_evaluation": [*EVERY, "1", "--evaluation.batch_size", "2", "--training.logging_steps", "2"],  # where the signal arrives
+    "saved_and_evaluated_apart": [*EVERY, "2", "--training.save_steps", "3", "--training.logging_steps", "4"],
+    "everything": [  # two epochs, rollouts of three micro-batches that are trained on twice, in steps of two
+        *EPOCHS, "2", "--training.steps_per_generation", "3", "--training.num_iterations", "2", *EVERY, "2", "--training.save_steps", "3",
+        "--training.logging_steps", "4"],
     "grpo_everything": [*BASELINE, *EPOCHS, "2", "--training.logging_steps", "3", "--training.num_iterations", "2", *EVERY, "1"],
 }
 

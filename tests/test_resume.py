@@ -21,7 +21,7 @@ def proof() -> str:
     return done.stdout
 
 
-CASES = ["steps_per_generation_iterations", "epochs_steps_per_generation", "grpo_everything"]
+CASES = ["everything", "grpo_everything"]
 
 
 @pytest.mark.parametrize("case", CASES)
