@@ -308,10 +308,10 @@ def main() -> int:
         _warm_up(target)
         outcomes.append(outcome := run(target, options.inputs or TARGETS[target][1], options.seed))
         print(f"{target:<10}{outcome.inputs:>9,}{outcome.seconds:>9.0f}{outcome.slowest:>9.2f}{len(outcome.failures):>10}", flush=True)
-    failures = [(outcome.target, *failure) for outcome in outcomes for failure in outcome.failures]
-    for target, number, what in failures:
-        print(f"{target}, random.Random({number}): {what}")
-    print(f"{'all':<10}{sum(o.inputs for o in outcomes):>9,}{sum(o.seconds for o in outcomes):>9.0f}{max(o.slowest for o in outcomes):>9.2f}{len(failures):>10}")
+        for number, what in outcome.failures:
+            print(f"    random.Random({number}): {what}", flush=True)
+    failures = sum(len(outcome.failures) for outcome in outcomes)
+    print(f"{'all':<10}{sum(o.inputs for o in outcomes):>9,}{sum(o.seconds for o in outcomes):>9.0f}{max(o.slowest for o in outcomes):>9.2f}{failures:>10}")
     return 1 if failures else 0
 
 
