@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     command = cli.parse(argv)
     with log_to_console() as early_log, Interruption().watching() as interruption:
         try:
-            return _run(command, early_log, interruption)
+            with interruption.not_mistaken():
+                return _run(command, early_log, interruption)
         except Interrupted as stopped:
             print_end("interrupted", stopped)
             return stopped.exit_code

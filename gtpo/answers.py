@@ -163,7 +163,9 @@ def _tidy(text: str) -> str:
 
 def _equation(answer: str, reference: str) -> bool | None:
     """Whether `x = 18` answers 18, which 17 = 18 does not: each side that is no mere name must; None if there is none."""
-    sides = [side.strip() for side in re.split(r"(?<![<>!:\\])=(?!=)", answer)]
+    if "==" in answer:  # no equation, and each sign of a long row would be a side of its own
+        return False
+    sides = [side.strip() for side in re.split(r"(?<![<>!:\\])=", answer)]
     claims = [side for side in sides if not _NAME.fullmatch(side)] if len(sides) > 1 else []
     return all(same_answer(side, reference) for side in claims) if claims else None
 

@@ -24,6 +24,7 @@ class Interruption:
         self.signum: int | None = None
         self._when = 0.0
         self._deferred = False
+        self._raised: Interrupted | None = None
 
     @property
     def asked(self) -> bool:
@@ -46,11 +47,21 @@ class Interruption:
     @contextlib.contextmanager
     def deferred(self):
         """Inside, a request is only noted: whoever is there has something to save, and looks at `asked`."""
-        self._deferred = True
+        self._deferred, self._raised = True, None
         try:
             yield
         finally:
             self._deferred = False
+
+    @contextlib.contextmanager
+    def not_mistaken(self):
+        """Inside, an `Interrupted` of which a library makes an error of its own stays what it was: lazy imports do that."""
+        try:
+            yield
+        except Exception as error:
+            if self._raised is None:
+                raise
+            raise self._raised from error
 
     def stop_here(self, where: str) -> None:
         """End the run if that was asked for."""
@@ -61,7 +72,8 @@ class Interruption:
         if self.signum is None:
             self.signum, self._when = signum, time.monotonic()
             if not self._deferred:
-                raise Interrupted(signum, "nothing is lost, since no step was under way")
+                self._raised = Interrupted(signum, "nothing is lost, since no step was under way")
+                raise self._raised
             _say("Stopping: this step is finished and a checkpoint saved first. Ctrl-C again stops at once.")
         elif signum == signal.SIGINT and time.monotonic() - self._when > TOGETHER:
             _say("Stopped at once; the last checkpoint stays as it is.")

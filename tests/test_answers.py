@@ -438,3 +438,8 @@ def test_every_math_answer_is_found_and_is_the_same_as_itself(shared_data):
     for _ in range(120):
         one, other = dice.sample(expressions, 2)
         assert not same_answer(one, other), (one, other)
+
+
+@pytest.mark.parametrize("answer", ["0!!" + "=" * 290, "=" * answers.LONGEST_ANSWER, "=1" * 150, "x==5", "5 == 5"])
+def test_a_row_of_equality_signs_is_no_answer_and_no_recursion(answer):
+    assert not same_answer(answer, "5") and not same_answer(answer, "2 million")

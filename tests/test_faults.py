@@ -87,6 +87,23 @@ def test_a_signal_with_nothing_to_save_ends_the_run_there_and_else_is_noted():
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
+def test_a_signal_that_a_library_mistakes_for_an_error_of_its_own_stays_a_signal():
+    def lazy_import():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise ModuleNotFoundError("Could not import module") from error
+
+    with Interruption().watching() as interruption:
+        with pytest.raises(ZeroDivisionError), interruption.not_mistaken():
+            1 / 0
+        with pytest.raises(Interrupted, match="nothing is lost") as stopped, interruption.not_mistaken():
+            lazy_import()
+        assert stopped.value.exit_code == 143
+        with pytest.raises(ZeroDivisionError), interruption.not_mistaken(), interruption.deferred():
+            1 / 0  # in a step that has been finished all the same
+
+
 # ---- one sentence
 
 
