@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=["gradients", "train", "step", "heads"], help="some of the parts")
     parser.add_argument("--shapes", nargs="+", choices=measure.SHAPES, default=["qwen2.5-3b", "llama-3.1-8b"], help="for step")
     parser.add_argument("--side-by-side", type=int, default=1, metavar="N",
-                        help="cases at a time, on a GPU with 100 GiB and many cores; what is timed is alone on the GPU all the same")
+                        help="cases at a time, on a GPU with 100 GiB and many cores; what is timed is alone on the GPU, not on the CPU")
     parser.add_argument("--limit", type=int, default=900, help="seconds after which a case is given up")
     parser.add_argument("--commit", help="to write down where the copy has no repository")
     parser.add_argument("--case", choices=["unsloth", "reference", "bfloat16"], help=argparse.SUPPRESS)

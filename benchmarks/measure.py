@@ -47,8 +47,10 @@ def using_the_gpu(alone: bool):
     if not (lock := os.environ.get("GTPO_GPU_LOCK")):
         yield
         return
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    with open(lock, "w") as gpu, open(f"{lock}.queue", "w") as queue:
+        fcntl.flock(queue, fcntl.LOCK_EX)  # in turn, so that those who share do not keep out who wants it alone
+        fcntl.flock(gpu, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(queue, fcntl.LOCK_UN)
         yield
 
 

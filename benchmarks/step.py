@@ -42,6 +42,7 @@ def main() -> int:
 
 def compare(options: argparse.Namespace, folder: Path) -> dict:
     policy = load(options, folder)
+    import torch
     import trl
 
     from gtpo.gtpo_training import UnslothGTPOTrainer
@@ -50,6 +51,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
     if options.backend == "transformers":
         makers = {"GRPO": trl.GRPOTrainer, "GRPO, streaming head": trl.GRPOTrainer, "GTPO": UnslothGTPOTrainer}
     steps, first = {}, None
+    if options.backend == "transformers" and torch.cuda.is_available():  # what Trainer.train() does first
+        policy.model.gradient_checkpointing_enable()
     for name, maker in makers.items():
         trainer = make_trainer(maker, policy, options, folder)
         if name == "GRPO, streaming head":
