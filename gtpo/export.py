@@ -72,6 +72,8 @@ def export(saved: Saved, out: Path, *, dtype: str = "bfloat16") -> fidelity.Fide
         if problem := found.problem(dtype):
             raise RecipeError(f"{out}: {problem}; nothing was kept")
         model_card.write(folder, model_card.merged_card(saved, dtype, str(found)))
+        if saved.run_dir:  # so that evaluate_model.py asks it what training asked
+            shutil.copy(saved.run_dir / "recipe.yaml", folder)
     return found
 
 

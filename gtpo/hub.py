@@ -68,7 +68,8 @@ def push(folder: Path, repository: str) -> str:
     api = HfApi()
     with _hub_errors(repository):
         address = api.create_repo(repository, private=True, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Merged model")
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Merged model",
+                          ignore_patterns=["recipe.yaml"])  # it names folders of this machine; the card tells the rest
     return str(address)
 
 

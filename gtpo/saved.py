@@ -101,10 +101,13 @@ def saved_tokenizer(saved: Saved, section: ModelSection, backend: str, chat_temp
 
 
 def _run(folder: Path) -> Saved:
-    """A run with its adapter or, where it did not finish, its newest checkpoint that is whole."""
+    """A run with its adapter or, where it did not finish, its newest checkpoint that is whole; or a run's merged model."""
     from gtpo.cli import read_saved
 
     recipe = read_saved(folder / "recipe.yaml")
+    if (folder / "config.json").is_file():  # a merged model
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"load_in_4bit": False, "chat_template": None})})
+        return Saved("base", str(folder), recipe=recipe)
     if (folder / adapters.CONFIG).is_file():
         try:
             adapters.read_config(folder)

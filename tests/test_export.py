@@ -56,7 +56,7 @@ def test_the_merged_model_is_plain_transformers_and_computes_what_base_and_adapt
     code, out, _ = run(capsys, run_dir, tmp_path / "merged", "--dtype", dtype)
     assert code == 0 and out.endswith(f"Merged model: {tmp_path / 'merged'}\n")
     files = {file.name for file in (tmp_path / "merged").iterdir()}
-    assert files == {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+    assert files == {"README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "recipe.yaml",
                      "tokenizer.json", "tokenizer_config.json"}
     assert {str(tensor.dtype) for tensor in load_file(tmp_path / "merged/model.safetensors").values()} == {f"torch.{dtype}"}
 
@@ -66,7 +66,8 @@ def test_the_merged_model_is_plain_transformers_and_computes_what_base_and_adapt
     adapted = logits(PeftModel.from_pretrained(base, run_dir), run_dir)
     assert (merged - adapted).norm() / adapted.norm() < bound < 0.1 < (untrained - adapted).norm() / adapted.norm()
     saved = find_saved(str(tmp_path / "merged"))
-    assert (saved.kind, saved.adapter) == ("base", None)
+    assert (saved.kind, saved.adapter, saved.base) == ("base", None, str(tmp_path / "merged"))
+    assert saved.recipe.dataset == find_saved(str(run_dir)).recipe.dataset and not saved.section.load_in_4bit  # asked as in training
 
 
 def test_a_checkpoint_and_a_plain_adapter_are_merged_too(run_dir, tiny_policy, tmp_path, capsys):  # noqa: F811
@@ -264,6 +265,7 @@ def test_a_push_looks_first_then_uploads_to_a_private_repository(run_dir, tmp_pa
     assert [name for name, _, _ in FakeApi.calls] == ["whoami", "create_repo", "upload_folder"]
     assert FakeApi.calls[1][1:] == (("me/mine",), {"private": True, "exist_ok": True})
     assert FakeApi.calls[2][2]["folder_path"] == tmp_path / "merged"
+    assert FakeApi.calls[2][2]["ignore_patterns"] == ["recipe.yaml"]  # folders of this machine are in it
 
 
 def test_a_push_that_fails_leaves_the_merged_model(run_dir, tmp_path, capsys, api):  # noqa: F811
