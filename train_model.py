@@ -11,16 +11,13 @@ import os
 import sys
 from pathlib import Path
 
-from gtpo import cli
-from gtpo.console import log_to_console, print_end
+from gtpo import cli, processes
+from gtpo.console import log_to_console
+from gtpo.endings import RunStopped, end
 from gtpo.environment import set_up
 from gtpo.interruption import Interrupted, Interruption
 from gtpo.recipe import Recipe, RecipeError
 from gtpo.safe_text import without_secrets
-
-
-class RunStopped(Exception):
-    """An alarm or a limit stopped the run, as its recipe says; everything is saved."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,22 +28,14 @@ def main(argv: list[str] | None = None) -> int:
 
         return export_model.main([word for word in argv if word != "--export"])
     command = cli.parse(argv)
-    with log_to_console() as early_log, Interruption().watching() as interruption:
+    if command.switches & {"help", "version", "dry_run", "check"} and not processes.is_first():
+        return 0
+    with processes.one_speaks(), log_to_console() as early_log, Interruption().watching() as interruption:
         try:
             with interruption.not_mistaken():
                 return _run(command, early_log, interruption)
-        except Interrupted as stopped:
-            print_end("interrupted", stopped)
-            return stopped.exit_code
-        except RecipeError as error:
-            print_end("error", error)
-            return 2
-        except RunStopped as stopped:
-            print_end("stopped", stopped)
-            return 3
-        except Exception:
-            logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file; the terminal gets it anyway
-            raise
+        except (Exception, Interrupted) as error:
+            return end(error, interruption)
 
 
 def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, interruption: Interruption) -> int:
@@ -63,7 +52,7 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, in
     if "check" in command.switches:
         from gtpo.preflight import check
 
-        return check(command, _request(command), _processes())
+        return check(command, _request(command), processes.go_alone())
     recipe = cli.make_recipe(command)
     set_up(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
@@ -71,7 +60,7 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, in
         from gtpo.continuation import continued
         from gtpo.plan import print_plan
 
-        print_plan(continued(recipe), _processes())
+        print_plan(continued(recipe), processes.count())
     else:
         train(recipe, _request(command), early_log=early_log, interruption=interruption)
     return 0
@@ -92,7 +81,7 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
     from gtpo.troubles import explained
 
     recipe = continued(recipe)
-    start = find_start(recipe, request or Request(), _processes())
+    start = find_start(recipe, request or Request(), processes.count())
     if start.finished is not None:
         logging.getLogger("gtpo").info("[GTPO] This run is finished, after %d steps; to train on, raise training.max_steps or "
                                        "training.num_train_epochs", start.finished)
@@ -105,7 +94,7 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
 
 def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | None, interruption: Interruption) -> None:
     from gtpo import backends, base_model, data, imported, model_card, problems, runs, trackers
-    from gtpo.arguments import precision, training_arguments
+    from gtpo.arguments import answer_timeout, precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
     from gtpo.continuation import tokenizer_section
     from gtpo.whole_files import written_aside
@@ -121,7 +110,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
     _seed_everything(recipe)
     tokenizer = load_tokenizer(tokenizer_section(recipe.model), backend)
-    train_set = problems.load_training(recipe, tokenizer, _processes())
+    train_set = problems.load_training(recipe, tokenizer, processes.count())
     held_out = problems.load_held_out(recipe, tokenizer)
     policy = backends.load_policy(
         recipe.model, tokenizer, backend, seed=recipe.seed, precision=precision(recipe.training),
@@ -130,7 +119,9 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     )
 
     imported.set_constants(recipe, policy.tokenizer)
-    arguments = training_arguments(recipe, str(run_dir), processes=_processes(), use_vllm=policy.uses_vllm)
+    processes.meet(answer_timeout(recipe))
+    arguments = training_arguments(recipe, str(run_dir), processes=processes.count(), use_vllm=policy.uses_vllm)
+    from gtpo import sharding
     from gtpo.exact_resume import resume_exactly
     from gtpo.held_out import HeldOut
     from gtpo.judges import Judges
@@ -148,6 +139,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     trackers.let_training_go_on(trainer)
     model_card.describe_saves(policy.model, trainer, recipe, run_dir)
 
+    sharding.check(trainer, held_out)
     is_main = trainer.accelerator.is_main_process
     with runs.opened(start, recipe, early_log) if is_main else contextlib.nullcontext():
         held_out = HeldOut(recipe, policy, held_out, run_dir, trainer, interruption) if held_out and is_main else None
@@ -160,8 +152,9 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
         if non_finite.poisoned:
             raise RunStopped(non_finite.stopped_by)
         interruption.stop_here(f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume")
+        state = sharding.whole_state(trainer)
         if is_main:
-            policy.save_adapter(run_dir)
+            policy.save_adapter(run_dir, state)
         if held_out:
             after = held_out.evaluate("after")
             held_out.say(f"Before, {before.problems} held-out problems: {before}")
@@ -197,10 +190,6 @@ def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
                 parameter.data = parameter.data.float()
     trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would describe a base model called None
     return trainer
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 if __name__ == "__main__":

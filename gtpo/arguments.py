@@ -88,6 +88,7 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
         "per_device_train_batch_size": plan.per_device, "max_completion_length": recipe.max_completion_length,
         "use_cpu": not torch.accelerator.is_available(), "use_vllm": use_vllm,
         "vllm_gpu_memory_utilization": recipe.model.gpu_memory_utilization,
+        "ddp_find_unused_parameters": False,  # there are none, and looking for them costs
         "trust_remote_code": recipe.model.trust_remote_code, "project": recipe.wandb.project,
         **training.trl_options(), "optim": _optimizer(recipe),
         "bf16": precision(training) == "bf16", "fp16": precision(training) == "fp16",
@@ -113,6 +114,11 @@ def _trl_defaults() -> dict:
         f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory()
         for f in dataclasses.fields(own) if f.init
     }
+
+
+def answer_timeout(recipe: Recipe) -> float:
+    """How long a process waits for the others, in seconds."""
+    return recipe.training.trl_options().get("ddp_timeout", int(grpo_options()["ddp_timeout"].default))
 
 
 def precision(training: DocumentedTraining) -> str:

@@ -43,10 +43,10 @@ class Policy:
                 FastLanguageModel.for_training(self.model)
             self.model.train(was_training)
 
-    def save_adapter(self, folder: str | Path) -> None:
-        """Adapter and tokenizer, loadable by plain peft and transformers."""
+    def save_adapter(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Adapter and tokenizer, loadable by plain peft and transformers; from `state` where the model itself holds but a part."""
         with files_written_aside(Path(folder)) as aside:
-            self.model.save_pretrained(str(aside), safe_serialization=True)
+            self.model.save_pretrained(str(aside), safe_serialization=True, state_dict=state)
             self.tokenizer.save_pretrained(str(aside))
 
 

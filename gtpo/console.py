@@ -3,9 +3,9 @@
 import contextlib
 import logging
 import logging.handlers
-import os
 import sys
 
+from gtpo import processes
 from gtpo.safe_text import SafeFormatter, printable, without_secrets
 
 
@@ -36,7 +36,7 @@ def log_to_console():
     root = logging.getLogger()
     console = _Console()
     console.setFormatter(SafeFormatter("%(message)s"))
-    console.setLevel(logging.NOTSET if os.environ.get("RANK", "0") == "0" else logging.ERROR)  # one process speaks
+    console.setLevel(logging.NOTSET if processes.is_first() else logging.ERROR)  # one process speaks
     console.addFilter(lambda record: record.name != "gtpo.watch")  # those lines are on the screen already
     early = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
     logging.getLogger("gtpo").setLevel(logging.INFO)

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import GRPOTrainer
 
-from gtpo import checkpoints
+from gtpo import checkpoints, other_processes
 from gtpo.checkpoints import Checkpoint
 from gtpo.interruption import Interruption
 from gtpo.recipe import Recipe
@@ -74,6 +74,7 @@ class ExactResume(TrainerCallback):
         if completions.is_file():
             flush(completions)
         checkpoints.publish(written, self.run_dir / written.name, step=step, max_steps=state.max_steps, **self.told,
+                            within_rollout=self._rollout() is not None,
                             completions=completions.stat().st_size if completions.is_file() else 0)
         remove(written.parent)
         checkpoints.rotate(self.run_dir, self.trainer.args.save_total_limit, checkpoints.best_step(self.run_dir, state.log_history))
@@ -110,16 +111,19 @@ class ExactResume(TrainerCallback):
     def _keepers(self) -> list[Any]:
         return [callback for callback in self.trainer.callback_handler.callbacks if hasattr(callback, "resume_state")]
 
-    def _state_file(self) -> str:
-        return f"resume_state_{self.trainer.accelerator.process_index}.pt"
+    def _state_file(self, process: int | None = None) -> str:
+        return f"resume_state_{self.trainer.accelerator.process_index if process is None else process}.pt"
 
     # ---- what is restored
 
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is None:
             return
-        trainer = self.trainer
-        saved = torch.load(self.checkpoint.folder / self._state_file(), map_location="cpu", weights_only=True)
+        trainer, folder, told = self.trainer, self.checkpoint.folder, self.checkpoint.told
+        as_many = told["processes"] == trainer.accelerator.num_processes
+        saved = torch.load(folder / self._state_file(None if as_many else 0), map_location="cpu", weights_only=True)
+        if not as_many:
+            saved["step"] = other_processes.step(trainer, folder, told, saved["rollout"])
         trainer._step, trainer._current_train_step_time = saved["step"], saved["step_time"]
         trainer._buffered_inputs = send_to_device(saved["rollout"], trainer.accelerator.device)
         trainer._tr_loss = saved["loss"].to(trainer._tr_loss.device)
@@ -179,10 +183,11 @@ class ExactResume(TrainerCallback):
 
     def _anybody_asked(self) -> bool:
         """Whether a process was asked to stop, so that all of them do after the same step."""
-        accelerator, asked = self.trainer.accelerator, self.interruption.asked
-        if accelerator.num_processes == 1:
-            return asked
-        return bool(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device), reduction="sum").item())
+        accelerator, interruption = self.trainer.accelerator, self.interruption
+        if accelerator.num_processes > 1:
+            asked = accelerator.gather(torch.tensor([interruption.signum or 0], device=accelerator.device))
+            interruption.signum = asked.max().item() or None
+        return interruption.asked
 
 
 def resume_exactly(trainer: GRPOTrainer, start: Start, recipe: Recipe, interruption: Interruption) -> None:

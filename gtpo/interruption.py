@@ -5,6 +5,8 @@ import os
 import signal
 import time
 
+from gtpo import processes
+
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal, as a shell reports it
 TOGETHER = 1.0  # seconds: signals that come closer than that are one request (a launcher's, and the terminal's own)
 
@@ -23,7 +25,7 @@ class Interruption:
     def __init__(self):
         self.signum: int | None = None
         self._when = 0.0
-        self._deferred = False
+        self._deferred = self._over = False
         self._raised: Interrupted | None = None
 
     @property
@@ -68,7 +70,14 @@ class Interruption:
         if self.signum is not None:
             raise Interrupted(self.signum, where)
 
+    def over(self) -> int | None:
+        """From here on requests are not noticed: the process ends by itself. Returns the exit code that the one before asks for."""
+        self._over = True
+        return EXIT_CODES.get(self.signum)
+
     def _ask(self, signum, frame):
+        if self._over:
+            return
         if self.signum is None:
             self.signum, self._when = signum, time.monotonic()
             if not self._deferred:
@@ -82,6 +91,8 @@ class Interruption:
 
 
 def _say(line: str) -> None:
-    """Past Python's own streams, which a signal may have interrupted."""
+    """Past Python's own streams, which a signal may have interrupted; by one process, as all get the signal."""
+    if not processes.is_first():
+        return
     with contextlib.suppress(OSError):
         os.write(2, f"\n{line}\n".encode())

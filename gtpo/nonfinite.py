@@ -77,7 +77,9 @@ class SkipNonFiniteSteps(TrainerCallback):
         accelerator = self.trainer.accelerator
         finite = torch.stack([torch.ones((), dtype=torch.bool, device=accelerator.device), *others]).all()
         if tensors:
-            finite = finite & torch.nn.utils.get_total_norm(tensors).isfinite().to(finite.device)
+            norm = torch.nn.utils.get_total_norm(tensors)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP's pieces, of all processes
+            finite = finite & norm.isfinite().to(finite.device)
         return bool(accelerator.gather(finite.reshape(1)).all())
 
     def resume_state(self) -> dict:

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gtpo import checkpoints
+from gtpo import checkpoints, other_processes
 from gtpo.changes import MORE, changes
 from gtpo.checkpoints import Checkpoint
 from gtpo.recipe import Recipe, RecipeError
@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 LOCK = ".lock"  # held as long as a process trains in a run directory; as a file it means nothing
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "global_step")  # of transformers itself, FSDP and DeepSpeed
 EVALUATED = ("evaluation.", "dataset.", "model.", "training.max_prompt_length", "training.chat_template_kwargs", "training.seed")
 
 
@@ -84,9 +85,10 @@ def find_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
 
 def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> Start:
     checkpoint, told = start.checkpoint, start.checkpoint.told
-    if "optimizer.pt" not in told["files"]:
+    if not any(name.startswith(OPTIMIZER) for name in told["files"]):
         raise RecipeError(f"{checkpoint.folder}: holds the adapter alone (training.save_only_model); start a new run with "
                           f"--model.adapter {checkpoint.folder}")
+    other_processes.check(checkpoint.folder, told, processes)
     matter, harmless = changes(told["recipe"], recipe, (told["processes"], processes))
     if matter and not request.force:
         raise RecipeError("\n".join([

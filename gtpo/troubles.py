@@ -6,13 +6,16 @@ import logging
 import re
 from pathlib import Path
 
-from gtpo import checkpoints
+from gtpo import checkpoints, processes
+from gtpo.processes import ProcessLost
 from gtpo.recipe import Recipe, RecipeError
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_WRITABLE = {*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
 OF_LIBRARIES = re.compile(r"os error (\d+)|PytorchStreamWriter|inline_container")  # safetensors and torch write in their own ways
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+
+LOST = re.compile(r"gloo/|Connection (closed|reset) by peer|Timed out waiting|NCCL", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -23,6 +26,10 @@ def explained(recipe: Recipe, run_dir: Path):
     except RecipeError:
         raise
     except Exception as error:
+        if processes.count() > 1 and any(map(_of_another_process, _causes(error))):
+            logging.getLogger("gtpo.watch").exception("The run failed")
+            raise ProcessLost(f"processes: another process of this run has ended, or did not answer within training.ddp_timeout "
+                              f"({' '.join(str(error).split())[:160]}). {_goes_on(run_dir)}") from error
         sentence = next((told for cause in _causes(error) if (told := _told(cause, recipe, run_dir))), None)
         if sentence is None:
             raise
@@ -40,6 +47,13 @@ def _told(error: BaseException, recipe: Recipe, run_dir: Path) -> str | None:
     if reason:
         return f"{getattr(error, 'filename', None) or run_dir}: cannot be written ({reason}); make room, or let it be written. " + _goes_on(run_dir)
     return None
+
+
+def _of_another_process(error: BaseException) -> bool:
+    """gloo has errors of its own texts, NCCL and the store those of torch.distributed."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or isinstance(error, RuntimeError) and bool(LOST.search(str(error)))
 
 
 def _not_written(error: BaseException) -> str | None:

@@ -2,13 +2,15 @@
 
 `python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes, which are forked once all is imported,
 leaves what has to be the same in FOLDER/N.pt and prints how far two and four are from one; exit code 1 if that is 1e-6 or more.
-`--unsloth` does so with the trainer that Unsloth generates.
+So it does with a run that is passed on from one process to two, to four and back to one, by checkpoints. `--unsloth` does all of it
+with the trainer that Unsloth generates.
 """
 
 import os
 import socket
 import sys
 import tempfile
+from pathlib import Path
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
@@ -16,6 +18,7 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import gradients  # noqa: E402
 import torch  # noqa: E402
 
+GTPO = "gtpo.gtpo_training.UnslothGTPOTrainer"
 ROWS = 24  # three groups of eight: two processes share the second, four share all of them
 LONGEST = (7, 4, 6, 3)  # tokens, of each quarter of the rows: processes hold completions of unequal width
 CASES = {
@@ -39,9 +42,8 @@ def drawn(rollout: int, tokenizer, rows: int = ROWS, seed: int = 0) -> list[list
     return completions
 
 
-def inject(trainer, rows: int = ROWS) -> None:
+def inject(trainer, rows: int = ROWS, drawn_so_far: int = 0) -> None:
     """Let `trainer` get the completions of `drawn` instead of sampling, `rows` to a rollout over all processes."""
-    drawn_so_far = 0
 
     def generate(prompt_ids, *args, **kwargs):
         nonlocal drawn_so_far
@@ -106,28 +108,76 @@ def largest_difference(one: dict, other: dict) -> float:
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def fork(processes: int, folder: str) -> None:
-    """Train the cases with as many gloo processes; raises RuntimeError if one of them fails."""
+def train_on(folder: Path, checkpoint, last: int) -> dict:
+    """LoRA weights and <H>_ini of a run of 5 steps that goes on from `checkpoint` (None: begins) and ends with step `last`."""
+    from gtpo.exact_resume import ExactResume
+
+    folder.mkdir(exist_ok=True)
+    trainer = gradients.make_trainer(GTPO, str(folder), **{
+        "num_generations": 8, "per_device_train_batch_size": ROWS // int(os.environ["WORLD_SIZE"]), "gradient_accumulation_steps": 1,
+        "max_steps": 5, "optim": "adamw_torch", "lr_scheduler_type": "linear", "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 1})
+    inject(trainer, drawn_so_far=checkpoint.step if checkpoint else 0)
+    trainer.add_callback(_StopAfter(last))
+    ExactResume(trainer, folder, {"recipe": {}, "processes": trainer.accelerator.num_processes}, checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
+    return {"lora": {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
+            "initial_entropy": trainer.initial_entropy}
+
+
+def _StopAfter(step: int):
+    from transformers import TrainerCallback
+
+    class StopAfter(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= step
+
+    return StopAfter()
+
+
+def pass_on(folder: Path, counts: list[int]) -> None:
+    """Train straight in FOLDER/passed/straight, and by `counts` of processes in turn from its second step on, one step each."""
+    from gtpo import checkpoints
+
+    passed = folder / "passed"
+    passed.mkdir()
+    fork(1, lambda: torch.save(train_on(passed / "straight", None, 5), passed / "straight.pt"))
+    before = passed / "straight/checkpoint-2"
+    for step, processes in enumerate(counts, 3):
+        def leg():
+            told = train_on(passed / f"by{step}", checkpoints.read(before), step)
+            if os.environ["RANK"] == "0":
+                torch.save(told, passed / "passed_on.pt")
+
+        fork(processes, leg)
+        before = passed / f"by{step}/checkpoint-{step}"
+
+
+def fork(processes: int, work) -> None:
+    """Let as many gloo processes do `work`; raises RuntimeError if one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
-    children = [os.fork() or _child(rank, processes, folder) for rank in range(processes)]
+    children = [os.fork() or _child(rank, processes, work) for rank in range(processes)]
     if any([os.waitpid(child, 0)[1] for child in children]):
         raise RuntimeError(f"not all of {processes} processes succeeded")
 
 
-def _child(rank: int, processes: int, folder: str):
+def _child(rank: int, processes: int, work):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes))
     try:
-        figures = {name: train("gtpo.gtpo_training.UnslothGTPOTrainer", **case) for name, case in CASES.items()}
-        if rank == 0:
-            torch.save(figures, os.path.join(folder, f"{processes}.pt"))
+        work()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         os._exit(0)
     finally:
         sys.excepthook(*sys.exc_info())
         os._exit(1)
+
+
+def _train_cases(file: Path) -> None:
+    figures = {name: train(GTPO, **case) for name, case in CASES.items()}
+    if os.environ["RANK"] == "0":
+        torch.save(figures, file)
 
 
 def distances(one: dict, several: dict) -> dict[str, float]:
@@ -140,25 +190,27 @@ def distances(one: dict, several: dict) -> dict[str, float]:
     }
 
 
-def main(folder: str, counts: list[str]) -> int:
+def main(folder: Path, counts: list[int]) -> int:
     os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)  # a child of a process with more cannot use them
     import gtpo.gtpo_training  # noqa: F401  with all that it imports
 
-    for count in ["1", *counts]:
-        fork(int(count), folder)
-    one, *others = (torch.load(os.path.join(folder, f"{count}.pt")) for count in ["1", *counts])
-    worst = 0.0
-    for case in CASES:
-        for several in others:
-            found = distances(one[case], several[case])
-            worst = max(worst, *found.values())
-            print(f"{case:13} {several[case]['processes']} processes: " + ", ".join(f"{name} {far:.1e}" for name, far in found.items()))
-    return int(worst >= 1e-6)
+    for count in [1, *counts]:
+        fork(count, lambda count=count: _train_cases(folder / f"{count}.pt"))
+    pass_on(folder, [*counts, 1])
+    one, *others = (torch.load(folder / f"{count}.pt") for count in [1, *counts])
+    rows = [(case, f"{several[case]['processes']} processes", distances(one[case], several[case])) for case in CASES for several in others]
+    straight, passed_on = (torch.load(folder / f"passed/{name}.pt") for name in ("straight", "passed_on"))
+    rows.append(("passed on", f"1, {', '.join(map(str, counts))}, 1 processes", {
+        "initial entropy": abs(straight["initial_entropy"] - passed_on["initial_entropy"]),
+        "LoRA": largest_difference(straight["lora"], passed_on["lora"])}))
+    for case, processes, found in rows:
+        print(f"{case:13} {processes}: " + ", ".join(f"{name} {far:.1e}" for name, far in found.items()))
+    return int(max(far for *_, found in rows for far in found.values()) >= 1e-6)
 
 
 if __name__ == "__main__":
     if "--unsloth" in sys.argv:
         sys.argv.remove("--unsloth")
         gradients.patch_unsloth()
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    sys.exit(main(Path(sys.argv[1]), [int(count) for count in sys.argv[2:]]))

@@ -9,16 +9,15 @@ import torch
 from conftest import ROOT
 from gradients import relative_error
 
-GTPO = "gtpo.gtpo_training.UnslothGTPOTrainer"
-
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[int, dict]:
-    """What one, two and four gloo processes made of the same rollouts, by the number of processes and the case."""
+def found(tmp_path_factory) -> dict:
+    """What one, two and four gloo processes made of the same rollouts, by the number of processes and the case; and of a run that is passed on."""
     folder = tmp_path_factory.mktemp("exactness")
     run = subprocess.run([sys.executable, str(ROOT / "tests/injected.py"), str(folder), "2", "4"], capture_output=True, text=True, timeout=600)
-    assert "processes: lambda" in run.stdout, run.stderr[-4000:]
-    return {count: torch.load(folder / f"{count}.pt") for count in (1, 2, 4)}
+    assert "passed on" in run.stdout, run.stderr[-4000:]
+    return {**{count: torch.load(folder / f"{count}.pt") for count in (1, 2, 4)},
+            **{name: torch.load(folder / f"passed/{name}.pt") for name in ("straight", "passed_on")}}
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -40,6 +39,13 @@ def test_the_rollouts_are_hard_cases(found):
     assert all(torch.cat([g.flatten() for g in step.values()]).norm() > 1e-3 for case in found[1].values() for step in case["gradients"])
 
 
+def test_a_run_passed_on_from_one_process_to_two_to_four_and_back_is_that_of_one(found):
+    straight, passed_on = found["straight"], found["passed_on"]
+    assert straight["initial_entropy"] == passed_on["initial_entropy"]  # kept, and not measured again
+    assert injected.largest_difference(straight["lora"], passed_on["lora"]) < 1e-6
+    assert injected.largest_difference(found[1]["adamw"]["lora"][0], straight["lora"]) > 1e-3  # something was learnt since
+
+
 def test_a_difference_would_be_seen(found):
     one, two = found[1], found[2]
     assert injected.distances(one["adamw"], two["filtered"])["LoRA"] > 1e-3
@@ -50,8 +56,8 @@ def test_a_difference_would_be_seen(found):
 def test_prompts_in_micro_batches_give_the_gradient_of_all_at_once(parts):
     """8 prompts of 8 completions: as 2 x 4 prompts and as 4 x 2."""
     options = {"rows": 64, "max_steps": 1, "optim": "sgd"}
-    at_once = injected.train(GTPO, **options)
-    in_parts = injected.train(GTPO, gradient_accumulation_steps=parts, **options)
+    at_once = injected.train(injected.GTPO, **options)
+    in_parts = injected.train(injected.GTPO, gradient_accumulation_steps=parts, **options)
     assert at_once["token_weights"] == in_parts["token_weights"] and at_once["prompts"] == in_parts["prompts"]
     assert at_once["initial_entropy"] == pytest.approx(in_parts["initial_entropy"], abs=1e-6)
     assert relative_error(in_parts["gradients"][0], at_once["gradients"][0]) < 1e-6

@@ -8,7 +8,7 @@ from conftest import ROOT
 MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside functions
     "trl_options": set(), "kinds": set(), "sections": {"kinds", "trl_options"}, "recipe": {"kinds", "rewards_sections", "safe_text", "sections", "trl_options", "watch_sections"}, "schema": {"recipe", "sections", "trl_options"},
     "mistakes": {"recipe", "schema", "sections"}, "dotted_paths": set(),
-    "yaml_text": set(), "safe_text": set(), "environment": set(), "console": {"safe_text"},
+    "yaml_text": set(), "safe_text": set(), "environment": set(), "console": {"processes", "safe_text"},
     "cli": {"dotted_paths", "mistakes", "recipe", "schema", "sections", "yaml_text"},
     "answers": {"spellings", "verifier"}, "spellings": set(), "verifier": set(),
     "shaping": set(), "nonfinite": set(), "streaming_head": set(), "groups": {"shaping"}, "options": {"trl_options"},
@@ -32,10 +32,10 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "curves": {"configurations"}, "conflict_view": {"completion_log", "configurations", "recipe", "run_record"},
     "summary": {"configurations", "curves", "scores"},
     "reports": {"configurations", "conflict_view", "curves", "recipe", "run_record", "scores", "summary", "whole_files"},
-    "whole_files": set(), "interruption": set(), "checkpoints": {"recipe", "whole_files"}, "changes": {"recipe"},
-    "starts": {"changes", "checkpoints", "recipe"}, "rewinding": {"checkpoints", "starts", "whole_files"},
-    "trackers": {"recipe", "starts", "whole_files"}, "troubles": {"checkpoints", "recipe"},
-    "exact_resume": {"checkpoints", "interruption", "recipe", "starts", "whole_files"},
+    "whole_files": set(), "processes": set(), "endings": {"console", "interruption", "processes", "recipe"}, "interruption": {"processes"}, "checkpoints": {"recipe", "whole_files"}, "changes": {"recipe"},
+    "other_processes": {"recipe"}, "sharding": {"recipe"}, "starts": {"changes", "checkpoints", "other_processes", "recipe"}, "rewinding": {"checkpoints", "starts", "whole_files"},
+    "trackers": {"recipe", "starts", "whole_files"}, "troubles": {"checkpoints", "processes", "recipe"},
+    "exact_resume": {"checkpoints", "interruption", "other_processes", "recipe", "starts", "whole_files"},
     "findings": {"safe_text"}, "memory": {"recipe", "sections"}, "room": {"arguments", "memory", "recipe"},
     "reward_doctor": {"answers", "cli", "findings", "judge_call", "judge_process", "rewards_sections", "verdicts"},
     "checks": {"arguments", "backends", "base_model", "chat_tokenizer", "cli", "continuation", "data", "environment", "findings", "hub", "imported", "memory",
@@ -48,7 +48,7 @@ LIGHT = {"imported", "findings", "memory", "room", "reward_doctor", "checks", "p
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "rewards_sections", "judge_call", "judge_process", "verdicts", "failures",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",
-         "whole_files", "interruption", "checkpoints", "changes", "starts", "rewinding", "trackers", "troubles", "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}
+         "whole_files", "processes", "endings", "interruption", "checkpoints", "changes", "other_processes", "starts", "rewinding", "trackers", "troubles", "engines", "chat", "evaluation_plan", "completion_log", "run_record", "configurations", "curves", "conflict_view", "summary", "reports"}
 
 
 def imports(path, top_level_only: bool) -> set[str]:

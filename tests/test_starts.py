@@ -192,6 +192,14 @@ def test_another_number_of_processes_is_a_change(recipe):
     assert refusal(recipe(), Request(resume="")).endswith("processes: 2 -> 1")
 
 
+def test_another_number_of_processes_cannot_take_up_a_rollout_under_way(recipe):
+    run_dir = begin(recipe())
+    checkpoint(run_dir, 2, recipe(), processes=2, within_rollout=True)
+    assert refusal(recipe(), Request(resume="", force=True)).endswith(
+        "checkpoint-2 lies within a rollout, which is spread over 2 processes; go on with as many, or from a checkpoint between two rollouts")
+    assert find_start(recipe(), Request(resume=""), processes=2).checkpoint.step == 2
+
+
 @pytest.mark.parametrize("flags, harmless", [
     (["--training.logging_steps", "5", "--training.save_steps", "7", "--training.save_total_limit", "2"], True),
     (["--training.report_to", "tensorboard", "--wandb.project", "x", "--watch.show_every", "3", "--alarm.action", "stop"], True),

@@ -1,0 +1,38 @@
+"""How a run ends: the exit code of each way, and one sentence, said by one process."""
+
+import logging
+
+from gtpo import processes
+from gtpo.console import print_end
+from gtpo.interruption import Interrupted, Interruption
+from gtpo.recipe import RecipeError
+
+
+class RunStopped(Exception):
+    """An alarm or a limit stopped the run, as its recipe says; everything is saved."""
+
+
+def end(error: BaseException, interruption: Interruption) -> int:
+    """Say what ended the run, and return the exit code; an error that nobody foresaw is raised again, by one process.
+
+    Several processes often end for the same reason, and those that did nothing wrong end because of the one that did.
+    """
+    if isinstance(error, (Interrupted, RunStopped)):
+        interrupted = isinstance(error, Interrupted)
+        if processes.is_first():
+            print_end("interrupted" if interrupted else "stopped", error)
+        processes.after_the_first()
+        return error.exit_code if interrupted else 3
+    asked = interruption.over()  # a launcher that ends the others must not cut off what is said here
+    if isinstance(error, processes.ProcessLost):
+        if not asked and processes.first_to_say(str(error), if_nobody_spoke=True):
+            print_end("error", error)
+        return asked or 2
+    if isinstance(error, RecipeError):
+        if processes.first_to_say(str(error)):
+            print_end("error", error)
+        return 2
+    logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file; the terminal gets it anyway
+    if processes.first_to_say(repr(error)):
+        raise error
+    return 1
