@@ -83,9 +83,8 @@ def _data_files(facts: Facts) -> str:
     check_source(facts.recipe.dataset)
     check_held_out(facts.recipe)
     section = facts.recipe.dataset
-    if section.path:
-        return f"{section.path} is here"
-    return f"{section.name} is {'a function' if section.kind == 'function' else 'in the cache or on the hub'}"
+    place = "a function" if section.kind == "function" else "in the cache or on the hub"
+    return f"{section.path} is here" if section.path else f"{section.name} is {place}"
 
 
 def _hub_token(facts: Facts) -> str:
@@ -151,6 +150,7 @@ def _options(facts: Facts) -> str | list[Finding]:
 
     if facts.backend != "transformers" or facts.arguments.use_vllm:
         return []  # Unsloth and vLLM would want a real model
+    facts.arguments.report_to = []  # there is a check for trackers
     with tempfile.TemporaryDirectory() as facts.arguments.output_dir:
         try_options(facts.recipe, facts.arguments, facts.tokenizer, facts.problems)
     return "the trainer takes them"
@@ -166,9 +166,9 @@ def _held_out(facts: Facts) -> str:
 def _rewards(facts: Facts) -> list[Finding]:
     from gtpo.reward_doctor import PROBLEMS, diagnose
 
-    count = min(PROBLEMS, len(facts.problems))
+    recipe, count = facts.recipe, min(PROBLEMS, len(facts.problems))
     rows = [facts.problems[i * len(facts.problems) // count] for i in range(count)]  # from all over the data
-    return diagnose(facts.recipe.trainer.reward_funcs, facts.recipe.training.reward_weights, rows, facts.tokenizer, facts.recipe.rewards)
+    return diagnose(recipe.trainer.reward_funcs, recipe.training.reward_weights, rows, facts.tokenizer, recipe.rewards)
 
 
 def _model(facts: Facts) -> str:

@@ -97,11 +97,8 @@ def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, se
     logger.info("[GTPO] %s: %d problems; %d of %d dropped, longer than %d prompt tokens", label, len(fitting),
                 len(problems) - len(fitting), len(problems), max_prompt_length)
     if not len(fitting):
-        shortest = min(problems["prompt_length"], default=None)
-        raise RecipeError(
-            "dataset: it has no rows with a question and an answer" if shortest is None else
-            f"training.max_prompt_length: {max_prompt_length} drops all {len(problems)} prompts; the shortest has {shortest} "
-            "tokens after the chat template")
+        raise RecipeError(f"training.max_prompt_length: {max_prompt_length} drops all {len(problems)} prompts; the shortest has "
+                          f"{min(problems['prompt_length'])} tokens after the chat template")
     fitting = fitting.remove_columns("prompt_length")
     return fitting.shuffle(seed=seed) if shuffle else fitting
 
@@ -126,7 +123,7 @@ def measured_problems(section: DatasetSection, tokenizer, *, chat_template_kwarg
     if len(filled) < len(rows):
         logger.warning("[GTPO] Dataset: %d rows without question or answer left out", len(rows) - len(filled))
     if not len(filled):
-        raise RecipeError(f"dataset: no row of {section.split!r} has a question and an answer; choose another dataset.split or dataset.path")
+        raise RecipeError(f"dataset: no row of {section.split!r} has a question and an answer; choose another split or path")
     system = [{"role": "system", "content": section.system_instruction}] if section.system_instruction else []
 
     def as_problem(row: dict) -> dict:

@@ -1,6 +1,8 @@
 """A recipe's problems: those to train on, and those held out to evaluate."""
 
+import contextlib
 import os
+import re
 
 from gtpo.arguments import batch_plan
 from gtpo.cli import load_object
@@ -45,12 +47,18 @@ def held_out_section(recipe: Recipe):
 
 def check_held_out(recipe: Recipe) -> None:
     """A short look at where the held-out problems are; raises RecipeError."""
-    try:
-        section = held_out_section(recipe)
-        if section is not None:
+    section = held_out_section(recipe)
+    if section is not None:
+        with _told_of_evaluation():
             check_source(section)
+
+
+@contextlib.contextmanager
+def _told_of_evaluation():
+    try:
+        yield
     except RecipeError as error:
-        raise RecipeError(str(error).replace("dataset.", "evaluation.", 1)) from None
+        raise RecipeError(re.sub(r"^dataset(?=:|\.path|\.split)", "evaluation", str(error))) from None
 
 
 def load_held_out(recipe: Recipe, tokenizer):
@@ -58,5 +66,6 @@ def load_held_out(recipe: Recipe, tokenizer):
     section = held_out_section(recipe)
     if section is None:
         return None
-    problems = _load_problems(recipe, section, tokenizer, shuffle=False, label="Held-out problems")
+    with _told_of_evaluation():
+        problems = _load_problems(recipe, section, tokenizer, shuffle=False, label="Held-out problems")
     return problems.select(range(min(recipe.evaluation.limit, len(problems))))

@@ -97,13 +97,17 @@ def test_what_falls_back_on_this_machine_is_a_warning(here, capsys):
     (["--training.fsdp", "full_shard"], "options: training: Using fsdp only works in distributed training."),
     (["--training.seed=-1"], "recipe: training.seed: -1 is too small; use 0 or more"),
     (["--training.seed", str(2**32)], "recipe: training.seed: 4294967296 is too large; use less than 2**32"),
-    (["--dataset.split", "train[5:3]"], "dataset: dataset: no row of 'train[5:3]' has a question and an answer"),
+    (["--dataset.split", "train[5:3]"], "dataset: dataset: no row of 'train[5:3]' has a question and an answer; choose another split or path"),
+    (["--evaluation.split", "train[5:3]"], "held-out: evaluation: no row of 'train[5:3]' has a question and an answer"),
+    (["--evaluation.path", "nowhere"], "held-out: evaluation.path: there is no file or folder 'nowhere'"),
 ])
 def test_what_a_run_would_refuse_only_with_the_model_in_memory_fails_here(here, capsys, flags, failed):
     if "vllm" in failed and importlib.util.find_spec("vllm"):
         pytest.skip("vllm is installed")
     name, _, sentence = failed.partition(": ")
-    assert findings(capsys, *flags, code=2)[name][-1]["sentence"].startswith(sentence)
+    found = findings(capsys, *flags, code=2)
+    assert found[name][-1]["sentence"].startswith(sentence)
+    assert {name for name, several in found.items() if several[-1]["verdict"] == "fail"} <= {name, "data files"}
 
 
 def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys, monkeypatch):
