@@ -97,6 +97,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     from gtpo.arguments import answer_timeout, precision, training_arguments
     from gtpo.chat_tokenizer import load_tokenizer
     from gtpo.continuation import tokenizer_section
+    from gtpo.importing import collector_off
     from gtpo.whole_files import written_aside
 
     run_dir = start.run_dir
@@ -105,8 +106,9 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     base_model.check_model(recipe.model.model_name)
     trackers.prepare_trackers(recipe, run_dir)
 
-    backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
-    trainer_class = imported.trainer_class(recipe)  # only now: it binds to the patched TRL
+    with collector_off():
+        backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
+        trainer_class = imported.trainer_class(recipe)  # only now: it binds to the patched TRL
     rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
     _seed_everything(recipe)
     tokenizer = load_tokenizer(tokenizer_section(recipe.model), backend)
@@ -125,6 +127,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     from gtpo.exact_resume import resume_exactly
     from gtpo.held_out import HeldOut
     from gtpo.judges import Judges
+    from gtpo.merging import generate_merged
     from gtpo.nonfinite import skip_non_finite
     from gtpo.streaming_head import stream_log_probs
     from gtpo.watch import watch  # after the backend, like all that imports trl
@@ -134,6 +137,8 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     trainer = _make_trainer(trainer_class, policy, judges.functions, arguments, train_set)
     judges.attach(trainer)
     stream_log_probs(trainer)
+    if policy.backend == "transformers":
+        generate_merged(trainer)
     non_finite = skip_non_finite(trainer, recipe.training.max_skipped_steps)
     alarm = watch(trainer, recipe, run_dir)
     trackers.let_training_go_on(trainer)

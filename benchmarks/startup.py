@@ -1,7 +1,8 @@
 """CPU time of `train_model.py --help` and `--dry-run` above a bare Python start with pydantic: `python benchmarks/startup.py`.
 
 The commands run in turn, so that whatever disturbs one disturbs the others; medians count. Then each is asked which of the heavy
-libraries it imported, and which modules cost most.
+libraries it imported, and which modules cost most. `--libraries` measures instead what a run imports, with Python's garbage collector
+off meanwhile, as train_model.py has it, and on.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from figures import ROOT, cpu_seconds_of, machine, save
+from figures import ROOT, cpu_seconds_of, machine, ratio, save
 
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "accelerate", "wandb", "matplotlib", "math_verify", "sympy", "numpy"}
 COMMANDS = {  # name: command, bound in CPU-seconds above the bare start
@@ -25,9 +26,12 @@ COMMANDS = {  # name: command, bound in CPU-seconds above the bare start
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="how often each command is started (default: 9)")
+    parser.add_argument("--libraries", action="store_true", help="measure the import of torch, transformers and TRL instead")
     parser.add_argument("--json", type=Path, help="save the figures to this file")
     options = parser.parse_args()
     print(machine())
+    if options.libraries:
+        return libraries(options)
     taken = {name: [] for name in COMMANDS}
     for name in COMMANDS:
         cpu_seconds_of([sys.executable, *COMMANDS[name][0]])  # reads the files once
@@ -50,6 +54,20 @@ def main() -> int:
     print("All bounds met" if met else "NOT MET")
     save(options.json, {"commands": figures, "bounds_met": met})
     return 0 if met else 1
+
+
+def libraries(options) -> int:
+    code = "import contextlib\nfrom gtpo.importing import collector_off\nwith {}():\n import torch, peft, datasets, trl\n from trl import GRPOTrainer\n"
+    taken = {name: [] for name in ("on", "off")}
+    for _ in range(options.rounds):
+        for name, around in (("on", "contextlib.nullcontext"), ("off", "collector_off")):
+            taken[name].append(cpu_seconds_of([sys.executable, "-c", code.format(around)]))
+    on, off = (statistics.median(taken[name]) for name in ("on", "off"))
+    found = {"collector_on": on, "collector_off": off, "ratio": ratio(taken["off"], taken["on"])}
+    print(f"Importing torch, transformers, peft, datasets and TRL: {on:.2f} CPU-s with the collector on, {off:.2f} with it off; "
+          f"ratio, median of {options.rounds} pairs: {found['ratio']:.2f}")
+    save(options.json, found)
+    return 0
 
 
 def imports(words: list[str], most: int = 6) -> tuple[set[str], list[tuple[str, float]]]:

@@ -11,6 +11,8 @@ from typing import Any
 from gtpo import adapters
 from gtpo.base_model import check_context, check_memory, loading_error
 from gtpo.chat_tokenizer import ready_tokenizer
+from gtpo.importing import collector_off
+from gtpo.merging import merged
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
 from gtpo.whole_files import files_written_aside
@@ -37,7 +39,8 @@ class Policy:
 
             FastLanguageModel.for_inference(self.model)
         try:
-            yield self.model
+            with merged(self.model) if self.backend == "transformers" else contextlib.nullcontext():
+                yield self.model
         finally:
             if self.backend == "unsloth":
                 FastLanguageModel.for_training(self.model)
@@ -50,6 +53,7 @@ class Policy:
             self.tokenizer.save_pretrained(str(aside))
 
 
+@collector_off()
 def choose_backend(section: ModelSection) -> str:
     """Choose the backend and say which; Unsloth, if it is, is imported: it must be before trl and transformers are.
 
@@ -65,8 +69,7 @@ def choose_backend(section: ModelSection) -> str:
     why = f" (auto: {missing})" if section.backend == "auto" and missing else ""
     device = torch.cuda.get_device_name() if cuda else "CPU"
     logger.info("[GTPO] Backend: %s on %s%s", "Unsloth" if backend == "unsloth" else "transformers + peft", device, why)
-    if backend == "unsloth":
-        importlib.import_module("unsloth")
+    importlib.import_module("unsloth" if backend == "unsloth" else "peft")  # which imports transformers
     return backend
 
 

@@ -49,7 +49,7 @@ def with_model(policy, sampling: Sampling, *, adapter: bool = True) -> Sampler:
     @torch.no_grad()
     def sample(prompts: list[str], seeds: list[int]) -> list[Completion]:
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        with policy.generating() as model, contextlib.nullcontext() if adapter else model.disable_adapter():
+        with contextlib.nullcontext() if adapter else policy.model.disable_adapter(), policy.generating() as model:
             ids = model.generate(
                 **{k: v.to(model.device) for k, v in inputs.items() if k in ("input_ids", "attention_mask")},
                 **generate_options(tokenizer, sampling, seeds, model.device),

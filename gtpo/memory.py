@@ -6,6 +6,7 @@ credited, and memory that several processes share (FSDP, ZeRO) is not divided.
 
 from typing import NamedTuple
 
+from gtpo.merging import MOST_BYTES
 from gtpo.recipe import RecipeError
 from gtpo.sections import ModelSection
 
@@ -56,6 +57,8 @@ def peak(shape: Shape, load: Load) -> dict[str, int]:
         cache = load.rollout * (load.prompt + load.completion) * shape.layers * 2 * shape.kv * number
         prefill = load.rollout * load.prompt * (4 * shape.hidden + 2 * shape.intermediate) * number
         sampling = cache + prefill + load.rollout * shape.vocabulary * 12  # float32 logits of one place, and what warpers copy
+        merged = 4 * shape.quantizable if load.bits == 32 and not load.unsloth else 0
+        sampling += merged if merged <= MOST_BYTES else 0
     training = activations + logits
     return {
         "vLLM" if load.vllm else "weights": max(load.vllm, _weights(shape, load)) if load.vllm else _weights(shape, load),

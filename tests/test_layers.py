@@ -13,7 +13,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "answers": {"spellings", "verifier"}, "spellings": set(), "verifier": set(),
     "shaping": set(), "nonfinite": set(), "streaming_head": set(), "groups": {"shaping"}, "options": {"trl_options"},
     "hub": {"recipe"}, "data": {"answers", "hub", "recipe", "sections"}, "base_model": {"hub", "recipe", "sections"}, "adapters": {"recipe"},
-    "backends": {"adapters", "base_model", "chat_tokenizer", "recipe", "sections", "whole_files"}, "chat_tokenizer": {"base_model", "recipe", "sections"},
+    "backends": {"adapters", "base_model", "chat_tokenizer", "importing", "merging", "recipe", "sections", "whole_files"}, "chat_tokenizer": {"base_model", "recipe", "sections"}, "importing": set(), "merging": set(),
     "arguments": {"recipe", "sections", "trl_options"}, "watch": {"alarm", "recipe", "recorder", "safe_text"}, "alarm": set(),
     "watch_sections": {"sections"}, "rewards_sections": {"sections"},
     "judge_call": set(), "judge_process": {"judge_call"}, "verdicts": set(), "failures": {"safe_text", "verdicts"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "other_processes": {"recipe"}, "sharding": {"recipe"}, "starts": {"changes", "checkpoints", "other_processes", "recipe"}, "rewinding": {"checkpoints", "starts", "whole_files"},
     "trackers": {"recipe", "starts", "whole_files"}, "troubles": {"checkpoints", "processes", "recipe"},
     "exact_resume": {"checkpoints", "interruption", "other_processes", "recipe", "starts", "whole_files"},
-    "findings": {"safe_text"}, "memory": {"recipe", "sections"}, "room": {"arguments", "memory", "recipe"},
+    "findings": {"safe_text"}, "memory": {"merging", "recipe", "sections"}, "room": {"arguments", "memory", "recipe"},
     "reward_doctor": {"answers", "cli", "findings", "judge_call", "judge_process", "rewards_sections", "verdicts"},
     "checks": {"arguments", "backends", "base_model", "chat_tokenizer", "cli", "continuation", "data", "environment", "findings", "hub", "imported", "memory",
                "problems", "recipe", "reward_doctor", "room", "trackers", "safe_text", "starts"},
@@ -44,7 +44,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "gtpo_training": {"shaping", "groups", "nonfinite", "options", "streaming_head"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
-LIGHT = {"imported", "findings", "memory", "room", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
+LIGHT = {"imported", "importing", "merging", "findings", "memory", "room", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "rewards_sections", "judge_call", "judge_process", "verdicts", "failures",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",

@@ -84,3 +84,11 @@ def test_vllm_takes_its_share_and_holds_the_weights():
 def test_a_checkpoint_holds_adapter_optimizer_and_tokenizer():
     assert checkpoint(LLAMA_8B, 8, 17 * 10**6) == 335_544_320 * 12 + 17 * 10**6 + 2**20
     assert [optimizer_bytes(name) for name in ("adamw_torch", "paged_adamw_8bit", "adamw_8bit", "sgd")] == [8, 2.1, 2.1, 8]
+
+
+def test_float32_weights_of_a_small_model_are_there_twice_while_it_samples_with_its_adapter_merged():
+    small = LLAMA_8B._replace(parameters=2**28, quantizable=2**28)
+    load = Load(completions=1, rollout=512, prompt=100, completion=900, bits=32)
+    plain = 512 * 1000 * 32 * 2 * 1024 * 4 + 512 * 100 * (4 * 4096 + 2 * 14_336) * 4 + 512 * 128_256 * 12
+    assert peak(small, load)["sampling"] == plain + 4 * 2**28
+    assert peak(small._replace(quantizable=2**28 + 1), load)["sampling"] == plain  # more than that is not merged
