@@ -29,7 +29,7 @@ def made_trainer(made_by, model, tokenizer, rewards: list, arguments, problems):
     """A trainer of the class `made_by`; raises RecipeError with what TRL says of options that do not fit."""
     try:
         return made_by(model=model, reward_funcs=rewards, args=arguments, train_dataset=problems, processing_class=tokenizer)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError, ConnectionError) as error:  # the last: no vLLM server
         raise RecipeError(f"training: {' '.join(str(error).split())}") from error
 
 

@@ -154,6 +154,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def a_vllm_server_is_asked_by_trl_alone(self):
+        given = self.training.trl_options()
+        if given.get("vllm_mode") != "server":
+            return self
+        if not given.get("use_vllm"):
+            raise ValueError("training.vllm_mode: a server is not asked without training.use_vllm; set that to true")
+        if self.model.backend != "transformers":
+            raise ValueError(f"training.vllm_mode: server goes with model.backend transformers, not {self.model.backend}: Unsloth generates "
+                             "with a vLLM of its own in each process")
+        return self
+
+    @model_validator(mode="after")
     def known_datasets_have_the_split(self):
         base = self.dataset.split.split("[")[0]
         if self.dataset.path is None and self.dataset.kind in ("gsm8k", "hendrycks_math"):

@@ -2,8 +2,8 @@
 
 `python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes, which are forked once all is imported,
 leaves what has to be the same in FOLDER/N.pt and prints how far two and four are from one; exit code 1 if that is 1e-6 or more.
-So it does with a run that is passed on from one process to two, to four and back to one, by checkpoints. `--unsloth` does all of it
-with the trainer that Unsloth generates.
+So it does with a run that is passed on from one process to two, to four and back to one, by checkpoints, and with a model that FSDP
+spreads over two. `--unsloth` does the first two with the trainer that Unsloth generates.
 """
 
 import os
@@ -63,7 +63,7 @@ def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **option
         trainer = gradients.make_trainer(class_path, folder, **{
             "num_generations": 8, "per_device_train_batch_size": rows // processes // micro_batches, "gradient_accumulation_steps": 1,
             "max_steps": 3, **options})
-        from gtpo import gtpo_training
+        from gtpo import gtpo_training, sharding
 
         gtpo_training.ENT_THRESHOLD = threshold
         inject(trainer, rows)
@@ -76,9 +76,15 @@ def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **option
         "prompts": [_rows(trainer, r["prompt_ids"] * r["prompt_mask"], r["prompt_mask"]) for r in seen["rollouts"]],
         "token_weights": [_rows(trainer, r["token_weights"], r["completion_mask"]) for r in seen["rollouts"]],
         "signs": [_gathered(trainer, r["advantages"].sign().tolist()) for r in seen["rollouts"]],
-        "initial_entropy": trainer.initial_entropy, "gradients": seen["gradients"], "lora": steps,
+        "initial_entropy": trainer.initial_entropy, "gradients": list(map(_whole, seen["gradients"])), "lora": list(map(_whole, steps)),
+        "saved": sharding.whole_state(trainer),
         "filtered": [line["gtpo/frac_filtered"] for line in seen["logs"][:-1]], "lengths": [_gathered(trainer, r["completion_mask"].sum(1).tolist()) for r in seen["rollouts"]],
     }
+
+
+def _whole(tensors: dict) -> dict:
+    """Put together what FSDP spreads over the processes."""
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
 
 
 def _EachStep(model, steps: list):
@@ -174,10 +180,36 @@ def _child(rank: int, processes: int, work):
         os._exit(1)
 
 
-def _train_cases(file: Path) -> None:
-    figures = {name: train(GTPO, **case) for name, case in CASES.items()}
+def _train_cases(file: Path, names=tuple(CASES)) -> None:
+    figures = {name: train(GTPO, **CASES[name]) for name in names}
     if os.environ["RANK"] == "0":
         torch.save(figures, file)
+
+
+def _train_spread(file: Path) -> None:
+    """With FSDP, as recipes/accelerate/fsdp.yaml has it; accelerate 1.15.0 lets GPUs alone do that, and is told that we are some."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    torch.distributed.init_process_group("gloo")
+    del os.environ["ACCELERATE_USE_CPU"]
+    os.environ.update(launched(os.path.join(ROOT, "recipes/accelerate/fsdp.yaml"))[1])
+    state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    _train_cases(file, ("adamw", "filtered"))
+
+
+def launched(config: str) -> tuple:
+    """The arguments that `accelerate launch` makes of a configuration file, and what it sets in its processes' environment."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    asked = launch_command_parser().parse_args(["--config_file", config, "train_model.py"])
+    asked, defaults, _ = _validate_launch_command(asked)
+    if asked.use_deepspeed:
+        asked.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    env = prepare_deepspeed_cmd_env(asked)[1] if asked.use_deepspeed else prepare_multi_gpu_env(asked)
+    return asked, {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def distances(one: dict, several: dict) -> dict[str, float]:
@@ -198,12 +230,17 @@ def main(folder: Path, counts: list[int]) -> int:
     for count in [1, *counts]:
         fork(count, lambda count=count: _train_cases(folder / f"{count}.pt"))
     pass_on(folder, [*counts, 1])
+    spread = "unsloth" not in sys.modules  # which Unsloth does not do
+    if spread:
+        fork(2, lambda: _train_spread(folder / "fsdp.pt"))
     one, *others = (torch.load(folder / f"{count}.pt") for count in [1, *counts])
     rows = [(case, f"{several[case]['processes']} processes", distances(one[case], several[case])) for case in CASES for several in others]
     straight, passed_on = (torch.load(folder / f"passed/{name}.pt") for name in ("straight", "passed_on"))
     rows.append(("passed on", f"1, {', '.join(map(str, counts))}, 1 processes", {
         "initial entropy": abs(straight["initial_entropy"] - passed_on["initial_entropy"]),
         "LoRA": largest_difference(straight["lora"], passed_on["lora"])}))
+    if spread:
+        rows += [(case, "FSDP, 2 processes", distances(one[case], found)) for case, found in torch.load(folder / "fsdp.pt").items()]
     for case, processes, found in rows:
         print(f"{case:13} {processes}: " + ", ".join(f"{name} {far:.1e}" for name, far in found.items()))
     return int(max(far for *_, found in rows for far in found.values()) >= 1e-6)

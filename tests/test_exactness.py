@@ -15,8 +15,8 @@ def found(tmp_path_factory) -> dict:
     """What one, two and four gloo processes made of the same rollouts, by the number of processes and the case; and of a run that is passed on."""
     folder = tmp_path_factory.mktemp("exactness")
     run = subprocess.run([sys.executable, str(ROOT / "tests/injected.py"), str(folder), "2", "4"], capture_output=True, text=True, timeout=600)
-    assert "passed on" in run.stdout, run.stderr[-4000:]
-    return {**{count: torch.load(folder / f"{count}.pt") for count in (1, 2, 4)},
+    assert "FSDP, 2 processes" in run.stdout, run.stderr[-4000:]
+    return {**{count: torch.load(folder / f"{count}.pt") for count in (1, 2, 4, "fsdp")},
             **{name: torch.load(folder / f"passed/{name}.pt") for name in ("straight", "passed_on")}}
 
 
@@ -27,6 +27,15 @@ def test_several_processes_make_the_update_of_one(found, case, processes):
     assert several["processes"] == processes and len(one["lora"]) == len(several["lora"]) >= 3
     distances = injected.distances(one, several)
     assert distances.pop("lambda") == 0 and max(distances.values()) < 1e-6, distances
+
+
+@pytest.mark.parametrize("case", ["adamw", "filtered"])
+def test_a_model_spread_over_two_processes_gets_that_update_too_and_is_saved_whole(found, case):
+    one, spread = found[1][case], found["fsdp"][case]
+    distances = injected.distances(one, spread)
+    assert distances.pop("lambda") == 0 and max(distances.values()) < 1e-6, distances
+    assert {name: spread["saved"][name] for name in spread["lora"][-1]}.keys() == one["lora"][-1].keys() and one["saved"] is None
+    assert injected.largest_difference({name: spread["saved"][name] for name in one["lora"][-1]}, spread["lora"][-1]) == 0
 
 
 def test_the_rollouts_are_hard_cases(found):

@@ -1,0 +1,125 @@
+"""What takes a run beyond one GPU, as far as a CPU shows: accelerate's configuration files, vLLM as a server, who speaks."""
+
+import os
+
+import pytest
+from conftest import ROOT
+from injected import launched
+
+from gtpo import cli, processes
+from gtpo.recipe import RecipeError
+
+CONFIGURATIONS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
+SERVER = ["--training.use_vllm", "true", "--training.vllm_mode", "server", "--training.vllm_server_base_url", "http://10.0.0.7:8000"]
+DEMO = str(ROOT / "recipes/demo.yaml")
+
+
+@pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda f: f.stem)
+def test_accelerate_reads_its_configurations_as_meant(file, monkeypatch):
+    asked, environment = launched(str(file))
+    assert asked.num_processes == 8 and environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if file.stem == "ddp":
+        assert asked.multi_gpu
+    elif file.stem == "fsdp":
+        from accelerate.utils import FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin()
+        assert asked.use_fsdp and plugin.fsdp_version == 2 and plugin.state_dict_type.name == "FULL_STATE_DICT"
+        assert plugin.reshard_after_forward and not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
+    else:
+        from accelerate.utils import DeepSpeedPlugin
+
+        plugin, stage = DeepSpeedPlugin(), int(file.stem[-1])
+        assert asked.use_deepspeed and plugin.zero_stage == stage
+        told = plugin.deepspeed_config
+        assert told["gradient_accumulation_steps"] == told["gradient_clipping"] == "auto"  # transformers fills in the recipe's
+        assert told["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+
+
+def test_there_is_a_configuration_for_each_engine():
+    assert [file.stem for file in CONFIGURATIONS] == ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp"]
+
+
+def test_a_vllm_server_reaches_trl(tmp_path, monkeypatch):
+    import importlib.util
+
+    from gtpo.arguments import training_arguments
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest))
+    arguments = training_arguments(cli.read_recipe([DEMO, *SERVER, "--training.vllm_server_timeout", "5"]), str(tmp_path))
+    assert arguments.use_vllm and arguments.vllm_mode == "server" and arguments.vllm_server_base_url == "http://10.0.0.7:8000"
+    assert arguments.vllm_server_timeout == 5 and arguments.vllm_importance_sampling_correction
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (SERVER[2:], "training.vllm_mode: a server is not asked without training.use_vllm; set that to true"),
+    ([*SERVER, "--model.backend", "unsloth"], "training.vllm_mode: server goes with model.backend transformers, not unsloth: Unsloth generates"),
+    ([*SERVER, "--model.backend", "auto"], "training.vllm_mode: server goes with model.backend transformers, not auto: Unsloth generates"),
+])
+def test_a_server_that_would_not_be_asked_is_refused(flags, sentence):
+    with pytest.raises(RecipeError) as error:
+        cli.read_recipe([DEMO, *flags])
+    assert str(error.value).startswith(sentence)
+
+
+def test_without_vllm_a_server_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch):
+    import train_model
+
+    monkeypatch.chdir(ROOT)
+    assert train_model.main([DEMO, *SERVER, "--output_root", str(tmp_path), "--evaluation.path", "null"]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert told.startswith("error: training.use_vllm: the package vllm is not installed") and not list(tmp_path.iterdir())
+
+
+def test_a_model_spread_over_processes_is_not_evaluated_by_one():
+    from types import SimpleNamespace
+
+    from accelerate.utils import DistributedType
+
+    from gtpo import sharding
+
+    def trainer(kind, stage=0):
+        state = SimpleNamespace(distributed_type=kind, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        return SimpleNamespace(accelerator=SimpleNamespace(state=state))
+
+    for spread in (trainer(DistributedType.FSDP), trainer(DistributedType.DEEPSPEED, 3)):
+        with pytest.raises(RecipeError, match="evaluation: one process evaluates"):
+            sharding.check(spread, object())
+        sharding.check(spread, None)
+    for whole in (trainer(DistributedType.DEEPSPEED, 2), trainer(DistributedType.MULTI_GPU), trainer(DistributedType.NO)):
+        sharding.check(whole, object())
+
+
+def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(monkeypatch):
+    """With the store that torchrun's agent keeps; each process asks it once it has something to say."""
+    from torch.distributed import TCPStore
+
+    agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(processes, "GRACE", 0.0)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port),
+                        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    processes._store.cache_clear()
+    assert [processes.first_to_say(text) for text in ("bad", "bad", "worse")] == [True, False, True]
+    assert not processes.first_to_say("lost", if_nobody_spoke=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another attempt: nothing was said yet
+    assert [processes.first_to_say(text, if_nobody_spoke=True) for text in ("lost", "lost too")] == [True, False]
+    processes._store.cache_clear()
+
+
+def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
+    for rank, said in (("0", "hello\n"), ("1", "")):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        for name in processes.QUIET:
+            monkeypatch.delenv(name, raising=False)
+        with processes.one_speaks():
+            print("hello")
+            quiet = {name: os.environ.get(name) for name in processes.QUIET}
+        assert capsys.readouterr().out == said
+        assert quiet == (processes.QUIET if rank == "1" else dict.fromkeys(processes.QUIET))
+    for name in processes.QUIET:
+        os.environ.pop(name, None)
