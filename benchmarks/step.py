@@ -51,7 +51,9 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
     if options.backend == "transformers":
         makers = {"GRPO": trl.GRPOTrainer, "GRPO, streaming head": trl.GRPOTrainer, "GTPO": UnslothGTPOTrainer}
     steps, first = {}, None
-    if options.backend == "transformers" and torch.cuda.is_available():  # what Trainer.train() does first
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # CPU-seconds of one core: two would also count their waiting for each other
+    elif options.backend == "transformers":  # what Trainer.train() does first
         policy.model.gradient_checkpointing_enable()
     for name, maker in makers.items():
         trainer = make_trainer(maker, policy, options, folder)
