@@ -11,7 +11,7 @@ from gtpo.evaluation_file import EvaluationFile
 from gtpo.generation import Sampling, with_model
 from gtpo.interruption import Interrupted, Interruption
 from gtpo.recipe import Recipe
-from gtpo.scores import Scores, scores
+from gtpo.scores import Scores, means
 
 logger = logging.getLogger("gtpo.watch")  # what it says is on the screen already, and goes to the log file
 
@@ -38,7 +38,7 @@ class HeldOut(TrainerCallback):
         self.pending: int | None = None  # the step whose evaluation was cut short, because somebody asked to stop
 
     def evaluate(self, name: str) -> Scores:
-        """The scores of the policy as it is now; its completions go to evaluation/`name`.jsonl."""
+        """The mean scores of the policy as it is now; its completions go to evaluation/`name`.jsonl."""
         told = {**self.told, "step": self.trainer.state.global_step}
         file = EvaluationFile(self.folder / f"{name}.jsonl", header(
             self.problems, self.prompts, self.sampling, self.section.samples, weights=f"step {told['step']}", **told))
@@ -50,7 +50,7 @@ class HeldOut(TrainerCallback):
 
         rows = evaluate(file, draw_unless_asked_to_stop, self.problems, self.prompts,
                         batch_size=self.section.batch_size, keep_bar=name in ("before", "after"))
-        return scores(rows, self.section.samples)
+        return means(rows, self.section.samples)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self.section.every or state.global_step % self.section.every or state.global_step >= state.max_steps:

@@ -12,7 +12,7 @@ from gtpo import evaluation_file
 from gtpo.base_model import is_hub_name
 from gtpo.data import DATASETS
 from gtpo.recipe import Recipe, RecipeError
-from gtpo.scores import scores
+from gtpo.scores import means
 from gtpo.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
@@ -186,7 +186,7 @@ def _evaluations(run_dir: Path) -> list[tuple]:
     for file in sorted((run_dir / "evaluation").glob("*.jsonl"), key=os.path.getmtime):
         try:
             header, completions, *_ = evaluation_file.read(file)
-            found = scores(completions, header["samples"])
+            found = means(completions, header["samples"])
         except (RecipeError, ValueError) as error:
             logger.warning("[GTPO] Left out of the model card: %s", error)
             continue

@@ -311,6 +311,14 @@ def test_scores_are_means_over_problems():
     assert found.problems == 2 and found.scores["accuracy"].low == 0.0 and found.scores["accuracy"].high == 0.5
 
 
+def test_means_are_those_of_scores_and_resample_nothing(monkeypatch):
+    rows = [row(0, 0, "1", "+"), row(0, 1, "1", "-", 30), row(1, 1, None, "t"), row(1, 0, "5", "f")]
+    expected = {name: score.mean for name, score in scores.scores(rows, 2).scores.items()}
+    monkeypatch.delattr(scores, "intervals")
+    assert {name: score.mean for name, score in scores.means(rows, 2).scores.items()} == expected
+    assert scores.means(rows, 2).problems == 2 and str(scores.means(rows, 2)) == "accuracy 25.0%, format 50.0%"
+
+
 def test_what_is_not_well_formed_has_no_vote():
     rows = [row(0, 0, "5", "f"), row(0, 1, "5", "f"), row(0, 2, "7", "+")]
     assert scores.scores(rows, 3, [3]).scores["maj@3"].mean == 1.0
