@@ -117,7 +117,7 @@ def test_every_python_example_runs(monkeypatch, tmp_path, tiny_policy):
 def test_the_flags_and_switches_it_names_exist():
     from gtpo.schema import ALIASES, SWITCHES, key_path
 
-    ours = re.sub(r"^(vllm|git|python llama.cpp/).*$", "", README, flags=re.MULTILINE)  # other programs have flags of their own
+    ours = re.sub(r"^(vllm|git|torchrun|accelerate|python llama.cpp/).*$", "", README, flags=re.MULTILINE)  # other programs have flags of their own
     of_parsers = [flag for verb in (export_model, evaluate_model) for action in verb.parser()._actions for flag in action.option_strings]
     for flag in set(re.findall(r"--([A-Za-z_][\w.-]*)", ours)):
         key = flag.replace("-", "_")

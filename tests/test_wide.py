@@ -123,3 +123,51 @@ def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
         assert quiet == (processes.QUIET if rank == "1" else dict.fromkeys(processes.QUIET))
     for name in processes.QUIET:
         os.environ.pop(name, None)
+
+
+SHAPES = {  # of the models' configurations
+    "t4": ("Qwen2Config", {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16,
+                           "num_key_value_heads": 2, "tie_word_embeddings": True, "architectures": ["Qwen2ForCausalLM"]}),
+    "card_24gb": ("LlamaConfig", {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+                                  "num_attention_heads": 32, "num_key_value_heads": 8, "architectures": ["LlamaForCausalLM"]}),
+}
+
+
+@pytest.mark.parametrize("name, gib", [("t4", 14.6), ("card_24gb", 22.0)])
+def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(name, gib, tmp_path, monkeypatch):
+    import torch
+    import transformers
+
+    from gtpo import memory, room
+    from gtpo.backends import lora_config
+
+    kind, values = SHAPES[name]
+    getattr(transformers, kind)(max_position_embeddings=32_768, **values).save_pretrained(tmp_path)
+    file = ROOT / f"recipes/{name}.yaml"
+    recipe = cli.read_recipe([str(file), "--model-name", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(room, "_free", lambda cuda: (int(gib * 2**30), "the card"))
+    shape = memory.shape(recipe.model, lora_config(recipe.model, None))
+    told = room.memory(recipe, shape, backend="unsloth", processes=1, longest=recipe.max_prompt_length,
+                       optimizer=memory.optimizer_bytes(recipe.training.optimizer))
+    assert f"#   {told.split(', and the card')[0]}\n" in file.read_text(), told
+
+
+@pytest.mark.parametrize("name", ["t4", "card_24gb", "t4_grpo", "card_24gb_grpo"])
+def test_the_recipes_for_small_cards_say_what_they_would_do(name, capsys):
+    import train_model
+
+    assert train_model.main([str(ROOT / f"recipes/{name}.yaml"), "--dry-run"]) == 0
+    assert "1 prompt x 8 generations per optimizer step" in capsys.readouterr().err
+
+
+def test_the_page_on_scaling_quotes_the_estimate_and_names_files_that_exist():
+    import re
+    import subprocess
+    import sys
+
+    page = (ROOT / "docs/scaling.md").read_text()
+    printed = subprocess.run([sys.executable, "benchmarks/paper_estimate.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"```text\n{printed}```\n" in page
+    named = set(re.findall(r"(?:recipes|tests|benchmarks|gtpo|docs)/[\w/]+\.(?:py|yaml|md)", page))
+    assert len(named) > 8 and all((ROOT / name).exists() for name in named), named
