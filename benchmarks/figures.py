@@ -1,4 +1,4 @@
-"""What the benchmarks of docs/performance.md share: the machine they ran on, medians of interleaved runs, a JSON file."""
+"""What the benchmarks share that need no model: the machine they ran on, CPU-seconds, ratios of pairs, a JSON file."""
 
 import json
 import math
@@ -7,8 +7,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,17 +28,6 @@ def cpu_seconds_of(command: list[str], **options) -> float:
     began = cpu_seconds()
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, **options)
     return cpu_seconds() - began
-
-
-def interleaved(functions: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time) -> dict[str, list[float]]:
-    """What each function takes, in seconds by `clock`, `rounds` times in turn: whatever disturbs one disturbs the others too."""
-    taken = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            began = clock()
-            function()
-            taken[name].append(clock() - began)
-    return taken
 
 
 def ratio(numerators: list[float], denominators: list[float]) -> float:

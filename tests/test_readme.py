@@ -64,12 +64,19 @@ def test_every_file_it_names_exists():
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/report.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md", "docs/report.md"])
 def test_its_pictures_exist_and_are_small(page):
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", (ROOT / page).read_text())
     assert pictures
     for picture in pictures:
         assert 5_000 < (ROOT / page).parent.joinpath(picture).stat().st_size < 200_000, picture
+
+
+def test_every_program_behind_a_figure_exists():
+    programs = re.findall(r"^python (benchmarks/\w+\.py)", (ROOT / "docs/performance.md").read_text(), re.MULTILINE)
+    assert len(set(programs)) >= 6
+    for program in programs:
+        assert (ROOT / program).exists(), program
 
 
 def test_every_python_file_of_the_product_is_in_its_tree():
