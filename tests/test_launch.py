@@ -25,6 +25,21 @@ def start(launcher: list[str], folder, *flags: str, env: dict | None = None) -> 
         cwd=ROOT, stdout=out.open("w"), stderr=err.open("w"), env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
 
 
+def signalled(run: subprocess.Popen, folder, signum: int) -> tuple[int, list[str]]:
+    """The exit code of `run`, one of whose processes gets a signal after its third step; and the processes."""
+    try:
+        for _ in range(3000):
+            if re.search(r"^step 3/6", (folder / "out").read_text(), re.MULTILINE) or run.poll() is not None:
+                break
+            time.sleep(0.1)
+        children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+        assert len(children) == 2, (folder / "err").read_text()[-3000:]
+        os.kill(int(children[1]), signum)
+        return run.wait(timeout=120), children
+    finally:
+        run.kill()
+
+
 def said(folder) -> tuple[list[str], list[str]]:
     """The lines on stdout and stderr; progress bars draw over theirs."""
     return tuple([line.split("\r")[-1] for line in (folder / name).read_text().split("\n")] for name in ("out", "err"))
@@ -38,18 +53,7 @@ def errors(folder) -> list[str]:
 def killed_and_resumed(tmp_path_factory) -> dict:
     """A run one of whose processes is killed after step 3, and that run resumed."""
     first, second = tmp_path_factory.mktemp("killed"), tmp_path_factory.mktemp("resumed")
-    run = start(TORCHRUN, first)
-    try:
-        for _ in range(600):
-            if re.search(r"^step 3/6", (first / "out").read_text(), re.MULTILINE) or run.poll() is not None:
-                break
-            time.sleep(0.1)
-        children = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
-        assert len(children) == 2, (first / "err").read_text()[-3000:]
-        os.kill(int(children[1]), signal.SIGKILL)
-        code = run.wait(timeout=60)
-    finally:
-        run.kill()
+    code, children = signalled(start(TORCHRUN, first), first, signal.SIGKILL)
     (run_dir,) = (first / "runs").iterdir()
     whole = checkpoints.last_whole(run_dir)
     second.joinpath("runs").symlink_to(first / "runs")
@@ -84,7 +88,7 @@ def test_one_process_prints_and_writes(killed_and_resumed):
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
     run = start(TORCHRUN, tmp_path, "--model.target_modules", "nope")
-    assert run.wait(timeout=120) == 1  # torchrun's own, whatever ended the processes
+    assert run.wait(timeout=300) == 1  # torchrun's own, whatever ended the processes
     (told,) = errors(tmp_path)
     assert told.startswith("error: model.target_modules: ['nope'] does not fit this model")
     text = (tmp_path / "err").read_text()
@@ -92,19 +96,28 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
     assert not list(tmp_path.glob("runs/*/*"))
 
 
+def test_a_process_that_hangs_ends_all_after_ddp_timeout(tmp_path):
+    run = start([*TORCHRUN, "--shutdown-timeout", "2"], tmp_path, "--training.ddp_timeout", "5", "--evaluation.path", "null")
+    code, children = signalled(run, tmp_path, signal.SIGSTOP)
+    assert code == 1 and not any(os.path.exists(f"/proc/{child}") for child in children)
+    (sentence,) = errors(tmp_path)
+    assert "did not answer within training.ddp_timeout" in sentence
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert checkpoints.last_whole(run_dir).step >= 2
+
+
 def test_what_fails_in_one_process_alone_ends_the_other(tmp_path):
     """Before the processes meet: the first waits there, and hears no signal."""
     (tmp_path / "of_one.py").write_text("import os\nif os.environ.get('RANK') == '1':\n    raise ImportError('not on this machine')\n"
                                         "def reward(completions, **kwargs):\n    return [0.0 for _ in completions]\n")
-    began = time.monotonic()
     run = start([*TORCHRUN, "--shutdown-timeout", "3"], tmp_path, "--trainer.reward_funcs", "of_one.reward", env={"PYTHONPATH": str(tmp_path)})
-    assert run.wait(timeout=120) == 1 and time.monotonic() - began < 120
+    assert run.wait(timeout=300) == 1
     (told,) = errors(tmp_path)
     assert "not on this machine" in told
 
 
 def test_help_and_check_are_said_once(tmp_path):
-    assert start(TORCHRUN, tmp_path, "--check").wait(timeout=200) == 0
+    assert start(TORCHRUN, tmp_path, "--check").wait(timeout=300) == 0
     out, _ = said(tmp_path)
     assert [line for line in out if line.startswith("Ready")] and len([line for line in out if " recipe " in line]) == 1
     assert "8 x 8" not in out[0] and "4 x 8 completions per optimizer step" in out[0]
