@@ -107,6 +107,7 @@ _NO_UNITS = frozenset("and times over plus minus divided squared cubed factorial
 # Towers, huge powers, huge factorials, deep nesting. And what math-verify misreads: numbers side by side or with a word between
 # them (0 to 5 is no product), times of day, text with formulas in it.
 _MONSTER = re.compile(r"\^[\s{(-]*\d+[\s{(]*\^|\^[\s{(-]*\d{6}|\d{5}\s*!|!\s*!|(?:[^(]*\(){20}|\d \d|\d ?: ?\d\d"
+                      r"|(?:(?<!_)\{[^{}]*\d\}|\d\)) \.?\d|\}\{[^{}]*\d\}\.?\d"
                       r"|[\d.)}] (?!and |or )[A-Za-z]{2,} [-({\\]*[\d.]|\\(?:text|mbox|mathrm)")
 # fmt: on
 

@@ -443,3 +443,13 @@ def test_every_math_answer_is_found_and_is_the_same_as_itself(shared_data):
 @pytest.mark.parametrize("answer", ["0!!" + "=" * 290, "=" * answers.LONGEST_ANSWER, "=1" * 150, "x==5", "5 == 5"])
 def test_a_row_of_equality_signs_is_no_answer_and_no_recursion(answer):
     assert not same_answer(answer, "5") and not same_answer(answer, "2 million")
+
+
+@pytest.mark.parametrize("answer, reference", [(r"\frac{69}{5}\n\n0.0", "0.0"), (r"\frac{69}{5} 0", "0"), (r"\frac{5}{5}7", "7"), (r"\sqrt{4} .0", "0"), ("(5) 0", "0"),
+                                               (r"5^{2} 0", "0")])
+def test_two_numbers_one_after_the_other_are_no_product(answer, reference):
+    assert not same_answer(answer.replace(r"\n", "\n"), reference)
+
+
+def test_a_base_in_braces_before_a_number_is_no_number():
+    assert same_answer(r"\log_{2} 8", "3")
