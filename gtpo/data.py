@@ -126,13 +126,14 @@ def measured_problems(section: DatasetSection, tokenizer, *, chat_template_kwarg
         raise RecipeError(f"dataset: no row of {section.split!r} has a question and an answer; choose another split or path")
     system = [{"role": "system", "content": section.system_instruction}] if section.system_instruction else []
 
-    def as_problem(row: dict) -> dict:
-        prompt = [*system, {"role": "user", "content": str(row[question])}]
+    def as_problems(batch: dict[str, list]) -> dict[str, list]:
+        prompts = [[*system, {"role": "user", "content": str(value)}] for value in batch[question]]
         tokens = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {}))
-        return {"prompt": prompt, "answer": source.reference(str(row[answer])), "prompt_length": len(tokens)}
+            prompts, add_generation_prompt=True, return_dict=False, **(chat_template_kwargs or {}))
+        return {"prompt": prompts, "answer": [source.reference(str(value)) for value in batch[answer]],
+                "prompt_length": [len(ids) for ids in tokens]}
 
-    return filled.map(as_problem, remove_columns=rows.column_names, load_from_cache_file=False)
+    return filled.map(as_problems, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
 
 def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
