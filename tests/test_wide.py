@@ -93,8 +93,9 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
         sharding.check(whole, object())
 
 
-def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(monkeypatch):
-    """With the store that torchrun's agent keeps; each process asks it once it has something to say."""
+@pytest.fixture
+def second_of_two(monkeypatch):
+    """This process as the second that a torchrun has started; with the store that its agent keeps."""
     from torch.distributed import TCPStore
 
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -103,11 +104,28 @@ def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(monkeypat
                         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
         monkeypatch.setenv(name, value)
     processes._store.cache_clear()
+    yield agent
+    processes._store.cache_clear()
+
+
+def test_the_others_end_after_the_first(second_of_two, monkeypatch):
+    import threading
+
+    waiting = threading.Thread(target=processes.after_the_first, daemon=True)
+    waiting.start()
+    waiting.join(timeout=1)
+    assert waiting.is_alive()
+    monkeypatch.setenv("RANK", "0")
+    processes.after_the_first()
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()
+
+
+def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(second_of_two, monkeypatch):
     assert [processes.first_to_say(text) for text in ("bad", "bad", "worse")] == [True, False, True]
     assert not processes.first_to_say("lost", if_nobody_spoke=True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another attempt: nothing was said yet
     assert [processes.first_to_say(text, if_nobody_spoke=True) for text in ("lost", "lost too")] == [True, False]
-    processes._store.cache_clear()
 
 
 def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
