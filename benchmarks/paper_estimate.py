@@ -47,7 +47,7 @@ def memory(gpus: int, spread: bool) -> float:
 
     Logits are streamed, by Unsloth or by gtpo/streaming_head.py, but not with FSDP: there TRL keeps those of a micro-batch.
     """
-    load = Load(completions=MICRO, rollout=MICRO, prompt=PROMPT, completion=LONGEST, optimizer=optimizer_bytes("adamw_8bit"), unsloth=not spread)
+    load = Load(completions=MICRO, rollout=MICRO, prompt=PROMPT, completion=LONGEST, optimizer=optimizer_bytes("adamw_8bit"), unsloth=not spread, sharded=spread)
     parts = peak(SHAPE, load)
     shared = parts["weights"] + parts["adapter and optimizer"]
     rest = sum(parts.values()) - shared

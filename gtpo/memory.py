@@ -13,6 +13,9 @@ from gtpo.sections import ModelSection
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, an 8-bit scale per 64 weights, a float32 per 256 scales
 PLAIN_LOGIT = 18  # bytes: trl 1.13.0 keeps logits, those by temperature and their gradient in float32, and copies while it works
 STREAMED_LOGIT = 14  # bytes, of a chunk: unsloth_zoo 2026.10.7 takes a quarter of the tokens at a time, or less
+OWN_LOGIT = {16: 8, 32: 12}  # bytes, of a chunk of gtpo/streaming_head.py
+OWN_CHUNK, OWN_ROWS = {16: 2**27, 32: 2**22}, 128  # logits at a time and the fewest tokens there, on a GPU and on a CPU
+SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what a configuration calls a change of logits after the head
 LIBRARIES = 2**30  # bytes: CUDA context and workspaces, fragments; or torch and transformers themselves on a CPU
 
 
@@ -27,6 +30,7 @@ class Shape(NamedTuple):
     intermediate: int
     kv: int  # key heads x their width
     vocabulary: int
+    plain_head: bool = True  # logits are a matrix product and nothing else, so that they can be streamed
 
 
 class Load(NamedTuple):
@@ -38,6 +42,7 @@ class Load(NamedTuple):
     completion: int
     bits: int = 16  # of the base model's weights: 4, 16 or 32
     unsloth: bool = False
+    sharded: bool = False  # by FSDP or DeepSpeed, where logits are not streamed
     checkpointing: bool = True
     optimizer: float = 8  # bytes per trained parameter
     vllm: int = 0  # bytes that vLLM takes, its copy of the weights included, which Unsloth trains on
@@ -50,8 +55,7 @@ def peak(shape: Shape, load: Load) -> dict[str, int]:
     layer = sequence * (8 * shape.hidden + 2 * shape.kv + 4 * shape.intermediate) * number
     checkpoints = sequence * shape.hidden * number * shape.layers  # what enters each layer
     activations = checkpoints + 2 * layer if load.checkpointing else layer * (shape.layers + 1)
-    chunks = max(4, (load.prompt + load.completion) // 4096)
-    logits = load.completions * load.completion * shape.vocabulary * (STREAMED_LOGIT / chunks if load.unsloth else PLAIN_LOGIT)
+    logits = _logits(shape, load, number)
     sampling = 0
     if not load.vllm:
         cache = load.rollout * (load.prompt + load.completion) * shape.layers * 2 * shape.kv * number
@@ -68,6 +72,17 @@ def peak(shape: Shape, load: Load) -> dict[str, int]:
         "sampling": sampling if sampling > training else 0,
         "libraries": LIBRARIES,
     }
+
+
+def _logits(shape: Shape, load: Load, number: int) -> float:
+    tokens = load.completions * load.completion
+    if load.unsloth:
+        return tokens * shape.vocabulary * STREAMED_LOGIT / max(4, (load.prompt + load.completion) // 4096)
+    if load.sharded or not shape.plain_head:
+        return tokens * shape.vocabulary * PLAIN_LOGIT
+    bits = max(load.bits, 16)
+    rows = min(tokens, max(OWN_ROWS, OWN_CHUNK[bits] // shape.vocabulary))
+    return rows * shape.vocabulary * OWN_LOGIT[bits] + tokens * shape.hidden * number
 
 
 def _weights(shape: Shape, load: Load) -> int:
@@ -110,4 +125,5 @@ def shape(section: ModelSection, lora) -> Shape:
         parameters, quantizable, sum(p.numel() for p in model.parameters() if p.requires_grad), text.num_hidden_layers,
         text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         (getattr(text, "num_key_value_heads", None) or heads) * width, text.vocab_size,
+        type(head) is torch.nn.Linear and head.bias is None and all(getattr(text, name, None) in (None, 1) for name in SCALED),
     )

@@ -64,6 +64,7 @@ def _load(recipe: Recipe, *, backend: str, processes: int, longest: int, optimiz
     return Load(
         completions=plan.per_device, rollout=plan.per_device * plan.steps_per_generation, prompt=longest,
         completion=recipe.max_completion_length, bits=bits, unsloth=unsloth, optimizer=optimizer,
+        sharded=any(os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("FSDP", "DEEPSPEED")),
         checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
         vllm=int(recipe.model.gpu_memory_utilization * _total_gpu()) if vllm else 0,
     )

@@ -57,9 +57,27 @@ def test_the_documented_recipe_by_hand():
     assert sum(found.values()) / 2**30 == pytest.approx(5.31 + 3.16 + 10.74 + 15.11 + 5.02 + 1.0, abs=0.02)
 
 
-def test_plain_trl_keeps_the_logits_of_the_whole_micro_batch():
-    found = peak(LLAMA_8B, Load(completions=2, rollout=8, prompt=500, completion=1000))
-    assert found["logits"] == 2 * 1000 * 128_256 * 18
+def test_on_transformers_logits_are_streamed_and_where_they_cannot_be_trl_keeps_those_of_the_whole_micro_batch():
+    load = Load(completions=2, rollout=8, prompt=500, completion=1000)
+    rows = 2**27 // 128_256  # of 2,000 tokens
+    assert peak(LLAMA_8B, load)["logits"] == rows * 128_256 * 8 + 2000 * 4096 * 2
+    assert peak(LLAMA_8B, load._replace(bits=32))["logits"] == 128 * 128_256 * 12 + 2000 * 4096 * 4
+    whole = 2 * 1000 * 128_256 * 18
+    assert peak(LLAMA_8B._replace(plain_head=False), load)["logits"] == peak(LLAMA_8B, load._replace(sharded=True))["logits"] == whole
+
+
+def test_the_chunks_are_those_of_the_streaming_head():
+    from gtpo import memory, streaming_head
+
+    assert streaming_head.CHUNK == {"cuda": memory.OWN_CHUNK[16], "cpu": memory.OWN_CHUNK[32]} and streaming_head.LEAST == memory.OWN_ROWS
+
+
+def test_a_model_that_caps_its_logits_has_no_plain_head(tmp_path):
+    from transformers import Gemma2Config
+
+    Gemma2Config(vocab_size=100, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                 architectures=["Gemma2ForCausalLM"]).save_pretrained(tmp_path)
+    assert not shape(ModelSection(model_name=str(tmp_path)), lora(4)).plain_head
 
 
 def test_without_checkpointing_every_layer_keeps_its_activations():
