@@ -161,7 +161,7 @@ def test_too_little_memory_names_three_keys_that_help(monkeypatch):
     monkeypatch.setattr(room, "_free", lambda cuda: (2 * 2**30, "the card"))
     with pytest.raises(room.RecipeError, match=r"at worst .* GiB \(logits .*\), and the card has 2.0 GiB free; lower "
                                                "training.per_device_train_batch_size, model.max_seq_length, training.max_prompt_length"):
-        room.memory(recipe, BIG, backend="transformers", processes=1, longest=60, optimizer=8)
+        room.memory(recipe, BIG._replace(plain_head=False), backend="transformers", processes=1, longest=60, optimizer=8)
     assert room._keys_that_help({"sampling": 5, "weights": 3, "libraries": 1}, Load(1, 1, 1, 1))[:1] == ["training.gradient_accumulation_steps"]
 
 
