@@ -71,7 +71,7 @@ class Interruption:
             raise Interrupted(self.signum, where)
 
     def over(self) -> int | None:
-        """From here on requests are not noticed: the process ends by itself. Returns the exit code that the one before asks for."""
+        """From here on signals are not noticed: the process ends by itself. Returns the exit code that the one before asks for."""
         self._over = True
         return EXIT_CODES.get(self.signum)
 

@@ -27,6 +27,7 @@ def said(tmp_path, monkeypatch):
 
     def diagnosed(*rewards: str, source: str = "", weights=None, problems=PROBLEMS, import_seconds: float = 60, **limits):
         (tmp_path / "mine.py").write_text("import os, time, math\n" + textwrap.dedent(source))
+        monkeypatch.delitem(sys.modules, "mine", raising=False)  # imported here where a test says isolated: false
         found = diagnose(list(rewards), weights, problems, Tokenizer(), RewardsSection(**limits), import_seconds)
         return [(finding.verdict, finding.sentence) for finding in found]
 
