@@ -40,9 +40,9 @@ MAIN = ["grpo", "grpo_std", "gtpo"]
 PLAN = [  # task, variants, seeds; the runs of one seed after each other, so that an interruption leaves whole seeds
     ("columns", list(VARIANTS), range(1, 6)),
     ("demo", MAIN, range(1, 6)),
+    ("columns", ["grpo", "gtpo", "neutral", "no_lambda"], range(6, 11)),
     ("drift", ["grpo", "gtpo"], range(1, 11)),
     ("drift", ["neutral"], range(1, 11)),
-    ("columns", ["grpo", "gtpo", "neutral", "no_lambda"], range(6, 11)),
 ]
 
 
