@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import measure
+from figures import ratio
 
 CASES = {  # name: hidden, vocabulary
     "small, V = 32 k": (1024, 32_000), "Llama-3.1-8B, V = 128 k": (4096, 128_256), "Qwen2.5-3B, V = 152 k": (2048, 151_936)}
@@ -78,7 +79,7 @@ def compare(hidden_size: int, vocabulary: int, tokens: int, rounds: int) -> dict
         taken = measure.interleaved(runs, rounds)
     return {"hidden": hidden_size, "vocabulary": vocabulary, "tokens": tokens, "seconds": taken, "peak_bytes": peaks,
             "median": {name: statistics.median(values) for name, values in taken.items()},
-            "ratio": {name: measure.ratio(taken, name, BOUND) for name in taken}, "gradient_error": errors}
+            "ratio": {name: ratio(taken[name], taken[BOUND]) for name in taken}, "gradient_error": errors}
 
 
 def heads() -> dict:

@@ -4,12 +4,12 @@ import contextlib
 import fcntl
 import json
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from figures import ROOT
+
 sys.path.insert(0, str(ROOT))
 
 SHAPES = {  # transformers' configuration class and its sizes, as the models on the hub have them
@@ -97,11 +97,6 @@ def interleaved(functions: dict, rounds: int) -> dict[str, list[float]]:
         for name in list(functions)[:: 1 if i % 2 == 0 else -1]:
             taken[name].append(timed(functions[name]))
     return taken
-
-
-def ratio(taken: dict[str, list[float]], one: str, other: str) -> float:
-    """The median over rounds of one's seconds over the other's."""
-    return statistics.median(a / b for a, b in zip(taken[one], taken[other], strict=True))
 
 
 def machine() -> dict[str, str]:

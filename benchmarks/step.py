@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import measure
+from figures import ratio
 
 SEED, RANK = 3407, 16
 
@@ -74,7 +75,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
     return {
         "machine": measure.machine(), "options": {k: str(v) for k, v in vars(options).items() if k not in ("json", "model")},
         "seconds": taken, "median": {name: statistics.median(values) for name, values in taken.items()},
-        "ratio": {name: measure.ratio(taken, "GTPO", name) for name in taken if name != "GTPO"},
+        "ratio": {name: ratio(taken["GTPO"], taken[name]) for name in taken if name != "GTPO"},
         "peak_bytes": peaks, "weights_bytes": held,
         "memory_ratio": {name: (held + peaks["GTPO"]) / (held + peak) for name, peak in peaks.items() if name != "GTPO"},
         "conflict_tokens": steps["GTPO"].trainer._metrics["train"]["gtpo/frac_conflict_tokens"][-1],

@@ -5,6 +5,7 @@ trl 1.13 keeps the logits of a whole micro-batch and several copies of them: 7 G
 """
 
 import contextlib
+import functools
 import logging
 
 import torch
@@ -74,13 +75,9 @@ def _statistics(logits: Tensor, ids: Tensor, with_slope: bool) -> tuple[Tensor, 
     return log_probs, entropies, slope.to(logits.dtype)
 
 
-_compiled = None
-
-
+@functools.cache
 def _compiled_statistics():
-    global _compiled
-    _compiled = _compiled or torch.compile(_statistics, dynamic=True)
-    return _compiled
+    return torch.compile(_statistics, dynamic=True)
 
 
 class _NotPlain(Exception):
@@ -103,6 +100,7 @@ class StreamingHead:
     def __init__(self, trainer: trl.GRPOTrainer):
         self.trainer, self._parent = trainer, trainer._get_per_token_logps_and_entropies
         self.reason = self._why_not()
+        self._is_plain = False  # looked at once, with the first hidden states: later ones may hold NaN, and a look waits for the GPU
         if not self.reason:
             trainer._get_per_token_logps_and_entropies = self._log_probs
 
@@ -142,10 +140,10 @@ class StreamingHead:
             return hidden
 
         def log_probs(logits, ids):
-            if "plain" not in seen:
+            if not self._is_plain:
                 expected = seen["hidden"].to(logits.dtype)[:, :-1][:, -logits_to_keep:] / self.trainer.temperature
-                seen["plain"] = torch.equal(logits, expected)
-            if not seen["plain"]:
+                self._is_plain = torch.equal(logits, expected)
+            if not self._is_plain:
                 raise _NotPlain
             log_probs, seen["entropies"] = log_probs_and_entropies(logits, head.weight, ids)
             return log_probs

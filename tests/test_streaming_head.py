@@ -104,3 +104,12 @@ def test_trl_is_left_as_it_was_also_after_an_error(tmp_path):
         trainer._get_per_token_logps_and_entropies(trainer.model, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), 2)
     assert before == (trl.trainer.grpo_trainer.selective_log_softmax, trl.trainer.grpo_trainer.entropy_from_logits)
     assert "forward" not in trainer.model.get_output_embeddings().__dict__
+
+
+def test_a_policy_that_breaks_later_is_not_taken_for_one_that_changes_its_logits(tmp_path):
+    trainer = gradients.make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", str(tmp_path))
+    rows = (torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), 2)
+    assert trainer._get_per_token_logps_and_entropies(trainer.model, *rows)[0].isfinite().all()
+    next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(torch.nan)
+    assert trainer._get_per_token_logps_and_entropies(trainer.model, *rows)[0].isnan().all()
+    assert trainer.streaming_head.reason is None
