@@ -110,6 +110,8 @@ def test_a_policy_that_breaks_later_is_not_taken_for_one_that_changes_its_logits
     trainer = gradients.make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", str(tmp_path))
     rows = (torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), 2)
     assert trainer._get_per_token_logps_and_entropies(trainer.model, *rows)[0].isfinite().all()
-    next(p for p in trainer.model.parameters() if p.requires_grad).data.fill_(torch.nan)
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.fill_(torch.nan)
     assert trainer._get_per_token_logps_and_entropies(trainer.model, *rows)[0].isnan().all()
     assert trainer.streaming_head.reason is None
