@@ -1,21 +1,25 @@
 """What GTPO costs over GRPO: a step of each on one model and one fixed rollout, in turn: `python benchmarks/step.py`.
 
 A step is everything but sampling: scoring the rollout, conflict tokens, forward, backward, clipping, optimizer. `--backend
-unsloth` compares with Unsloth's generated trainer, its shared-prefix trick off for both, or with `--stock` as Unsloth comes.
-Without `--backend`, TRL's trainer, once with its own log-probs and once with the streaming head that GTPO uses there.
+unsloth` compares with Unsloth's generated trainer, its shared-prefix trick off for both, or with `--stock` as Unsloth comes,
+and with GTPO on Unsloth's own head; on a CPU, uncompiled and on a model that transformers loads. Without `--backend`, TRL's
+trainer, once with its own log-probs and once with the streaming head that GTPO uses there.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import sys
 import tempfile
+import unittest.mock
 from pathlib import Path
 
 import measure
 from figures import ratio
 
 SEED, RANK = 3407, 16
+UNSLOTHS_HEAD = "GTPO, Unsloth's head"
 
 
 def main() -> int:
@@ -48,9 +52,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
 
     from gtpo.gtpo_training import UnslothGTPOTrainer
 
-    makers = {"GRPO": trl.GRPOTrainer, "GTPO": UnslothGTPOTrainer}
-    if options.backend == "transformers":
-        makers = {"GRPO": trl.GRPOTrainer, "GRPO, streaming head": trl.GRPOTrainer, "GTPO": UnslothGTPOTrainer}
+    between = {"GRPO, streaming head": trl.GRPOTrainer} if options.backend == "transformers" else {UNSLOTHS_HEAD: UnslothGTPOTrainer}
+    makers = {"GRPO": trl.GRPOTrainer, **between, "GTPO": UnslothGTPOTrainer}
     steps, first = {}, None
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # CPU-seconds of one core: two would also count their waiting for each other
@@ -64,7 +67,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
             StreamingHead(trainer)
         first = first or trainer
         trainer.optimizer = first.optimizer or first.create_optimizer()
-        steps[name] = Step(trainer, options)
+        steps[name] = Step(trainer, options, unsloths_head=name == UNSLOTHS_HEAD)
     with measure.using_the_gpu(alone=False):
         for step in steps.values():
             step(), step()  # compiles, and GTPO measures its initial entropy
@@ -84,23 +87,36 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
 
 def load(options: argparse.Namespace, folder: Path):
     """The policy as train_model.py loads it, of a model with random weights."""
+    import torch
+
     from gtpo import backends
     from gtpo.sections import ModelSection
 
+    cuda = torch.cuda.is_available()
     model = options.model or folder / "model"
     section = ModelSection(
         model_name=str(model), backend=options.backend, max_seq_length=options.prompt + options.completion, lora_rank=RANK,
         lora_alpha=RANK, load_in_4bit=options.bits == 4, fast_inference=False)
-    backend = backends.prepare_backend(section, {})  # before anything imports TRL or transformers
-    import torch
-
+    backend = backends.prepare_backend(section, {}) if cuda or options.backend != "unsloth" else unsloth_on_a_cpu()  # before anything imports TRL
     from gtpo.chat_tokenizer import load_tokenizer
 
     if not options.model:
         measure.make_model(options.shape, model)
-    cuda = torch.cuda.is_available()
-    return backends.load_policy(section, load_tokenizer(section, backend), backend, seed=SEED,
-                                precision="bf16" if cuda else "float32", gradient_checkpointing=cuda)
+    policy = backends.load_policy(section, load_tokenizer(section, backend), backend, seed=SEED,
+                                  precision="bf16" if cuda else "float32", gradient_checkpointing=cuda)
+    if backend != options.backend:
+        policy.model.for_training = policy.model.for_inference = lambda *args, **kwargs: None  # what Unsloth's trainer calls
+    return policy
+
+
+def unsloth_on_a_cpu() -> str:
+    """Let Unsloth generate its trainer without a GPU; returns the backend that can load the model."""
+    os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1", UNSLOTH_FORCE_FLOAT32="1")
+    import unsloth
+
+    del os.environ["UNSLOTH_ALLOW_CPU"]
+    unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
+    return "transformers"
 
 
 def make_trainer(maker, policy, options: argparse.Namespace, folder: Path):
@@ -119,6 +135,8 @@ def make_trainer(maker, policy, options: argparse.Namespace, folder: Path):
         model=policy.model, args=arguments, processing_class=policy.tokenizer,
         reward_funcs=[lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))]],
         train_dataset=datasets.Dataset.from_list([{"prompt": "?"}]))
+    if options.backend == "unsloth" and not cuda:  # float32, as the model is
+        trainer._autocast_enabled, trainer._autocast_force_float32, trainer._autocast_dtype = False, False, torch.float16
     generator = torch.Generator().manual_seed(SEED)
     draw = lambda n: torch.randint(100, len(policy.tokenizer) - 20, (n,), generator=generator).tolist()  # noqa: E731
     prompt, start, end = draw(options.prompt), draw(6), [*draw(3), policy.tokenizer.eos_token_id]
@@ -132,17 +150,21 @@ def make_trainer(maker, policy, options: argparse.Namespace, folder: Path):
 class Step:
     """One optimizer step of `trainer` on its fixed rollout."""
 
-    def __init__(self, trainer, options: argparse.Namespace):
+    def __init__(self, trainer, options: argparse.Namespace, unsloths_head: bool):
         self.trainer, self.batch = trainer, [{"prompt": "?"} for _ in range(options.generations)]
         trainer.current_gradient_accumulation_steps = 1
         self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        self.head = contextlib.nullcontext()
+        if unsloths_head:
+            self.head = unittest.mock.patch("gtpo.gtpo_training.streaming_in_unsloths_loss", contextlib.nullcontext)
 
     def __call__(self) -> None:
         import torch
 
         trainer = self.trainer
         trainer.model.train()
-        trainer.training_step(trainer.model, list(self.batch), None)
+        with self.head:
+            trainer.training_step(trainer.model, list(self.batch), None)
         torch.nn.utils.clip_grad_norm_(self.parameters, 0.1)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,7 @@ from gtpo import shaping
 from gtpo.groups import conflict_fractions, whole_groups
 from gtpo.nonfinite import SkipNonFiniteSteps
 from gtpo.options import refuse_conflicting_options, say_other_objectives
-from gtpo.streaming_head import StreamingHead
+from gtpo.streaming_head import StreamingHead, streaming_in_unsloths_loss
 
 logger = logging.getLogger(__name__)
 ENT_THRESHOLD = 0.7  # "ln 2" of the paper's gate, in nats
@@ -130,7 +130,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
     def _parent_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._micro_batch, self.seen_by_loss = inputs, None
         inputs = {**inputs, "advantages": _nonzero(inputs["advantages"])}
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with streaming_in_unsloths_loss():
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.seen_by_loss is None:
             # Unsloth has a second, slow loss without the seam: it would train GRPO in disguise.
             raise RuntimeError("The parent's loss never asked get_high_entropy_mask for GTPO's factor; use the pinned libraries")

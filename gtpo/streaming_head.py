@@ -1,12 +1,14 @@
-"""Log-probs and entropies without logits: the output head goes through the tokens in chunks, for TRL's GRPO trainers.
+"""Log-probs and entropies without logits: the output head goes through the tokens in chunks.
 
 trl 1.13 keeps the logits of a whole micro-batch and several copies of them: 7 GB for 4,096 tokens and a vocabulary of
-152,000. Unsloth's generated trainer streams on its own and is left alone.
+152,000. Unsloth goes through chunks too, but with entropies, which GTPO needs, it makes its logits twice.
 """
 
 import contextlib
 import functools
+import inspect
 import logging
+import sys
 
 import torch
 import trl
@@ -17,23 +19,30 @@ from trl.trainer import grpo_trainer
 logger = logging.getLogger(__name__)
 CHUNK = {"cpu": 2**22, "cuda": 2**27}  # logits held at a time,
 LEAST = 128  # but no fewer rows than keep the matrix products busy
+UNSLOTH = "unsloth_zoo.rl_replacements", "chunked_hidden_states_selective_log_softmax_recompute"
 
 
-def log_probs_and_entropies(hidden: Tensor, weight: Tensor, ids: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
-    """log p(ids) and the entropies, in nats, both (...) in at least float32, of softmax(hidden weight^T).
+def log_probs_and_entropies(hidden: Tensor, weight: Tensor, ids: Tensor, rows: int | None = None, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(ids) and the entropies, in nats, both (...) in at least float32, of softmax(hidden weight^T / temperature).
 
     `hidden` (..., H), `weight` (V, H), `ids` (...). Gradients reach `hidden` through the log-probs; the entropies carry
-    none. Two matrix products in all: d log p(y) / d hidden = weight[y] - sum_v p(v) weight[v] needs nothing from behind
-    it, so it is computed with the probabilities at hand, and backward only scales it. About `chunk` logits exist at a time.
+    none. Two matrix products in all: d log p(y) / d hidden = (weight[y] - sum_v p(v) weight[v]) / temperature needs nothing
+    from behind it, so it is computed with the probabilities at hand, and backward only scales it. The logits of `rows`
+    tokens exist at a time.
     """
-    log_probs, entropies = _Head.apply(hidden.reshape(-1, hidden.shape[-1]), weight, ids.reshape(-1), chunk)
+    log_probs, entropies = _Head.apply(hidden.reshape(-1, hidden.shape[-1]), weight, ids.reshape(-1), rows or most_rows(weight), temperature)
     return log_probs.view(ids.shape), entropies.view(ids.shape)
+
+
+def most_rows(weight: Tensor) -> int:
+    """How many tokens the head takes at a time, on the device of its `weight` (V, H)."""
+    return max(LEAST, CHUNK.get(weight.device.type, CHUNK["cuda"]) // len(weight))
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, ids, chunk):
-        device, ctx.dtype = hidden.device.type, hidden.dtype
+    def forward(ctx, hidden, weight, ids, size, temperature):
+        device, ctx.dtype, ctx.temperature = hidden.device.type, hidden.dtype, temperature
         if torch.is_autocast_enabled(device):
             weight = weight.to(torch.get_autocast_dtype(device))  # once, not for each chunk
         hidden = hidden.to(weight.dtype)
@@ -41,12 +50,12 @@ class _Head(torch.autograd.Function):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         log_probs, entropies = (torch.empty(len(ids), dtype=dtype, device=hidden.device) for _ in range(2))
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        size = max(1, chunk // len(weight)) if chunk else max(LEAST, CHUNK.get(device, CHUNK["cuda"]) // len(weight))
         for start in range(0, len(ids), size):
             rows = slice(start, start + size)
-            log_probs[rows], entropies[rows], slope = statistics(F.linear(hidden[rows], weight), ids[rows], slopes is not None)
+            log_probs[rows], entropies[rows], slope = statistics(F.linear(hidden[rows], weight), ids[rows], temperature, slopes is not None)
             if slopes is not None:
                 torch.mm(slope, weight, out=slopes[rows])
+            del slope  # before the next logits
         ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(entropies)
         return log_probs, entropies
@@ -54,12 +63,17 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient, _):
         (slopes,) = ctx.saved_tensors
-        return (gradient.unsqueeze(1) * slopes).to(ctx.dtype), None, None, None
+        return (gradient.unsqueeze(1) / ctx.temperature * slopes).to(ctx.dtype), *[None] * 4
 
 
-def _statistics(logits: Tensor, ids: Tensor, with_slope: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """log p(ids) and entropy, both (N,), and d log p(ids) / d logits, (N, V) in the logits' dtype; may overwrite `logits`."""
+def _statistics(logits: Tensor, ids: Tensor, temperature: float, with_slope: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log p(ids) and entropy, both (N,), and d log p(ids) / d (logits / temperature), (N, V) in the logits' dtype.
+
+    May overwrite `logits`.
+    """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1.0:
+        z /= temperature
     z -= z.amax(dim=1, keepdim=True)
     p = z.exp()  # not yet divided by its sum
     total = p.sum(dim=1)
@@ -78,6 +92,40 @@ def _statistics(logits: Tensor, ids: Tensor, with_slope: bool) -> tuple[Tensor, 
 @functools.cache
 def _compiled_statistics():
     return torch.compile(_statistics, dynamic=True)
+
+
+@contextlib.contextmanager
+def streaming_in_unsloths_loss():
+    """Meanwhile Unsloth's GRPO loss, where it asks for entropies too, gets both from `log_probs_and_entropies`.
+
+    unsloth_zoo 2026.10.7 imports its function for that by name at each call of the loss. Where ours would not be the
+    same (a head with a bias or training weights, logits that are capped or scaled, another device or precision), theirs stays.
+    """
+    module, name = sys.modules.get(UNSLOTH[0]), UNSLOTH[1]
+    theirs = getattr(module, name, None)
+    if theirs is None:
+        yield
+        return
+    signature = inspect.signature(theirs)
+
+    def ours(*args, **kwargs):
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        rest = {key: value for key, value in given.arguments.items() if key != "chunks"}
+        hidden, weight, ids = (rest.pop(key) for key in ("hidden_states", "lm_head", "index"))
+        temperature, with_entropies = rest.pop("temperature"), rest.pop("return_entropy")
+        changed = [key for key, value in rest.items() if isinstance(value, Tensor) or value]
+        if changed or not with_entropies or weight.requires_grad or weight.device != hidden.device:
+            setattr(module, name, theirs)  # which looks itself up there
+            return theirs(*args, **kwargs)
+        rows = min(most_rows(weight), -(-ids.numel() // 4))  # and so less memory than GRPO's head there, which keeps all logits
+        return log_probs_and_entropies(hidden, weight, ids, rows, temperature)
+
+    setattr(module, name, ours)
+    try:
+        yield
+    finally:
+        setattr(module, name, theirs)
 
 
 class _NotPlain(Exception):

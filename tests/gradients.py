@@ -179,12 +179,15 @@ def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: floa
             **options) -> dict:
     """Figures of one GTPO step against float64: relative gradient error, initial entropy, and how much was exercised."""
     trainer = make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", folder, pad=pad, peaked=peaked, **options)
-    from gtpo import gtpo_training
+    from gtpo import gtpo_training, streaming_head
 
+    streamed, head = [], streaming_head.log_probs_and_entropies
+    streaming_head.log_probs_and_entropies = lambda *args, **kwargs: streamed.append(1) or head(*args, **kwargs)
     gtpo_training.ENT_THRESHOLD = threshold  # each case states it
     before = copy.deepcopy(trainer.model)
     seen = watch(trainer)
     trainer.train()
+    streaming_head.log_probs_and_entropies = head
     rollout = seen["rollouts"][0]
     temperature = trainer.args.temperature
     # Unsloth's mask leaves every pad id out, so an end token that is also the pad token does not count there.
@@ -197,7 +200,7 @@ def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: floa
     logs, steps = seen["logs"][0], seen["gradients"]  # the steps that share the rollout average to its gradient
     gradient = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return {
-        "class": str(type(trainer).__mro__[1]), "gradient_error": relative_error(gradient, expected),
+        "class": str(type(trainer).__mro__[1]), "streamed": len(streamed), "gradient_error": relative_error(gradient, expected),
         "initial_entropy": trainer.initial_entropy, "initial_entropy_float64": initial,
         "filtered": logs["gtpo/frac_filtered"], "conflicts": logs["gtpo/frac_conflict_tokens"],
         "groups": len(rollout["advantages"]) // trainer.num_generations, "loss": logs["loss"], "loss_float64": loss,
@@ -205,6 +208,35 @@ def compare(folder: str, *, threshold: float = 0.7, pad: str = "~", peaked: floa
         "lengths": rollout["completion_mask"].sum(1).unique().tolist(),
         "signs": rollout["advantages"].sign().unique().tolist(),
     }
+
+
+def heads() -> list[dict]:
+    """Unsloth's head with entropies while GTPO's loss runs: how far it is from itself, and whether ours stood in for it."""
+    import torch
+    from unsloth_zoo import rl_replacements
+
+    from gtpo import streaming_head
+
+    theirs, name = rl_replacements.chunked_hidden_states_selective_log_softmax_recompute, streaming_head.UNSLOTH[1]
+    torch.manual_seed(0)
+    hidden, weight, ids = torch.randn(3, 5, 8, requires_grad=True), torch.randn(50, 8), torch.randint(0, 50, (3, 5))
+    bias, trained, upstream = torch.randn(50), torch.randn(50, 8, requires_grad=True), torch.randn(3, 5)
+
+    def run(head, weight=weight, **options):
+        log_probs, entropies = head(hidden, weight, ids, 4, return_entropy=True, **options)
+        return [log_probs, entropies, *torch.autograd.grad((log_probs * upstream).sum(), hidden)]
+
+    found = []
+    for options in ({}, {"temperature": 0.7}, {"logit_softcapping": 5.0}, {"logit_scale_multiply": 2.0}, {"logit_scale_divide": 2.0},
+                    {"lm_head_bias": bias}, {"fp32_lm_head": True}, {"max_rows_per_chunk": 2}, {"weight": trained}):
+        expected = run(theirs, **options)
+        with streaming_head.streaming_in_unsloths_loss():
+            values = run(getattr(rl_replacements, name), **options)
+            replaced = getattr(rl_replacements, name) is not theirs  # it steps back for the whole of a loss
+        assert getattr(rl_replacements, name) is theirs
+        error = max((a - b).abs().max().item() for a, b in zip(values, expected, strict=True))
+        found.append({"options": list(options), "ours": replaced, "error": error})
+    return found
 
 
 def judged(folder: str) -> dict:
@@ -251,7 +283,7 @@ if __name__ == "__main__":
     folder = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd()))
     resumed = resumes.where_resumed_runs_differ("gtpo.gtpo_training.UnslothGTPOTrainer", folder, steps=[1])
     print("FIGURES " + json.dumps({"cases": figures, "distance_from_grpo": distance_from_grpo(os.getcwd()), "resumed": resumed,
-        "judged": judged(os.getcwd()), "recorded": [{name: run[name] for name in ("lines", "entropy_error")} for run in recorded],
+        "heads": heads(), "judged": judged(os.getcwd()), "recorded": [{name: run[name] for name in ("lines", "entropy_error")} for run in recorded],
         "compile_options": {name: generated[name] for name in ("shape_padding", "trace.enabled", "max_autotune")},
         "from_pretrained": list(inspect.signature(FastLanguageModel.from_pretrained).parameters),
         "get_peft_model": list(inspect.signature(FastLanguageModel.get_peft_model).parameters)}))

@@ -11,17 +11,17 @@ from gtpo.streaming_head import StreamingHead, log_probs_and_entropies, stream_l
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("chunk", [1, 50, 7 * 50, 10**6])  # a row at a time, and parts that do not divide the rows
-@pytest.mark.parametrize("scale", [0.1, 3.0, 300.0])  # nearly uniform, ordinary, one token certain
-def test_values_and_gradients_are_those_of_whole_logits(dtype, bound, chunk, scale):
+@pytest.mark.parametrize("rows", [1, 7, 10**6, None])  # one at a time, and a number that does not divide all
+@pytest.mark.parametrize("scale, temperature", [(0.1, 1.0), (3.0, 1.0), (3.0, 0.6), (300.0, 1.0)])  # nearly uniform, ordinary, one token certain
+def test_values_and_gradients_are_those_of_whole_logits(dtype, bound, rows, scale, temperature):
     torch.manual_seed(0)
     hidden = torch.randn(3, 5, 8, dtype=dtype).requires_grad_()
     weight, ids = torch.randn(50, 8, dtype=dtype) * scale, torch.randint(0, 50, (3, 5))
     upstream = torch.randn(3, 5, dtype=dtype)
-    found, entropies = log_probs_and_entropies(hidden, weight, ids, chunk)
+    found, entropies = log_probs_and_entropies(hidden, weight, ids, rows, temperature)
     (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden)
     exact = hidden.detach().double().requires_grad_()
-    log_p = (exact @ weight.double().T).log_softmax(-1)
+    log_p = (exact @ weight.double().T / temperature).log_softmax(-1)
     expected = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     (expected_gradient,) = torch.autograd.grad((expected * upstream).sum(), exact)
     assert torch.allclose(found.double(), expected, rtol=bound, atol=bound)

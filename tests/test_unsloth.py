@@ -42,7 +42,13 @@ def test_gradients_agree_with_the_float64_objective(figures, case):
     assert "UnslothGRPOTrainer" in found["class"]
     assert found["gradient_error"] < 1e-5
     assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
-    assert found["conflicts"] > 0
+    assert found["conflicts"] > 0 and found["streamed"] > 1  # for the initial entropy, and in the loss
+
+
+def test_the_streaming_head_stands_in_for_unsloths_where_it_computes_the_same(figures):
+    ours = {"plain" if not case["options"] else case["options"][0]: case["ours"] for case in figures["heads"]}
+    assert [name for name, is_ours in ours.items() if is_ours] == ["plain", "temperature"] and len(ours) == 9
+    assert all(case["error"] < (1e-5 if case["ours"] else 1e-12) for case in figures["heads"])
 
 
 def test_the_cases_exercise_unequal_prompts_several_groups_and_the_gate(figures):
