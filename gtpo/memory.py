@@ -12,7 +12,7 @@ from gtpo.sections import ModelSection
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, an 8-bit scale per 64 weights, a float32 per 256 scales
 PLAIN_LOGIT = 18  # bytes: trl 1.13.0 keeps logits, those by temperature and their gradient in float32, and copies while it works
-STREAMED_LOGIT = 14  # bytes, of a chunk: unsloth_zoo 2026.10.7 takes a quarter of the tokens at a time, or less
+STREAMED_LOGIT = 14  # bytes, of a chunk: unsloth_zoo 2026.10.7 takes a quarter of the tokens at a time, or less; GTPO's head, for it, keeps less
 OWN_LOGIT = {16: 8, 32: 12}  # bytes, of a chunk of gtpo/streaming_head.py
 OWN_CHUNK, OWN_ROWS = {16: 2**27, 32: 2**22}, 128  # logits at a time and the fewest tokens there, on a GPU and on a CPU
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what a configuration calls a change of logits after the head
