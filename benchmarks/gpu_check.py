@@ -33,8 +33,19 @@ SEED, RANK, GENERATIONS, LENGTH = 3407, 16, 8, 48
 STEPS = [  # shape, GiB it needs, and the flags of benchmarks/step.py
     (shape, gib, ["--backend", backend, *flags])
     for shape, gib in (("qwen2.5-3b", 40), ("llama-3.1-8b", 50))
-    for backend, flags in (("unsloth", []), ("transformers", []), ("unsloth", ["--bits", "4"]), ("unsloth", ["--stock"]))
+    for backend, flags in (("unsloth", []), ("transformers", []), ("unsloth", ["--bits", "4"]))
 ]
+PEAK = """
+import atexit, runpy, sys
+def say():
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        print(f"PEAK {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved")
+atexit.register(say)
+sys.argv = sys.argv[1:]
+sys.path.insert(0, str(__import__("pathlib").Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""  # runs a program, and says the most GPU memory that it held
 STEP = ["--generations", "8", "--prompt", "256", "--completion", "1024", "--rounds", "9"]
 
 
@@ -129,7 +140,7 @@ class Check:
                  "--training.report_to", "none", "--output_root", self.work / "runs", "--run-name", "check"]
         recipe = [ROOT / "train_model.py", ROOT / "config.yaml", *flags]
         checked = self.python(*recipe, "--training.max_steps", "4", "--check", "--json", timed=False, may_fail=True)
-        self.python(*recipe, "--training.max_steps", "2", timed=False)
+        trained = self.python("-c", PEAK, *recipe, "--training.max_steps", "2", timed=False)
         run = next((self.work / "runs").iterdir())
         resumed = self.python(*recipe, "--training.max_steps", "4", "--resume", timed=False)
         evaluated = self.python(ROOT / "evaluate_model.py", run, "--dataset", ROOT / "demo/data/test.jsonl", "--limit", "16",
@@ -137,6 +148,7 @@ class Check:
         saved = sorted(file.name for file in run.iterdir())
         return {"passed": "adapter_model.safetensors" in saved, "saved": saved,
                 "check": [check["sentence"] for check in json.loads(checked)["checks"] if check["check"] in ("backend", "model", "memory")],
+                "peak": next((line for line in trained.splitlines() if line.startswith("PEAK ")), "PEAK is not known"),
                 "resumed": [line for line in resumed.splitlines() if "step" in line][-6:], "evaluated": evaluated[-1500:]}
 
     def has(self, shape: str, gib: int) -> bool:
@@ -354,7 +366,7 @@ def write(figures: dict, out: Path) -> None:
         if "printed" in row:
             lines += ["", f"## {case}", "", "```", row["printed"].strip("\n"), "```"]
         elif "evaluated" in row:
-            lines += ["", f"## {case}: `config.yaml`, half a run, `--resume`, an evaluation", "", f"Passed: {row['passed']}. `--check` had said:", "", *(f"- {line}" for line in row["check"]), "", "```", *row["resumed"], row["evaluated"].strip(), "```"]
+            lines += ["", f"## {case}: `config.yaml`, half a run, `--resume`, an evaluation", "", f"Passed: {row['passed']}. `--check` had said:", "", *(f"- {line}" for line in row["check"]), "", row["peak"].replace("PEAK", "Two steps held at most"), "", "```", *row["resumed"], row["evaluated"].strip(), "```"]
         elif "error" in row:
             lines += ["", f"## {case}: failed", "", "```", row["error"].strip(), "```"]
     lines += ["", "## Versions", "", *(f"- {key} {value}" for key, value in machine.items())]

@@ -2,8 +2,10 @@
 
 Trains one step of random Llamas of several shapes, with the demo's tokenizer and data and completions that use their whole
 length, and prints the estimate beside the peak of the process: its own memory, without the pages of files that it maps.
+`--kept` counts instead what a layer keeps for its backward pass, in half precision with a float32 adapter, and in float32.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -26,6 +28,10 @@ SHAPES = {  # name: hidden, intermediate, layers, vocabulary, completions, token
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description="Hold the estimate of --check against what is used.")
+    parser.add_argument("--kept", action="store_true", help="count what a layer keeps for its backward pass")
+    if parser.parse_args().kept:
+        return print_kept()
     print(f"{'shape':<20}{'estimate GiB':>13}{'used GiB':>10}{'used':>7}  what the estimate is made of")
     for name, sizes in SHAPES.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -36,6 +42,51 @@ def main() -> int:
         made_of = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in parts.items() if size > 2**25)
         print(f"{name:<20}{estimate / 2**30:>13.2f}{used / 2**30:>10.2f}{used / estimate:>7.0%}  {made_of}", flush=True)
     return 0
+
+
+def print_kept() -> int:
+    """Numbers per token and layer that autograd saves, from three layers against two, beside gtpo/memory.py's."""
+    from gtpo.memory import Load, Shape, _kept
+
+    rows, length = 2, 128
+    print(f"{'hidden':>8}{'intermediate':>14}{'keys':>8}{'bits':>6}{'kept':>9}{'estimate':>10}")
+    for hidden, intermediate, heads, key_heads in ((256, 512, 8, 8), (512, 512, 8, 8), (256, 1024, 8, 8), (256, 512, 8, 2), (2048, 11_008, 16, 2)):
+        kv = hidden * key_heads // heads
+        for bits in (16, 32):
+            three, two = (_saved_bytes(hidden, intermediate, heads, key_heads, layers, rows, length, bits) for layers in (3, 2))
+            load = Load(completions=rows, rollout=rows, prompt=0, completion=length, bits=bits)
+            estimate = _kept(Shape(0, 0, 0, 1, hidden, intermediate, kv, heads, 0), load)
+            print(f"{hidden:>8}{intermediate:>14}{kv:>8}{bits:>6}{(three - two) / (rows * length * bits / 8):>9,.0f}{estimate:>10,}", flush=True)
+    return 0
+
+
+def _saved_bytes(hidden: int, intermediate: int, heads: int, key_heads: int, layers: int, rows: int, length: int, bits: int) -> int:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from gtpo.sections import ModelSection
+
+    half = bits == 16
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=512, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=key_heads))
+    targets = ModelSection.model_fields["target_modules"].default
+    model = get_peft_model(model.to(torch.bfloat16 if half else torch.float32), LoraConfig(r=8, target_modules=targets, task_type="CAUSAL_LM"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    weights, saved = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def save(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()  # kept, so that no other gets its address
+        return tensor
+
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, : length // 4] = 0
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        output = model.model.model(input_ids=torch.randint(0, 512, (rows, length)), attention_mask=mask)
+    assert output.last_hidden_state.requires_grad
+    return sum(storage.nbytes() for storage in saved.values())
 
 
 def _flags(folder: Path, hidden: int, intermediate: int, layers: int, vocabulary: int, completions: int, length: int, checkpointing: bool) -> list[str]:

@@ -19,15 +19,14 @@ SYNC = 1.0  # seconds: the adapter merged and handed to vLLM, rewards
 
 # ---- the run: 8 prompts x 8 generations per GPU and step, micro-batches of 8
 PROMPT, COMPLETION, LONGEST, ROWS, MICRO = 250, 1000, 1500, 64, 8  # tokens; completions
-SHAPE = Shape(parameters=8_030_261_248, quantizable=6_979_321_856, adapter=335_544_320, layers=32, hidden=4096, intermediate=14_336, kv=1024,
+SHAPE = Shape(parameters=8_030_261_248, quantizable=6_979_321_856, adapter=335_544_320, layers=32, hidden=4096, intermediate=14_336, kv=1024, heads=32,
               vocabulary=128_256)  # with rank 128
-GIB = 2**30
+CACHE, GIB = 2 * 2 * SHAPE.kv * SHAPE.layers, 2**30  # bytes of keys and values per token
 
 
 def step_seconds() -> tuple[float, float]:
     """Sampling and training of one GPU's rows, with nobody to wait for."""
-    weights, cache = 2 * SHAPE.parameters, 2 * 2 * SHAPE.kv * SHAPE.layers  # bytes; bytes per token
-    decode = (weights + ROWS * (PROMPT + COMPLETION / 2) * cache) / (BANDWIDTH * READ)  # a token of each row
+    decode = (2 * SHAPE.parameters + ROWS * (PROMPT + COMPLETION / 2) * CACHE) / (BANDWIDTH * READ)  # a token of each row
     flops = 6 * SHAPE.parameters  # per token: forward, again for the checkpoints, and back to the adapters (no gradients of frozen weights)
     return COMPLETION * decode, ROWS * (PROMPT + COMPLETION) * flops / (FLOPS * USED)
 
@@ -43,16 +42,17 @@ def gather_seconds(gpus: int) -> float:
 
 
 def memory(gpus: int, spread: bool) -> float:
-    """GiB per GPU while it trains, vLLM elsewhere: gtpo/memory.py's worst case with paged_adamw_8bit's moments.
+    """GiB per GPU: gtpo/memory.py's worst case of training with paged_adamw_8bit's moments, and vLLM beside it.
 
-    Logits are streamed, by Unsloth or by gtpo/streaming_head.py, but not with FSDP: there TRL keeps those of a micro-batch.
+    vLLM's cache holds all rows; with Unsloth it samples from the weights that train, and beside FSDP it has its own. Logits are streamed, by Unsloth or by gtpo/streaming_head.py, but not with FSDP: there TRL keeps those of a micro-batch.
     """
     load = Load(completions=MICRO, rollout=MICRO, prompt=PROMPT, completion=LONGEST, optimizer=optimizer_bytes("adamw_8bit"), unsloth=not spread, sharded=spread)
     parts = peak(SHAPE, load)
     shared = parts["weights"] + parts["adapter and optimizer"]
     rest = sum(parts.values()) - shared
     layer = 2 * SHAPE.quantizable / SHAPE.layers
-    return (rest + (shared / gpus + 2 * layer if spread and gpus > 1 else shared)) / GIB
+    vllm = ROWS * (PROMPT + LONGEST) * CACHE + (2 * SHAPE.parameters if spread else 0)
+    return (rest + vllm + (shared / gpus + 2 * layer if spread and gpus > 1 else shared)) / GIB
 
 
 def main() -> None:

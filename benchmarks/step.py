@@ -1,9 +1,9 @@
 """What GTPO costs over GRPO: a step of each on one model and one fixed rollout, in turn: `python benchmarks/step.py`.
 
 A step is everything but sampling: scoring the rollout, conflict tokens, forward, backward, clipping, optimizer. `--backend
-unsloth` compares with Unsloth's generated trainer, its shared-prefix trick off for both, or with `--stock` as Unsloth comes,
-and with GTPO on Unsloth's own head; on a CPU, uncompiled and on a model that transformers loads. Without `--backend`, TRL's
-trainer, once with its own log-probs and once with the streaming head that GTPO uses there.
+unsloth` compares with Unsloth's generated trainer, its shared-prefix trick off and as it comes, and with GTPO on Unsloth's own
+head; on a CPU, uncompiled and on a model that transformers loads. Without `--backend`, TRL's trainer, once with its own
+log-probs and once with the streaming head that GTPO uses there.
 """
 
 import argparse
@@ -19,7 +19,11 @@ import measure
 from figures import ratio
 
 SEED, RANK = 3407, 16
-UNSLOTHS_HEAD = "GTPO, Unsloth's head"
+STOCK, UNSLOTHS_HEAD = "GRPO, as Unsloth comes", "GTPO, Unsloth's head"
+PATCHES = {  # what is another way in a step on Unsloth: a name, and its value for that step
+    "GRPO": ("unsloth.utils.prefix_grouper._ENABLED", False),  # the shared-prefix trick, which needs that no entropies are asked for
+    UNSLOTHS_HEAD: ("gtpo.gtpo_training.streaming_in_unsloths_loss", contextlib.nullcontext),
+}
 
 
 def main() -> int:
@@ -28,7 +32,6 @@ def main() -> int:
     parser.add_argument("--shape", choices=measure.SHAPES, default="small")
     parser.add_argument("--model", type=Path, help="folder of a model of that shape, made before; one is made if left out")
     parser.add_argument("--bits", type=int, choices=[4, 16], default=16)
-    parser.add_argument("--stock", action="store_true", help="leave Unsloth's shared-prefix trick on for GRPO")
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=48, help="tokens of the prompt")
     parser.add_argument("--completion", type=int, default=128, help="tokens of the longest completion; the shortest has half")
@@ -37,8 +40,6 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # Unsloth writes a cache where it runs
-        if options.backend == "unsloth" and not options.stock:
-            os.environ["UNSLOTH_GRPO_PREFIX_GROUPER"] = "0"
         figures = compare(options, Path(folder))
     print_table(figures)
     measure.save(figures, options.json)
@@ -52,7 +53,8 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
 
     from gtpo.gtpo_training import UnslothGTPOTrainer
 
-    between = {"GRPO, streaming head": trl.GRPOTrainer} if options.backend == "transformers" else {UNSLOTHS_HEAD: UnslothGTPOTrainer}
+    on_unsloth = options.backend == "unsloth"
+    between = {STOCK: trl.GRPOTrainer, UNSLOTHS_HEAD: UnslothGTPOTrainer} if on_unsloth else {"GRPO, streaming head": trl.GRPOTrainer}
     makers = {"GRPO": trl.GRPOTrainer, **between, "GTPO": UnslothGTPOTrainer}
     steps, first = {}, None
     if not torch.cuda.is_available():
@@ -67,7 +69,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
             StreamingHead(trainer)
         first = first or trainer
         trainer.optimizer = first.optimizer or first.create_optimizer()
-        steps[name] = Step(trainer, options, unsloths_head=name == UNSLOTHS_HEAD)
+        steps[name] = Step(trainer, options, PATCHES.get(name) if on_unsloth else None)
     with measure.using_the_gpu(alone=False):
         for step in steps.values():
             step(), step()  # compiles, and GTPO measures its initial entropy
@@ -150,20 +152,18 @@ def make_trainer(maker, policy, options: argparse.Namespace, folder: Path):
 class Step:
     """One optimizer step of `trainer` on its fixed rollout."""
 
-    def __init__(self, trainer, options: argparse.Namespace, unsloths_head: bool):
+    def __init__(self, trainer, options: argparse.Namespace, patch: tuple | None):
         self.trainer, self.batch = trainer, [{"prompt": "?"} for _ in range(options.generations)]
         trainer.current_gradient_accumulation_steps = 1
         self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        self.head = contextlib.nullcontext()
-        if unsloths_head:
-            self.head = unittest.mock.patch("gtpo.gtpo_training.streaming_in_unsloths_loss", contextlib.nullcontext)
+        self.patched = unittest.mock.patch(*patch) if patch else contextlib.nullcontext()
 
     def __call__(self) -> None:
         import torch
 
         trainer = self.trainer
         trainer.model.train()
-        with self.head:
+        with self.patched:
             trainer.training_step(trainer.model, list(self.batch), None)
         torch.nn.utils.clip_grad_norm_(self.parameters, 0.1)
         trainer.optimizer.step()

@@ -62,8 +62,8 @@ def steps(recipe: Recipe, plan: BatchPlan, rows: int | None) -> str | None:
     return f"about {per_epoch * training.num_train_epochs:.0f} ({rows} rows, before the length filter)"
 
 
-def say_batch_plan(recipe: Recipe, plan: BatchPlan) -> None:
-    """One line if the batch was raised: from what to what, and what it means in prompts."""
+def say_batch_plan(recipe: Recipe, plan: BatchPlan, processes: int = 1) -> None:
+    """One line if the batch was raised: from what to what, and what it means in prompts; and one if processes share a prompt."""
     size = recipe.training.num_generations
     if plan.per_device != plan.requested:
         logger.warning(
@@ -71,6 +71,9 @@ def say_batch_plan(recipe: Recipe, plan: BatchPlan) -> None:
             "so one step trains on %g prompt%s x %d generations",
             plan.requested, plan.per_device, size, plan.prompts_per_step, "" if plan.prompts_per_step == 1 else "s", size,
         )
+    if plan.prompts_per_step < processes:
+        logger.info("%d processes share %g prompt%s per step; training.per_device_train_batch_size %d would give each one of its own",
+                    processes, plan.prompts_per_step, "" if plan.prompts_per_step == 1 else "s", size)
 
 
 def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, use_vllm: bool = False):
@@ -79,7 +82,7 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
     import trl
 
     training, plan = recipe.training, batch_plan(recipe, processes)
-    say_batch_plan(recipe, plan)
+    say_batch_plan(recipe, plan, processes)
     documented = {name: getattr(training, name) for name in DocumentedTraining.model_fields if name in grpo_options()}
     options = {
         **_trl_defaults(), **documented,

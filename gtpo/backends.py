@@ -11,6 +11,7 @@ from typing import Any
 from gtpo import adapters
 from gtpo.base_model import check_context, check_memory, loading_error
 from gtpo.chat_tokenizer import ready_tokenizer
+from gtpo.generation import vllm_in_unsloth
 from gtpo.importing import collector_off
 from gtpo.merging import merged
 from gtpo.recipe import RecipeError
@@ -155,10 +156,7 @@ def lora_config(section: ModelSection, adapter: Path | None):
 def _load_with_unsloth(section: ModelSection, tokenizer, dtype, lora, seed: int, gradient_checkpointing: bool) -> Policy:
     from unsloth import FastLanguageModel
 
-    installed = importlib.util.find_spec("vllm") is not None
-    if section.fast_inference is True and not installed:
-        raise RecipeError("model.fast_inference: true needs vLLM, which is not installed; use auto, or: pip install vllm==0.31.0")
-    vllm = installed if section.fast_inference == "auto" else section.fast_inference
+    vllm = vllm_in_unsloth(section)
     logger.info("[GTPO] Generation: %s", "vLLM" if vllm else "Unsloth, without vLLM")
     model, theirs = FastLanguageModel.from_pretrained(
         model_name=section.model_name, dtype=dtype, max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,

@@ -12,7 +12,7 @@ from gtpo.sections import ModelSection
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, an 8-bit scale per 64 weights, a float32 per 256 scales
 PLAIN_LOGIT = 18  # bytes: trl 1.13.0 keeps logits, those by temperature and their gradient in float32, and copies while it works
-STREAMED_LOGIT = 14  # bytes, of a chunk: unsloth_zoo 2026.10.7 takes a quarter of the tokens at a time, or less; GTPO's head, for it, keeps less
+STREAMED_LOGIT = 14  # bytes, of a chunk: unsloth_zoo 2026.10.7 takes a quarter of the tokens at a time, or less; GTPO's own head keeps less there
 OWN_LOGIT = {16: 8, 32: 12}  # bytes, of a chunk of gtpo/streaming_head.py
 OWN_CHUNK, OWN_ROWS = {16: 2**27, 32: 2**22}, 128  # logits at a time and the fewest tokens there, on a GPU and on a CPU
 SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # what a configuration calls a change of logits after the head
@@ -29,6 +29,7 @@ class Shape(NamedTuple):
     hidden: int
     intermediate: int
     kv: int  # key heads x their width
+    heads: int
     vocabulary: int
     plain_head: bool = True  # logits are a matrix product and nothing else, so that they can be streamed
 
@@ -45,14 +46,14 @@ class Load(NamedTuple):
     sharded: bool = False  # by FSDP or DeepSpeed, where logits are not streamed
     checkpointing: bool = True
     optimizer: float = 8  # bytes per trained parameter
-    vllm: int = 0  # bytes that vLLM takes, its copy of the weights included, which Unsloth trains on
+    vllm: int = 0  # bytes that vLLM takes, its copy of the weights included; Unsloth trains on that, TRL has another
 
 
 def peak(shape: Shape, load: Load) -> dict[str, int]:
     """Bytes at the worst moment, by what takes them; sampling and training take turns, so the smaller of the two is 0."""
     number = 4 if load.bits == 32 else 2  # bytes of an activation
     sequence = load.completions * (load.prompt + load.completion)  # tokens of a micro-batch
-    layer = sequence * (8 * shape.hidden + 2 * shape.kv + 4 * shape.intermediate) * number
+    layer = sequence * _kept(shape, load) * number
     checkpoints = sequence * shape.hidden * number * shape.layers  # what enters each layer
     activations = checkpoints + 2 * layer if load.checkpointing else layer * (shape.layers + 1)
     logits = _logits(shape, load, number)
@@ -64,14 +65,25 @@ def peak(shape: Shape, load: Load) -> dict[str, int]:
         merged = 4 * shape.quantizable if load.bits == 32 and not load.unsloth else 0
         sampling += merged if merged <= MOST_BYTES else 0
     training = activations + logits
+    weights, shared = _weights(shape, load), load.vllm and load.unsloth
     return {
-        "vLLM" if load.vllm else "weights": max(load.vllm, _weights(shape, load)) if load.vllm else _weights(shape, load),
+        "vLLM": max(load.vllm, weights) if shared else load.vllm,
+        "weights": 0 if shared else weights,
         "adapter and optimizer": int(shape.adapter * (4 + 4 + load.optimizer)),  # float32 weights and gradients
         "activations": int(activations) if training >= sampling else 0,
         "logits": int(logits) if training >= sampling else 0,
         "sampling": sampling if sampling > training else 0,
         "libraries": LIBRARIES,
     }
+
+
+def _kept(shape: Shape, load: Load) -> int:
+    """Numbers that a layer keeps per token for its backward pass."""
+    if load.unsloth or load.bits == 32:
+        return 8 * shape.hidden + 2 * shape.kv + 4 * shape.intermediate
+    # a float32 adapter on half precision keeps copies of what enters it; an H200 kept something per pair of tokens and head
+    pairs = shape.heads * (load.prompt + load.completion)
+    return 16 * shape.hidden + 2 * shape.kv + 4 * shape.intermediate + pairs
 
 
 def _logits(shape: Shape, load: Load, number: int) -> float:
@@ -124,6 +136,6 @@ def shape(section: ModelSection, lora) -> Shape:
     return Shape(
         parameters, quantizable, sum(p.numel() for p in model.parameters() if p.requires_grad), text.num_hidden_layers,
         text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        (getattr(text, "num_key_value_heads", None) or heads) * width, text.vocab_size,
+        (getattr(text, "num_key_value_heads", None) or heads) * width, heads, text.vocab_size,
         type(head) is torch.nn.Linear and head.bias is None and all(getattr(text, name, None) in (None, 1) for name in SCALED),
     )

@@ -15,7 +15,7 @@ def print_plan(recipe: Recipe, processes: int) -> None:
     to_yaml(values, sys.stdout)
     sys.stdout.flush()
     plan = batch_plan(recipe, processes)
-    say_batch_plan(recipe, plan)
+    say_batch_plan(recipe, plan, processes)
     total = steps(recipe, plan, count_rows(recipe.dataset))
     run_dir = recipe.output_dir()
     lines = [

@@ -4,8 +4,10 @@ import math
 import os
 
 from gtpo.arguments import batch_plan, precision
+from gtpo.generation import vllm_in_unsloth
 from gtpo.memory import Load, Shape, peak
 from gtpo.recipe import Recipe, RecipeError
+from gtpo.trl_options import grpo_options
 
 GIB = 2**30
 TOKEN_BYTES = 25  # of completions.jsonl, with the per-token lists
@@ -55,18 +57,16 @@ def total_steps(recipe: Recipe, problems: int, processes: int) -> int:
 
 
 def _load(recipe: Recipe, *, backend: str, processes: int, longest: int, optimizer: float, cuda: bool) -> Load:
-    import importlib.util
-
-    plan, unsloth = batch_plan(recipe, processes), backend == "unsloth"
-    wanted = recipe.model.fast_inference
-    vllm = unsloth and (wanted is True or wanted == "auto" and importlib.util.find_spec("vllm") is not None)
+    plan, unsloth, options = batch_plan(recipe, processes), backend == "unsloth", recipe.training.trl_options()
+    share = recipe.model.gpu_memory_utilization if unsloth and vllm_in_unsloth(recipe.model) else 0
+    if options.get("use_vllm") and options.get("vllm_mode", grpo_options()["vllm_mode"].default) != "server":
+        share = options.get("vllm_gpu_memory_utilization", recipe.model.gpu_memory_utilization)
     bits = 32 if not cuda or precision(recipe.training) == "float32" else 4 if recipe.model.load_in_4bit else 16
     return Load(
         completions=plan.per_device, rollout=plan.per_device * plan.steps_per_generation, prompt=longest,
         completion=recipe.max_completion_length, bits=bits, unsloth=unsloth, optimizer=optimizer,
         sharded=any(os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("FSDP", "DEEPSPEED")),
-        checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
-        vllm=int(recipe.model.gpu_memory_utilization * _total_gpu()) if vllm else 0,
+        checkpointing=options.get("gradient_checkpointing", True), vllm=int(share * _total_gpu()) if cuda and share else 0,
     )
 
 

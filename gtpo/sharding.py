@@ -1,10 +1,11 @@
-"""A model that FSDP or DeepSpeed's ZeRO-3 spreads over the processes: what takes all of them."""
+"""Several processes with one trainer: whether they found each other, and what takes all of them where FSDP or ZeRO-3 spreads the model."""
 
 from typing import Any
 
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
+from gtpo import processes
 from gtpo.recipe import RecipeError
 
 
@@ -17,7 +18,10 @@ def is_spread(trainer: Trainer) -> bool:
 
 
 def check(trainer: Trainer, held_out: Any) -> None:
-    """Raises RecipeError where one process is to evaluate a model that it does not have."""
+    """Raises RecipeError where processes do not know of each other, or one is to evaluate a model that it does not have."""
+    if (found := trainer.accelerator.num_processes) != (started := processes.count()):  # each would write as if it were the first
+        raise RecipeError(f"WORLD_SIZE is {started}, and accelerate found {found} process{'es' if found > 1 else ''}; start with torchrun or "
+                          "accelerate launch, or unset WORLD_SIZE")
     if held_out is not None and is_spread(trainer):
         raise RecipeError("evaluation: one process evaluates, and FSDP and ZeRO-3 spread the model over all; set evaluation.path and "
                           "evaluation.split to null, and use evaluate_model.py when the run is finished")

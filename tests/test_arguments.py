@@ -56,6 +56,14 @@ def test_raising_is_said_in_one_line_and_only_then(recipe, caplog):
     assert caplog.messages == []
 
 
+def test_processes_that_share_a_prompt_are_told_how_not_to(recipe, caplog):
+    with caplog.at_level(logging.INFO):
+        shared, own = recipe(), recipe("--training.per_device_train_batch_size", "8")
+        say_batch_plan(shared, batch_plan(shared, 8), 8)
+        say_batch_plan(own, batch_plan(own, 8), 8)
+    assert caplog.messages == ["8 processes share 1 prompt per step; training.per_device_train_batch_size 8 would give each one of its own"]
+
+
 def test_steps_per_generation_counts_instead_of_accumulation(recipe):
     plan = batch_plan(recipe("--training.per_device_train_batch_size", "2", "--training.steps_per_generation", "4"))
     assert (plan.per_device, plan.steps_per_generation, plan.prompts_per_step) == (2, 4, 0.25)

@@ -153,7 +153,7 @@ def test_a_line_is_coloured_on_a_terminal_only():
     assert conclusion([finding, finding, Finding("fail", "a", "b"), Finding("ok", "a", "b")]) == "Not ready: 1 ok, 2 warnings, 1 failure."
 
 
-BIG = Shape(parameters=10**9, quantizable=9 * 10**8, adapter=10**7, layers=10, hidden=1000, intermediate=4000, kv=500, vocabulary=100_000)
+BIG = Shape(parameters=10**9, quantizable=9 * 10**8, adapter=10**7, layers=10, hidden=1000, intermediate=4000, kv=500, heads=10, vocabulary=100_000)
 
 
 def test_too_little_memory_names_three_keys_that_help(monkeypatch):

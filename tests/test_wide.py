@@ -83,7 +83,7 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
 
     def trainer(kind, stage=0):
         state = SimpleNamespace(distributed_type=kind, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
-        return SimpleNamespace(accelerator=SimpleNamespace(state=state))
+        return SimpleNamespace(accelerator=SimpleNamespace(state=state, num_processes=1))
 
     for spread in (trainer(DistributedType.FSDP), trainer(DistributedType.DEEPSPEED, 3)):
         with pytest.raises(RecipeError, match="evaluation: one process evaluates"):
@@ -91,6 +91,35 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
         sharding.check(spread, None)
     for whole in (trainer(DistributedType.DEEPSPEED, 2), trainer(DistributedType.MULTI_GPU), trainer(DistributedType.NO)):
         sharding.check(whole, object())
+
+
+def test_processes_that_do_not_know_of_each_other_end_with_a_sentence(monkeypatch):
+    from types import SimpleNamespace
+
+    from gtpo import sharding
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(RecipeError, match="WORLD_SIZE is 8, and accelerate found 1 process; start with torchrun or accelerate launch"):
+        sharding.check(SimpleNamespace(accelerator=SimpleNamespace(num_processes=1)), None)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, several):
+    import importlib.util
+
+    from gtpo.generation import vllm_in_unsloth
+    from gtpo.sections import ModelSection
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest))
+    monkeypatch.setenv("WORLD_SIZE", "2" if several else "1")
+    auto, yes, no = (ModelSection(model_name="model", fast_inference=wanted) for wanted in ("auto", True, False))
+    assert vllm_in_unsloth(auto) is not several and not vllm_in_unsloth(no)
+    if not several:
+        assert vllm_in_unsloth(yes)
+        return
+    with pytest.raises(RecipeError, match="model.fast_inference: true is for one process, and there are 2; use auto or false, or a vLLM server"):
+        vllm_in_unsloth(yes)
 
 
 @pytest.fixture
