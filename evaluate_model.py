@@ -130,12 +130,12 @@ def _from_files(asked: argparse.Namespace) -> None:
     from gtpo.evaluation_file import read
     from gtpo.scores import report
 
-    _allow(asked, "--from", "target", "files", "k")
+    _allow(asked, "--from", "files", "k")
     if len(asked.files) > 2:
         raise RecipeError(f"--from: {len(asked.files)} files; give one, or two to compare")
     held = {str(file): read(file) for file in asked.files}
     for name in (name for name, evaluation in held.items() if evaluation.cut):
-        logging.getLogger("gtpo").warning("[GTPO] %s: its last line was cut, and is left out", name)
+        raise RecipeError(f"{name}: its last line was cut; the command that wrote it draws that again, or take the line away")
     print(report(held, asked.k))
 
 
@@ -143,7 +143,8 @@ def _allow(asked: argparse.Namespace, flag: str, *names: str) -> None:
     """Raises RecipeError for a flag that means nothing beside `flag`."""
     for name, value in vars(asked).items():
         if value is not None and value is not False and name not in names:
-            raise RecipeError(f"{flag}: --{name.replace('_', '-')} means nothing here; leave it out")
+            told = value if name == "target" else f"--{name.replace('_', '-')}"
+            raise RecipeError(f"{flag}: {told} means nothing here; leave it out")
 
 
 def _evaluate(asked: argparse.Namespace, saved) -> None:
@@ -177,7 +178,8 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
             cut = "; the last line was cut, and is drawn again" if file.cut else ""
             print(f"{file.path}: going on after {len(file.rows)} completions{cut}", file=sys.stderr)
         evaluation.evaluate(file, samplers(name == "trained"), problems, prompts, batch_size=batch_size)
-    print(report({name: Evaluation(file.header, file.rows, False, 0) for name, file in files.items()}, plan.ks))
+    heads = {"base": "base" if saved.adapter else "model"}
+    print(report({heads.get(name, name): Evaluation(file.header, file.rows, False, 0) for name, file in files.items()}, plan.ks))
     print(*(f"Completions: {file.path}" for file in files.values()), sep="\n")
 
 
@@ -188,6 +190,8 @@ def _chat(asked: argparse.Namespace, saved) -> None:
 
     _allow(asked, "--chat", "target", "chat", "system_instruction", "temperature", "top_p", "seed", "max_completion_length",
            "backend", "chat_template")
+    if asked.backend == "vllm":
+        raise RecipeError("--backend: vllm holds no conversations here; use auto, unsloth or transformers")
     engine = Engine(saved, asked.backend, asked.chat_template, conversation=True)
     context = min(engine.context or CHAT_LENGTH, max(CHAT_LENGTH, saved.section.max_seq_length))
     chat(engine.policy(context), chat_sampling(asked, saved.recipe), context=context,

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         print_end("error", error)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was exported", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     except RecipeError as error:
         print_end("error", error)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted: no report was written", file=sys.stderr)
+        return 130
     print(f"Curves: {picture}\nReport: {page} (open it in a browser)")
     return 0
 
@@ -58,6 +61,8 @@ def _parse(argv: list[str]) -> tuple[list[Path], Path | None, list[int]]:
     if words and Path(words[0]).suffix in (".yaml", ".yml"):
         return [Path(cli.read_recipe(words).output_dir())], out, steps
     for word in words:
+        if Path(word).suffix in (".yaml", ".yml"):
+            raise RecipeError(f"{word}: a recipe comes first, with its flags and no other run; give several runs by their directories")
         if word.startswith("--"):
             raise RecipeError(f"{word}: unknown flag; use --out and --steps, or give the recipe first and then its flags")
     if not words:

@@ -95,8 +95,7 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
 def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | None, interruption: Interruption) -> None:
     from gtpo import backends, base_model, data, imported, model_card, problems, runs, trackers
     from gtpo.arguments import answer_timeout, precision, training_arguments
-    from gtpo.chat_tokenizer import load_tokenizer
-    from gtpo.continuation import tokenizer_section
+    from gtpo.continuation import training_tokenizer
     from gtpo.importing import collector_off
     from gtpo.whole_files import written_aside
 
@@ -111,7 +110,7 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
         trainer_class = imported.trainer_class(recipe)  # only now: it binds to the patched TRL
     rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
     _seed_everything(recipe)
-    tokenizer = load_tokenizer(tokenizer_section(recipe.model), backend)
+    tokenizer = training_tokenizer(recipe.model, backend)
     train_set = problems.load_training(recipe, tokenizer, processes.count())
     held_out = problems.load_held_out(recipe, tokenizer)
     policy = backends.load_policy(

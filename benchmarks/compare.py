@@ -67,6 +67,8 @@ def main() -> None:
     parser.add_argument("--hours", type=float, default=5.0, help="CPU hours that all runs together may take (default: 5)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each (default: 1)")
     options = parser.parse_args()
+    if options.workers < 1:
+        parser.error(f"--workers: {options.workers} is not valid; use 1 or more")
     os.chdir(ROOT)  # recipes name their files from here
     planned = [Run(task, variant, seed) for task, variants, seeds in PLAN for seed in seeds for variant in variants]
     missing = [run for run in planned if not run.file.exists()]

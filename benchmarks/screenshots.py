@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     page = Path(argv[0], "report.html").resolve()
     folder = Path(argv[1] if len(argv) == 2 else "docs/images")
     folder.mkdir(parents=True, exist_ok=True)
-    for size, place, parts in ((WIDE, "", ("summary", "curves", "conflicts")), (NARROW, "_narrow", ("conflicts",))):
+    for size, place, parts in ((WIDE, "", ("summary", "curves", "conflicts", "evaluation", "recipe")), (NARROW, "_narrow", ("conflicts",))):
         with browser(size) as driver:
             driver.get(page.as_uri())
             driver.execute_script(POINT)

@@ -44,7 +44,8 @@ def chat(policy, sampling: Sampling, *, context: int, system_instruction: str | 
 def _read() -> str | None:
     """The next line without its white space; None at the end, or for Ctrl-C at the prompt."""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        line = input("> " if sys.stdin.isatty() else "")
+        return line.encode("utf-8", "replace").decode().strip()  # bytes that are no UTF-8 arrive as lone surrogates
     except (EOFError, KeyboardInterrupt):
         print()
         return None

@@ -116,10 +116,9 @@ def _trainer(facts: Facts) -> str:
 
 
 def _tokenizer(facts: Facts) -> str:
-    from gtpo.chat_tokenizer import load_tokenizer
-    from gtpo.continuation import tokenizer_section
+    from gtpo.continuation import training_tokenizer
 
-    facts.tokenizer = load_tokenizer(tokenizer_section(facts.recipe.model), facts.backend)
+    facts.tokenizer = training_tokenizer(facts.recipe.model, facts.backend)
     ends, pads = facts.tokenizer.eos_token, facts.tokenizer.pad_token
     return f"{len(facts.tokenizer)} entries; the chat template works; ends with {ends!r}, pads with {pads!r}"
 

@@ -12,6 +12,7 @@ SAYS_NOTHING = (  # of what is trained
     "run_name", "output_root", "env", "wandb", "watch", "alarm", "rewards", "evaluation.batch_size", "training.report_to",
     "training.logging_steps", "training.save_steps", "training.save_total_limit", "training.max_skipped_steps",
 )
+SHORTEST = 5  # steps of a window: of fewer, nobody knows how far their mean may be off
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Window(NamedTuple):
 
 
 def windows(series: dict[int, list[float]]) -> tuple[Window, Window]:
-    """The first and the last tenth of the steps that have values, at most 50."""
+    """The first and the last tenth of the steps that have values, but 5 to 50 of them, and no more than half."""
     steps = list(series)
     width = _width(steps)
     return _window(series, steps[:width]), _window(series, steps[-width:])
@@ -86,7 +87,7 @@ def best_window(series: dict[int, list[float]]) -> Window:
 
 
 def _width(steps: list[int]) -> int:
-    return max(1, min(50, len(steps) // 10))
+    return max(1, min(50, max(SHORTEST, len(steps) // 10), len(steps) // 2))
 
 
 def _window(series: dict[int, list[float]], steps: list[int]) -> Window:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gtpo import adapters
 from gtpo.recipe import Recipe, RecipeError
-from gtpo.saved import find_saved
+from gtpo.saved import check_vocabulary, find_saved
 from gtpo.sections import ModelSection
 
 logger = logging.getLogger(__name__)
@@ -41,20 +41,32 @@ def continued(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": section.model_copy(update=settings)})
 
 
-def tokenizer_section(section: ModelSection) -> ModelSection:
-    """`section` with the tokenizer that the adapter was trained with, where one is saved and no chat template is given."""
-    own = section.adapter is not None and os.path.isfile(os.path.join(section.adapter, "tokenizer_config.json"))
-    return section.model_copy(update={"model_name": section.adapter}) if own and section.chat_template is None else section
+def training_tokenizer(section: ModelSection, backend: str):
+    """The tokenizer that `model.adapter` was trained with, where one is saved and no chat template is given; else the base model's.
+
+    Raises RecipeError where the adapter's numbers ordinary tokens differently from the base model's.
+    """
+    from gtpo.chat_tokenizer import load_tokenizer
+
+    if section.adapter is None or not os.path.isfile(os.path.join(section.adapter, "tokenizer_config.json")):
+        return load_tokenizer(section, backend)
+    own = load_tokenizer(section.model_copy(update={"model_name": section.adapter}), backend)
+    try:
+        check_vocabulary(find_saved(section.adapter, base=section.model_name), section, own)
+    except RecipeError as error:
+        raise RecipeError(f"model.adapter: {error}") from None
+    return own if section.chat_template is None else load_tokenizer(section, backend)
 
 
 def _lora_settings(section: ModelSection, config: dict) -> dict:
     """The adapter's rank, alpha and layers by the recipe's names; raises RecipeError where the recipe gives others."""
     targets = config["target_modules"]
-    settings = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"],
-                "target_modules": [targets] if isinstance(targets, str) else sorted(targets)}
+    targets = [targets] if isinstance(targets, str) else sorted(targets)
+    in_order = section.target_modules if sorted(section.target_modules) == targets else targets  # so that recipes differ in nothing else
+    settings = {"lora_rank": config["r"], "lora_alpha": config["lora_alpha"], "target_modules": in_order}
     for name in settings.keys() & section.model_fields_set:
         given, theirs = getattr(section, name), settings[name]
-        if (sorted(given) if isinstance(given, list) else given) != theirs:
+        if given != theirs:
             raise RecipeError(f"model.{name}: {given} is not what the adapter {section.adapter} has; leave it out, or set "
                               f"{theirs}")
         settings[name] = given

@@ -8,6 +8,7 @@ import io
 import math
 import re
 import statistics
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def write_png(file: Path, configurations: list[Configuration], software: str) ->
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         lines = [_line(i, COLOURS) for i in range(len(configurations))]
-        figure.legend(lines, [configuration.label for configuration in configurations], loc="outside upper left", frameon=False)
+        figure.legend(lines, [textwrap.fill(configuration.label, 100) for configuration in configurations], loc="outside upper left", frameon=False)
         figure.savefig(file, format="png", dpi=100, metadata={"Software": software})
 
 

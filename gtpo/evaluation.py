@@ -27,8 +27,10 @@ def header(problems, prompts: list[str], sampling: Sampling, samples: int, weigh
 
 
 def fingerprint(*folders: Path) -> str:
-    """What tells other weights in the same folders: names, sizes, and pieces of every file of weights."""
+    """What tells other weights in the same folders: names, sizes, and pieces of every file of weights; and how they are used."""
     digest = hashlib.blake2b(digest_size=8)
+    for file in (folder / name for folder in folders for name in ("config.json", "adapter_config.json")):
+        digest.update(file.read_bytes() if file.is_file() else b"")
     weights = (file for folder in folders for file in folder.glob("*model*") if file.suffix in (".safetensors", ".bin"))
     for file in sorted(weights):
         digest.update(f"{file.name} {file.stat().st_size} ".encode())

@@ -19,6 +19,10 @@ SETTINGS = {  # of the header: those that must be the same to go on with a file,
     "weights": "other weights", "prompts": "other problems, prompts or references", "samples": "samples {}",
     "temperature": "temperature {}", "top_p": "top_p {}", "seed": "seed {}", "max_completion_length": "max_completion_length {}",
 }
+HEADER = {
+    "problems": int, "samples": int, "weights": str, "prompts": str, "temperature": int | float, "top_p": int | float, "seed": int,
+    "max_completion_length": int,
+}
 
 
 class Evaluation(NamedTuple):
@@ -42,8 +46,7 @@ def read(path: Path) -> Evaluation:
     if cut:
         lines, found = lines[:-1], found[:-1]
     header = found[0].get("header") if found and isinstance(found[0], dict) else None
-    if not isinstance(header, dict) or not header.keys() >= SETTINGS.keys() or not all(
-            isinstance(header.get(name), int) for name in ("problems", "samples")):
+    if not isinstance(header, dict) or not all(isinstance(header.get(name), kind) for name, kind in HEADER.items()):
         raise RecipeError(f"{path}: {'the first line is no header of an evaluation' if found else 'the file is empty'}; give a "
                           "file that evaluate_model.py or train_model.py wrote")
     seen = set()
@@ -59,7 +62,7 @@ def _parsed(line: bytes) -> Any:
     """What a line says; None where it is no JSON."""
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # no JSON, or nested without end
         return None
 
 

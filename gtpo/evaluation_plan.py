@@ -72,7 +72,7 @@ def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSec
             raise RecipeError("--dataset: the recipe holds out no problems; use gsm8k, hendrycks_math, or a file with questions "
                               "and answers")
         section = section or recipe.dataset.model_copy(update={"split": "test"})
-        return section.model_copy(update={**given, **_split_and_subset(asked)}), limit
+        return _named(section.model_copy(update={**given, **_split_and_subset(asked)})), limit
     name = DATASET_ALIASES.get(asked.dataset)
     path = asked.path if name or asked.dataset is None else asked.dataset
     if name is None and not (path and (Path(path).exists() or path.endswith(SUFFIXES) or os.sep in path)):
@@ -80,9 +80,17 @@ def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSec
             raise RecipeError(f"--dataset: {path!r} is not known; use gsm8k, hendrycks_math, an existing file or folder, or a "
                               "dotted path such as my_data.load")
         name, path = path, asked.path
-    if path or name in DATASET_ALIASES:  # a single file is its own split, which is called train; a function need not know any
+    if path or name in DATASET_ALIASES:  # a function need not know any
         given["split"] = "train" if path and not os.path.isdir(path) else "test"
-    return DatasetSection(name=name, path=path, **given | _split_and_subset(asked)), None
+    return _named(DatasetSection(name=name, path=path, **given | _split_and_subset(asked))), None
+
+
+def _named(section: DatasetSection) -> DatasetSection:
+    """`section` with the split of a single file called train, whatever the flags call it: `test[:5]` is its first five rows."""
+    if not (section.path and os.path.isfile(section.path)):
+        return section
+    _, bracket, rest = section.split.partition("[")
+    return section.model_copy(update={"split": f"train{bracket}{rest}"})
 
 
 def _split_and_subset(asked: SimpleNamespace) -> dict[str, Any]:

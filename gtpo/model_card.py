@@ -67,7 +67,8 @@ def merged_card(saved, dtype: str, fidelity: str) -> str:
         told = _tags(saved.run_dir)
         tag, method = _method(recipe.trainer.class_path, [name for name, (tag, _) in METHODS.items() if tag in told])
         tags, about = [tag, "trl"], f"{about}. The adapter was trained {method}."
-        story = _training(recipe, tag, saved.base, saved.run_dir, *_logged(saved.adapter, saved.run_dir))
+        step, history = _logged(saved.adapter, saved.run_dir)
+        story = _training(recipe, tag, saved.base, saved.run_dir, step, history, of=saved.adapter)
     compared = f"Held against base model and adapter after merging: {fidelity}."
     if recipe is not None and recipe.model.load_in_4bit:
         compared += " The recipe loads the base model in 4 bits; merged into, and compared on, is the one in 16 bits."
@@ -137,8 +138,8 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens={tokens})[0, prom
 ```"""
 
 
-def _training(recipe: Recipe, tag: str, base: str, run_dir: Path, step: int, history: list[dict]) -> list[str]:
-    """The sections on training: recipe, metrics, evaluation, versions."""
+def _training(recipe: Recipe, tag: str, base: str, run_dir: Path, step: int, history: list[dict], of: Path | None = None) -> list[str]:
+    """The sections on training: recipe, metrics, evaluation (of the adapter `of` at that step alone, if one is given), versions."""
     model, training = recipe.model, recipe.training
     values = {
         "base model": _model_name(base),
@@ -161,7 +162,7 @@ def _training(recipe: Recipe, tag: str, base: str, run_dir: Path, step: int, his
     if logged:
         rows = [(label, f"{logged[name]:.4g}") for name, label in METRICS.items() if isinstance(logged.get(name), int | float)]
         sections.append(_table(("logged last", f"step {logged.get('step', step)}"), rows))
-    if evaluations := _evaluations(run_dir):
+    if evaluations := _evaluations(run_dir, step, of):
         head = ("file", "problems", "samples", "temperature", "accuracy", "format")
         sections.append("## Evaluation\n\n" + _table(head, evaluations))
     versions = run_dir / "versions.json"
@@ -181,11 +182,14 @@ def _data(recipe: Recipe) -> str:
     return ", ".join([name, *subsets, f"split {section.split}"])
 
 
-def _evaluations(run_dir: Path) -> list[tuple]:
+def _evaluations(run_dir: Path, step: int, of: Path | None) -> list[tuple]:
     rows = []
     for file in sorted((run_dir / "evaluation").glob("*.jsonl"), key=os.path.getmtime):
         try:
             header, completions, *_ = evaluation_file.read(file)
+            theirs = Path(str(header.get("adapter"))).name  # evaluate_model.py's; those of the training name a step
+            if of is not None and file.stem != "before" and theirs != of.name and header["weights"] != f"step {step}":
+                continue
             found = means(completions, header["samples"])
         except (RecipeError, ValueError) as error:
             logger.warning("[GTPO] Left out of the model card: %s", error)

@@ -177,7 +177,9 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluated], list[str]]:
     found, notes = {}, []
     for file in sorted(folder.glob("*.jsonl"), key=_before_then_by_step_then_after):
         try:
-            header, rows, _, _ = read(file)
+            header, rows, cut, _ = read(file)
+            if cut:
+                notes.append(f"{file}: its last line was cut, and is left out")
             ks = [k for k in (2, 4, 8, 16, 32, 64, 128) if k <= header["samples"]]
             found[file.stem] = Evaluated(header, rows, scores(rows, header["samples"], ks))
         except RecipeError as error:

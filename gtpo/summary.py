@@ -9,7 +9,7 @@ from gtpo.configurations import Configuration, best_window, windows
 from gtpo.curves import PANELS, panel_series
 from gtpo.scores import differences
 
-FEW_STEPS = 6
+FEW_STEPS = 10  # two windows
 NEARLY_DETERMINISTIC = 0.1  # of the initial entropy
 PANEL = {panel.name: panel for panel in PANELS}
 
@@ -53,6 +53,7 @@ def _held_out(configuration: Configuration) -> tuple[float, str] | None:
     """By how much accuracy rose from before to after training, and that as a sentence."""
     pairs = [(run.evaluations["before"], run.evaluations["after"]) for run in configuration.runs
              if {"before", "after"} <= run.evaluations.keys()]
+    pairs = [pair for pair in pairs if pair[0].scores.problems == pair[1].scores.problems]  # one may have been cut
     if not pairs:
         return None
     accuracy, format_rate = ([statistics.fmean(pair[when].scores.scores[name].mean for pair in pairs) for when in (0, 1)]

@@ -87,6 +87,24 @@ def test_what_cannot_be_continued_is_refused_early(first, here, flags, expected)
     assert (first / "adapter_model.safetensors").is_file() and not list((here / "runs").glob("second*"))
 
 
+def test_a_base_model_that_numbers_tokens_otherwise_is_refused(first, here, capsys):  # noqa: F811
+    flags = second_flags(here, "--model.adapter", str(first), "--model-name", str(ROOT / "demo/columns/model"))
+    for more in ([], ["--check"]):
+        assert train_model.main([*flags, *more]) == 2
+        told = capsys.readouterr()
+        assert "model.adapter: " in told.err + told.out and "its tokenizer has another vocabulary; give the model that it was trained on" in told.err + told.out
+    assert not list((here / "runs").glob("second*"))
+
+
+def test_layers_keep_the_recipes_order(first, here):  # noqa: F811
+    flags = ["--model.adapter", str(first)]
+    assert continued(cli.read_recipe(second_flags(here, *flags))).model.target_modules == sorted(["q_proj", "v_proj", "up_proj", "down_proj"])
+    config = json.loads((first / "adapter_config.json").read_text())
+    section = cli.read_recipe(second_flags(here)).model
+    (first / "adapter_config.json").write_text(json.dumps({**config, "target_modules": list(reversed(section.target_modules))}))
+    assert continued(cli.read_recipe(second_flags(here, *flags))).model.target_modules == section.target_modules
+
+
 def test_the_same_settings_may_be_given_and_another_base_is_said(first, here, tiny_policy, caplog):  # noqa: F811
     flags = ["--model.adapter", str(first), "--model.lora_rank", "4", "--model.target_modules", "down_proj", "up_proj", "v_proj", "q_proj"]
     assert continued(cli.read_recipe(second_flags(here, *flags))).model.target_modules == ["down_proj", "up_proj", "v_proj", "q_proj"]

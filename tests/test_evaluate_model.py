@@ -117,15 +117,44 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, mon
     assert len(drawn) - 1 == len(set(drawn) - {None}) == 20
 
 
+def test_a_single_file_is_its_own_split_whatever_that_is_called(run_dir, capsys):
+    first = evaluate(capsys, run_dir, "--split", "test[:5]", "--to", "first.jsonl")
+    assert "5 problems x 1" in first and "5 problems x 1" in evaluate(capsys, run_dir, "--split", "train[3:8]", "--to", "others.jsonl")
+    rows = [sorted(evaluation_file.read(Path(name)).rows, key=lambda row: row["problem"]) for name in ("first.jsonl", "others.jsonl")]
+    first, others = ([row["prompt"] for row in held] for held in rows)
+    assert first[3:] == others[:2] and not set(map(str, first[:3])) & set(map(str, others))
+
+
+def test_an_adapter_that_is_used_otherwise_is_another(run_dir, capsys):
+    shutil.copytree(f"{run_dir}/checkpoint-12", "adapter", ignore=shutil.ignore_patterns("optimizer*"))
+    flags = ["adapter", "--dataset", TEST, "--limit", "4", "--system-instruction", "Reason, then answer.", "--to", "four.jsonl"]
+    evaluate(capsys, *flags)
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
+    assert "four.jsonl: holds an evaluation with other weights" in refusal(capsys, *flags)
+
+
+@pytest.mark.parametrize("damage", [{"temperature": "hot"}, {"prompts": [1]}, {"seed": None}])
+def test_a_header_that_says_what_none_can_say_is_refused(run_dir, capsys, damage):
+    lines = Path(run_dir, "evaluation/after.jsonl").read_text().splitlines(keepends=True)
+    header = json.loads(lines[0])["header"]
+    Path("damaged.jsonl").write_text("".join([json.dumps({"header": {**header, **damage}}) + "\n", *lines[1:]]))
+    assert "damaged.jsonl: the first line is no header of an evaluation" in refusal(capsys, "--from", "damaged.jsonl")
+
+
+def test_a_line_nested_without_end_is_damage(run_dir, capsys):
+    lines = Path(run_dir, "evaluation/after.jsonl").read_text().splitlines(keepends=True)
+    Path("deep.jsonl").write_text("".join([lines[0], "[" * 200_000 + "\n", *lines[1:]]))
+    assert "deep.jsonl, line 2: this is no completion; the file is damaged" in refusal(capsys, "--from", "deep.jsonl")
+
+
 def test_a_cut_file_is_said_and_goes_on(run_dir, capsys):
     flags = [run_dir, "--limit", "6"]
     whole = evaluate(capsys, *flags)
     file = Path(run_dir, "evaluation/test-6x1-t0.jsonl")
     content = file.read_bytes()
     file.write_bytes(content[:-40])
-    assert evaluate_model.main(["--from", str(file)]) == 0
-    held = capsys.readouterr()
-    assert "its last line was cut, and is left out" in held.err and "not complete: 5 of 6 completions" in held.out
+    assert "test-6x1-t0.jsonl: its last line was cut; the command that wrote it draws that again" in refusal(capsys, "--from", file)
     assert file.read_bytes() == content[:-40]  # reading changes nothing
     assert evaluate_model.main(flags) == 0
     again = capsys.readouterr()
@@ -140,7 +169,7 @@ def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_t
     flags = ["--dataset", TEST, "--limit", "4", "--system-instruction", "Reason, then answer."]
     evaluate(capsys, "adapter", *flags, "--base")
     out = evaluate(capsys, BASE, *flags)
-    assert "\n              base\n" in out and "trained" not in out
+    assert "\n              model\n" in out and "trained" not in out
     names = sorted(path.name for path in Path("evaluation").iterdir())
     assert names == ["adapter-test-4x1-t0.jsonl", "base-adapter-test-4x1-t0.jsonl", "model-test-4x1-t0.jsonl"]
     base, alone = (evaluation_file.read(Path("evaluation", name)) for name in names[1:])
@@ -209,6 +238,10 @@ def talk(capsys, monkeypatch, said: str, *flags: str):
     return capsys.readouterr()
 
 
+def test_bytes_that_are_no_text_are_asked_about_all_the_same(run_dir, capsys, monkeypatch):
+    assert "\n" in talk(capsys, monkeypatch, "caf\udce9 hi\udcff\n", run_dir, "--max-completion-length", "4").out
+
+
 def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
     asked, template = [], "apply_chat_template"
     from transformers import PreTrainedTokenizerBase
@@ -254,7 +287,8 @@ def test_a_cut_answer_is_told_and_the_end_of_the_input_leaves(capsys, monkeypatc
     (["--dataset", "nowhere.jsonl"], "--dataset: there is no file or folder 'nowhere.jsonl'"),
     (["--dataset", "gsm8k"], "use local files through --path"),
     (["--dataset", "gsm8k", "--path", "nowhere"], "--path: there is no file or folder 'nowhere'"),
-    (["--dataset", TEST, "--split", "test"], "--split: 'test' names nothing in the single file"),
+    (["--chat", "--backend", "vllm"], "--backend: vllm holds no conversations here; use auto, unsloth or transformers"),
+    (["--from", "nowhere.jsonl"], "--from: run means nothing here; leave it out"),
     (["--dataset", TEST, "--answer-column", "target"], "no column 'target'; this dataset has question, answer (set --question-column and --answer-column)"),
     (["--max-prompt-length", "3"], "--max-prompt-length: 3 drops all 200 prompts; the shortest has"),
     (["--max-completion-length", "9000"], "--max-completion-length: prompts of 60 and completions of 9000 tokens are more than the 8192 of context"),

@@ -25,7 +25,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "engines": {"adapters", "backends", "generation", "recipe", "saved"}, "chat": {"generation", "safe_text"},
     "evaluation_plan": {"dotted_paths", "evaluation", "evaluation_file", "generation", "kinds", "problems", "recipe", "saved", "scores", "sections"},
     "held_out": {"evaluation", "evaluation_file", "generation", "interruption", "recipe", "scores"},
-    "continuation": {"adapters", "recipe", "saved", "sections"}, "fidelity": set(),
+    "continuation": {"adapters", "chat_tokenizer", "recipe", "saved", "sections"}, "fidelity": set(),
     "model_card": {"base_model", "data", "evaluation_file", "recipe", "scores", "whole_files"},
     "export": {"adapters", "base_model", "fidelity", "model_card", "recipe", "saved", "whole_files"},
     "completion_log": {"answers"}, "run_record": {"completion_log", "evaluation_file", "recipe", "scores", "yaml_text"}, "configurations": {"run_record"},

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 from huggingface_hub import ModelCard
+from run_on_disk import write_evaluation
 from test_train_model import demo_flags, here, run_dir  # noqa: F401
 
 import export_model
@@ -97,6 +98,21 @@ def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
     assert ModelCard(text).data.base_model_relation == "finetune"
     (tmp_path / "README.md").unlink()
     assert "by `test_model_card.MyTrainer`, a trainer that its recipe names" in model_card.merged_card(saved, "bfloat16", "")
+
+
+def test_a_merged_checkpoint_has_no_other_adapters_figures(tmp_path):
+    run, evaluations = tmp_path / "run", tmp_path / "run/evaluation"
+    for folder, step in ((run, 12), (run / "checkpoint-6", 6)):
+        folder.mkdir(exist_ok=True, parents=True)
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+    for name, header in (("before", {"weights": "step 0"}), ("step-6", {"weights": "step 6"}), ("after", {"weights": "step 12"}),
+                         ("base-test", {"adapter": None}), ("test", {"adapter": str(run)}), ("checkpoint-6-test", {"adapter": str(run / "checkpoint-6")})):
+        write_evaluation(evaluations / f"{name}.jsonl", [[True]], **header)
+    found = {}
+    for adapter in (run, run / "checkpoint-6"):
+        text = model_card.merged_card(SimpleNamespace(recipe=recipe_with(), base="a/b", adapter=adapter, run_dir=run), "bfloat16", "equal")
+        found[adapter.name] = set(re.findall(r"^\| (\S+) \| 1 \| 1 \|", text, re.MULTILINE))
+    assert found == {"run": {"before", "after", "test"}, "checkpoint-6": {"before", "step-6", "checkpoint-6-test"}}
 
 
 def test_an_adapter_without_a_recipe_claims_no_method(tmp_path):

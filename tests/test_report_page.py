@@ -261,6 +261,19 @@ def test_a_narrow_screen_shows_everything_below_each_other(run):
     assert NARROW[0] < WIDE[0]
 
 
+def test_long_words_and_labels_make_no_page_wider(chromium, tmp_path):
+    layers = [f"layer_{i}_with_a_long_name" for i in range(30)]
+    runs = [write_run(tmp_path / name, group(GROUPS[0]), rising(30), recipe={"model": {"target_modules": modules}})
+            for name, modules in (("a", layers), ("b", layers[:20]))]
+    (runs[0] / "versions.json").write_text(json.dumps({"commit": "c" * 80, "platform": "Linux-" + "x" * 80}))
+    assert report_run.main([*map(str, runs), "--out", str(tmp_path / "both")]) == report_run.main([str(runs[0])]) == 0
+    chromium.get((tmp_path / "both" / "report.html").as_uri())
+    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    with browser(NARROW) as narrow:
+        narrow.get((runs[0] / "report.html").as_uri())
+        assert narrow.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_two_configurations_have_a_legend_and_a_run_to_choose(chromium, tmp_path):
     runs = [write_run(tmp_path / name, group(GROUPS[0], weight=weight), rising(3), recipe=recipe) for name, weight, recipe in (
         ("a", 2.0, {}), ("b", None, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}}))]

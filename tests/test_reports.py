@@ -1,6 +1,7 @@
 """Reports without a browser: what is read from a run directory, what is said of it, and what is written."""
 
 import json
+import random
 import re
 import subprocess
 import sys
@@ -198,7 +199,7 @@ def test_the_summary_gives_the_numbers(tmp_path):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[i < right] for i in range(4)])
     learn, stable, protected = told(read_run(run)).values()
     assert learn.sentences[:3] == [
-        "The mean reward went from 5.62 (steps 1 to 4) to 14.62 (steps 37 to 40).",
+        "The mean reward went from 5.75 (steps 1 to 5) to 14.50 (steps 36 to 40).",
         "Meanwhile well-formed completions went from 100% to 100%, correct ones from 50% to 50%.",
         "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 % interval +0.0 to +100.0), "
         "format from 100.0% to 100.0%."]
@@ -385,7 +386,29 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
     (run / "evaluation" / "other.jsonl").write_text('{"a": 1}\n')
     record = read_run(run)
     assert (record.evaluations["cut"].scores.problems, list(record.evaluations)) == (1, ["cut"])
-    assert len(record.notes) == 1 and "other.jsonl: the first line is no header of an evaluation" in record.notes[0]
+    assert len(record.notes) == 2 and "cut.jsonl: its last line was cut, and is left out" in record.notes[0]
+    assert "other.jsonl: the first line is no header of an evaluation" in record.notes[1]
+
+
+def test_what_was_evaluated_on_fewer_problems_after_is_no_change_of_accuracy(tmp_path):
+    run = write_run(tmp_path / "run", history=rising(40))
+    for name in ("before", "after"):
+        write_evaluation(run / "evaluation" / f"{name}.jsonl", [[True]] * 4)
+    assert "held-out problems" in " ".join(told(read_run(run))["learn"].sentences)
+    cut = run / "evaluation" / "after.jsonl"
+    cut.write_text(cut.read_text()[:-20])
+    assert "held-out problems" not in " ".join(told(read_run(run))["learn"].sentences)
+
+
+@pytest.mark.parametrize("steps", [6, 12, 20])
+def test_noise_alone_is_seldom_called_learning_or_a_fall(tmp_path, steps):
+    draw, verdicts, falls = random.Random(steps), [], 0
+    for i in range(60):
+        run = write_run(tmp_path / f"run-{i}", history=rising(steps, reward=lambda s: 10 + draw.gauss(0, 1)))
+        learn, stable, _ = told(read_run(run)).values()
+        verdicts.append(learn.word)
+        falls += "reward fell" in stable.word
+    assert verdicts.count("too early to say" if steps < 10 else "no clear change") >= 45 and falls <= 10
 
 
 def test_a_report_loads_no_model(tmp_path):
