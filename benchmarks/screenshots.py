@@ -87,7 +87,7 @@ def main(argv: list[str]) -> int:
             for dark in (False, True) if size == WIDE else (False,):
                 set_scheme(driver, dark=dark)
                 for part in parts:
-                    take(driver, f"#{part}", folder / f"{part}_{'dark' if dark else 'light'}{place}.png")
+                    take(driver, f"#{part}", folder / f"{part}_{'dark' if dark else 'light'}{place}.png", 600 if part == "recipe" else 1600)
     print(f"Pictures: {folder}")
     return 0
 
