@@ -44,7 +44,8 @@ def gather_seconds(gpus: int) -> float:
 def memory(gpus: int, spread: bool) -> float:
     """GiB per GPU: gtpo/memory.py's worst case of training with paged_adamw_8bit's moments, and vLLM beside it.
 
-    vLLM's cache holds all rows; with Unsloth it samples from the weights that train, and beside FSDP it has its own. Logits are streamed, by Unsloth or by gtpo/streaming_head.py, but not with FSDP: there TRL keeps those of a micro-batch.
+    vLLM's cache holds all rows; with Unsloth it samples from the weights that train, and beside FSDP it has its own. Logits are
+    streamed, by Unsloth or by gtpo/streaming_head.py, but not with FSDP: there TRL keeps those of a micro-batch.
     """
     load = Load(completions=MICRO, rollout=MICRO, prompt=PROMPT, completion=LONGEST, optimizer=optimizer_bytes("adamw_8bit"), unsloth=not spread, sharded=spread)
     parts = peak(SHAPE, load)
