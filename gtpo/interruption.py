@@ -52,6 +52,9 @@ class Interruption:
         self._deferred, self._raised = True, None
         try:
             yield
+        except Exception:  # on its way to be told: a launcher that ends the others because of it must not overtake it
+            self.over()
+            raise
         finally:
             self._deferred = False
 

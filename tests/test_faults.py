@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -85,6 +86,18 @@ def test_a_signal_with_nothing_to_save_ends_the_run_there_and_else_is_noted():
             with pytest.raises(Interrupted, match="saved"):
                 interruption.stop_here("saved")
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_does_not_overtake_an_error_on_its_way_out():
+    """torchrun sends SIGTERM to those that fail because another process has died."""
+    with Interruption().watching() as interruption, pytest.raises(ZeroDivisionError):
+        try:
+            with interruption.deferred():
+                1 / 0
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+    assert not interruption.asked
 
 
 def test_a_signal_that_a_library_mistakes_for_an_error_of_its_own_stays_a_signal():

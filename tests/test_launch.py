@@ -87,7 +87,7 @@ def test_one_process_prints_and_writes(killed_and_resumed):
 
 
 def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
-    run = start(TORCHRUN, tmp_path, "--model.target_modules", "nope")
+    run = start([*TORCHRUN, "--shutdown-timeout", "3"], tmp_path, "--model.target_modules", "nope")
     assert run.wait(timeout=300) == 1  # torchrun's own, whatever ended the processes
     (told,) = errors(tmp_path)
     assert told.startswith("error: model.target_modules: ['nope'] does not fit this model")
