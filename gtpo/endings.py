@@ -20,13 +20,15 @@ def end(error: BaseException, interruption: Interruption) -> int:
     if isinstance(error, (Interrupted, RunStopped)):
         interrupted = isinstance(error, Interrupted)
         if processes.is_first():
+            processes.first_to_say(str(error))  # so that nobody who loses this process tells of it
             print_end("interrupted" if interrupted else "stopped", error)
         processes.after_the_first()
         return error.exit_code if interrupted else 3
     asked = interruption.over()  # a launcher that ends the others must not cut off what is said here
     if isinstance(error, processes.ProcessLost):
-        if not asked and processes.first_to_say(str(error), if_nobody_spoke=True):
+        if processes.first_to_say(str(error), if_nobody_spoke=True):  # also after a SIGTERM: torchrun sends it when a process has died
             print_end("error", error)
+            return 2
         return asked or 2
     if isinstance(error, RecipeError):
         if processes.first_to_say(str(error)):
