@@ -134,8 +134,8 @@ def _from_files(asked: argparse.Namespace) -> None:
     if len(asked.files) > 2:
         raise RecipeError(f"--from: {len(asked.files)} files; give one, or two to compare")
     held = {str(file): read(file) for file in asked.files}
-    for name in (name for name, evaluation in held.items() if evaluation.cut):
-        raise RecipeError(f"{name}: its last line was cut; the command that wrote it draws that again, or take the line away")
+    if cut := [name for name, evaluation in held.items() if evaluation.cut]:
+        raise RecipeError(f"{cut[0]}: its last line was cut; the command that wrote it draws that again, or take the line away")
     print(report(held, asked.k))
 
 
@@ -166,7 +166,7 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
     problems = problems.select(range(min(plan.limit or len(problems), len(problems))))
     prompts = evaluation.rendered(problems, engine.tokenizer, plan.chat_template_kwargs)
     files = {}
-    for name, adapter in (("trained", True), ("base", False)):
+    for name, adapter in (("trained", True), ("base" if saved.adapter else "model", False)):
         if asked.base or adapter == (saved.adapter is not None):
             files[name] = evaluation_plan.open_file(asked, saved, plan, engine.backend, problems, prompts, adapter=adapter)
     batch_size = asked.batch_size or max(plan.batch_size, VLLM_BATCH if engine.backend == "vllm" else 1)
@@ -178,8 +178,7 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
             cut = "; the last line was cut, and is drawn again" if file.cut else ""
             print(f"{file.path}: going on after {len(file.rows)} completions{cut}", file=sys.stderr)
         evaluation.evaluate(file, samplers(name == "trained"), problems, prompts, batch_size=batch_size)
-    heads = {"base": "base" if saved.adapter else "model"}
-    print(report({heads.get(name, name): Evaluation(file.header, file.rows, False, 0) for name, file in files.items()}, plan.ks))
+    print(report({name: Evaluation(file.header, file.rows, False, 0) for name, file in files.items()}, plan.ks))
     print(*(f"Completions: {file.path}" for file in files.values()), sep="\n")
 
 

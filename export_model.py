@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         print_end("error", error)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was exported", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     return 0
 

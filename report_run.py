@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         print_end("error", error)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted: no report was written", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     print(f"Curves: {picture}\nReport: {page} (open it in a browser)")
     return 0

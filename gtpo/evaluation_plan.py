@@ -81,7 +81,7 @@ def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSec
                               "dotted path such as my_data.load")
         name, path = path, asked.path
     if path or name in DATASET_ALIASES:  # a function need not know any
-        given["split"] = "train" if path and not os.path.isdir(path) else "test"
+        given["split"] = "test"
     return _named(DatasetSection(name=name, path=path, **given | _split_and_subset(asked))), None
 
 
