@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gtpo.console import log_to_console, print_end
 from gtpo.environment import set_up
-from gtpo.recipe import RecipeError
+from gtpo.errors import Mistake, RecipeError
 from gtpo.sections import DATASET_ALIASES
 
 FLAGS = {  # how a recipe's keys, in sentences of the parts, are called here
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
             asked = _parse(sys.argv[1:] if argv is None else argv)
             _run(asked)
         except RecipeError as error:
-            print_end("error", RecipeError(_in_flags(str(error), asked)))
+            print_end("error", _in_flags(error, asked))
             return 2
         except KeyboardInterrupt:
             print("\ninterrupted: what was drawn is kept, and the same command goes on from there", file=sys.stderr)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise RecipeError(message.removeprefix("argument "))
+        raise _flag_error(message)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,9 +91,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     asked, unknown = flags.parse_known_args(words)
     for word in unknown:
         known = difflib.get_close_matches(word.split("=")[0], flags._option_string_actions, 1) if word.startswith("-") else []
-        raise RecipeError(f"{word}: unknown; {f'did you mean {known[0]}?' if known else '--help lists the flags'}")
+        raise RecipeError(word, f"unknown; {f'did you mean {known[0]}?' if known else '--help lists the flags'}")
     if asked.target is None and not asked.files:
-        raise RecipeError("RUN_DIR_OR_MODEL: missing; give a run directory, checkpoint, adapter or base model, or --from FILE")
+        raise RecipeError("RUN_DIR_OR_MODEL", "missing; give a run directory, checkpoint, adapter or base model, or --from FILE")
     return asked
 
 
@@ -132,10 +132,10 @@ def _from_files(asked: argparse.Namespace) -> None:
 
     _allow(asked, "--from", "files", "k")
     if len(asked.files) > 2:
-        raise RecipeError(f"--from: {len(asked.files)} files; give one, or two to compare")
+        raise RecipeError("--from", f"{len(asked.files)} files; give one, or two to compare")
     held = {str(file): read(file) for file in asked.files}
     if cut := [name for name, evaluation in held.items() if evaluation.cut]:
-        raise RecipeError(f"{cut[0]}: its last line was cut; the command that wrote it draws that again, or take the line away")
+        raise RecipeError(cut[0], "its last line was cut; the command that wrote it draws that again, or take the line away")
     print(report(held, asked.k))
 
 
@@ -144,7 +144,7 @@ def _allow(asked: argparse.Namespace, flag: str, *names: str) -> None:
     for name, value in vars(asked).items():
         if value is not None and value is not False and name not in names:
             told = value if name == "target" else f"--{name.replace('_', '-')}"
-            raise RecipeError(f"{flag}: {told} means nothing here; leave it out")
+            raise RecipeError(flag, f"{told} means nothing here; leave it out")
 
 
 def _evaluate(asked: argparse.Namespace, saved) -> None:
@@ -157,7 +157,7 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
 
     plan = evaluation_plan.make_plan(asked, saved)
     if asked.base and saved.adapter is None:
-        raise RecipeError(f"--base: {asked.target} is a base model itself; leave it out")
+        raise RecipeError("--base", f"{asked.target} is a base model itself; leave it out")
     check_source(plan.section)
     engine = Engine(saved, asked.backend, asked.chat_template)
     samplers = engine.samplers(plan.sampling, plan.max_prompt_length)
@@ -190,7 +190,7 @@ def _chat(asked: argparse.Namespace, saved) -> None:
     _allow(asked, "--chat", "target", "chat", "system_instruction", "temperature", "top_p", "seed", "max_completion_length",
            "backend", "chat_template")
     if asked.backend == "vllm":
-        raise RecipeError("--backend: vllm holds no conversations here; use auto, unsloth or transformers")
+        raise RecipeError("--backend", "vllm holds no conversations here; use auto, unsloth or transformers")
     engine = Engine(saved, asked.backend, asked.chat_template, conversation=True)
     context = min(engine.context or CHAT_LENGTH, max(CHAT_LENGTH, saved.section.max_seq_length))
     chat(engine.policy(context), chat_sampling(asked, saved.recipe), context=context,
@@ -198,10 +198,19 @@ def _chat(asked: argparse.Namespace, saved) -> None:
          chat_template_kwargs=saved.recipe and saved.recipe.training.chat_template_kwargs)
 
 
-def _in_flags(sentence: str, asked: argparse.Namespace | None) -> str:
-    """A sentence about a recipe's keys, told with the flags that stand for them here."""
+def _flag_error(message: str) -> RecipeError:
+    """argparse's `argument --flag: sentence` as our error."""
+    flag, colon, sentence = message.removeprefix("argument ").partition(": ")
+    return RecipeError(flag, sentence) if colon else RecipeError(flag)
+
+
+def _in_flags(error: RecipeError, asked: argparse.Namespace | None) -> RecipeError:
+    """`error` about a recipe's keys, told with the flags that stand for them here."""
     names = FLAGS | {"dataset.path": "--path" if asked and asked.dataset in DATASET_ALIASES else "--dataset"}
-    return re.sub(r"(?<![\w./-])(" + "|".join(map(re.escape, names)) + r")(?![\w.])", lambda key: names[key[0]], sentence)
+    mentioned = re.compile(r"(?<![\w./-])(" + "|".join(map(re.escape, names)) + r")(?![\w.])")
+    return RecipeError.of(
+        Mistake(names.get(mistake.key, mistake.key), mentioned.sub(lambda key: names[key[0]], mistake.sentence))
+        for mistake in error.mistakes)
 
 
 if __name__ == "__main__":

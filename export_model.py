@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gtpo.console import print_end
 from gtpo.environment import set_up
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.safe_text import SafeFormatter
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gtpo import cli
 from gtpo.console import print_end
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -49,24 +49,24 @@ def _parse(argv: list[str]) -> tuple[list[Path], Path | None, list[int]]:
         word = rest.pop(0)
         if word == "--out":
             if not rest or rest[0].startswith("--"):
-                raise RecipeError("--out: needs a value; give a folder, or a name that ends in .html")
+                raise RecipeError("--out", "needs a value; give a folder, or a name that ends in .html")
             out = Path(rest.pop(0))
         elif word == "--steps":
             while rest and rest[0].isdecimal():
                 steps.append(int(rest.pop(0)))
             if not steps:
-                raise RecipeError("--steps: needs numbers; give for instance --steps 1 50 100")
+                raise RecipeError("--steps", "needs numbers; give for instance --steps 1 50 100")
         else:
             words.append(word)
     if words and Path(words[0]).suffix in (".yaml", ".yml"):
         return [Path(cli.read_recipe(words).output_dir())], out, steps
     for word in words:
         if Path(word).suffix in (".yaml", ".yml"):
-            raise RecipeError(f"{word}: a recipe comes first, with its flags and no other run; give several runs by their directories")
+            raise RecipeError(word, "a recipe comes first, with its flags and no other run; give several runs by their directories")
         if word.startswith("--"):
-            raise RecipeError(f"{word}: unknown flag; use --out and --steps, or give the recipe first and then its flags")
+            raise RecipeError(word, "unknown flag; use --out and --steps, or give the recipe first and then its flags")
     if not words:
-        raise RecipeError("no run given; use: python report_run.py RUN [RUN ...], with the directory that train_model.py "
+        raise RecipeError("RUN", "missing; use: python report_run.py RUN [RUN ...], with the directory that train_model.py "
                           "printed last")
     return [Path(word) for word in words], out, steps
 
@@ -77,7 +77,7 @@ def _files(runs: list[Path], out: Path | None) -> tuple[Path, Path]:
         return out, out.with_suffix(".png")
     folder = out or (runs[0] if len(runs) == 1 else Path("report"))
     if folder.is_file():
-        raise RecipeError(f"--out: {folder} is a file; give a folder, or a name that ends in .html")
+        raise RecipeError("--out", f"{folder} is a file; give a folder, or a name that ends in .html")
     return folder / "report.html", folder / "curves.png"
 
 

@@ -16,7 +16,8 @@ from gtpo.console import log_to_console
 from gtpo.endings import RunStopped, end
 from gtpo.environment import set_up
 from gtpo.interruption import Interrupted, Interruption
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.safe_text import without_secrets
 
 

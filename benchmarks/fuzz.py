@@ -49,7 +49,7 @@ def check_recipe(dice: random.Random) -> int:
 def recipe_text(content: str, words: list[str]) -> int:
     from gtpo import cli
     from gtpo.arguments import batch_plan
-    from gtpo.recipe import RecipeError
+    from gtpo.errors import RecipeError
 
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder, _same_import_path():
         file = Path(folder, "recipe.yaml")
@@ -169,7 +169,7 @@ class _Page(HTMLParser):
 
 
 def check_report(dice: random.Random, completions: int = 2048) -> int:
-    from gtpo.recipe import RecipeError
+    from gtpo.errors import RecipeError
     from gtpo.reports import render
     from gtpo.run_record import read_run
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -15,17 +15,17 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            raise RecipeError(f"{folder}: its {CONFIG} is no LoRA adapter's; give an adapter that GTPO or peft has saved")
+            raise RecipeError(folder, f"its {CONFIG} is no LoRA adapter's; give an adapter that GTPO or peft has saved")
         with safe_open(folder / WEIGHTS, framework="np"):  # reads the header, and that the file is whole
             return config
     except FileNotFoundError as error:
         name = CONFIG if CONFIG in str(error) else WEIGHTS
         if (folder / "adapter_model.bin").is_file():
-            raise RecipeError(f"{folder}: there is no {WEIGHTS}, and adapter_model.bin, which could run code when it is loaded, is "
+            raise RecipeError(folder, f"there is no {WEIGHTS}, and adapter_model.bin, which could run code when it is loaded, is "
                               "not taken; give an adapter in safetensors (peft's save_pretrained writes it)") from None
-        raise RecipeError(f"{folder}: there is no {name}; give a folder with an adapter in safetensors") from None
+        raise RecipeError(folder, f"there is no {name}; give a folder with an adapter in safetensors") from None
     except (OSError, ValueError, SafetensorError) as error:
-        raise RecipeError(f"{folder}: the adapter is damaged ({' '.join(str(error).split())}); use another checkpoint") from None
+        raise RecipeError(folder, f"the adapter is damaged ({' '.join(str(error).split())}); use another checkpoint") from None
 
 
 def lora_config(folder: Path):
@@ -70,5 +70,5 @@ def load_weights(model, folder: Path, base: str) -> None:
 
 
 def _misfit(folder: Path, base: str, why: str) -> RecipeError:
-    return RecipeError(f"{folder}: this adapter does not fit the base model {base!r}: {why}; give the model that it was "
+    return RecipeError(folder, f"this adapter does not fit the base model {base!r}: {why}; give the model that it was "
                        "trained on")

@@ -6,7 +6,8 @@ import logging
 import math
 from typing import NamedTuple
 
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.sections import DocumentedTraining
 from gtpo.trl_options import grpo_options
 
@@ -36,10 +37,10 @@ def batch_plan(recipe: Recipe, processes: int = 1) -> BatchPlan:
     rollout = given.get("generation_batch_size")
     if rollout is not None:
         if given.get("steps_per_generation") is not None:
-            raise RecipeError("training.generation_batch_size: given together with training.steps_per_generation, "
+            raise RecipeError("training.generation_batch_size", "given together with training.steps_per_generation, "
                               "which follows from it; keep one")
         if rollout % (requested * processes) or rollout % size:
-            raise RecipeError(f"training.generation_batch_size: {rollout} must be a multiple of num_generations ({size}) "
+            raise RecipeError("training.generation_batch_size", f"{rollout} must be a multiple of num_generations ({size}) "
                               f"and of the completions of all devices ({requested * processes})")
         steps, per_device = rollout // (requested * processes), requested
     else:
@@ -97,11 +98,11 @@ def training_arguments(recipe: Recipe, output_dir: str, *, processes: int = 1, u
         "bf16": precision(training) == "bf16", "fp16": precision(training) == "fp16",
     }
     if options["use_vllm"] and importlib.util.find_spec("vllm") is None:
-        raise RecipeError("training.use_vllm: the package vllm is not installed; install it, or leave this out")
+        raise RecipeError("training.use_vllm", "the package vllm is not installed; install it, or leave this out")
     try:
         arguments = trl.GRPOConfig(**options)
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise RecipeError(f"training: TRL refuses this section ({' '.join(str(error).split())})") from error
+        raise RecipeError("training", f"TRL refuses this section ({' '.join(str(error).split())})") from error
     if arguments.n_gpu > 1:  # torch's DataParallel would multiply the batch behind the plan above
         logger.warning("[GTPO] One of %d visible GPUs is used; start with torchrun to use them all", arguments.n_gpu)
         arguments._n_gpu = 1
@@ -149,6 +150,6 @@ def _optimizer(recipe: Recipe) -> str:
     if torch.cuda.is_available() or not any(part in name for part in NEEDS_GPU):
         return name
     if recipe.model.backend != "auto":
-        raise RecipeError(f"training.{key}: {name} needs an NVIDIA GPU; use adamw_torch")
+        raise RecipeError(f"training.{key}", f"{name} needs an NVIDIA GPU; use adamw_torch")
     logger.warning("training.%s: %s needs an NVIDIA GPU; adamw_torch is used instead", key, name)
     return "adamw_torch"

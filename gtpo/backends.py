@@ -14,7 +14,7 @@ from gtpo.chat_tokenizer import ready_tokenizer
 from gtpo.generation import vllm_in_unsloth
 from gtpo.importing import collector_off
 from gtpo.merging import merged
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import ModelSection
 from gtpo.whole_files import files_written_aside
 
@@ -65,7 +65,7 @@ def choose_backend(section: ModelSection) -> str:
     cuda, installed = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
     missing = "no NVIDIA GPU is visible" if not cuda else "the package unsloth is not installed" if not installed else None
     if section.backend == "unsloth" and missing:
-        raise RecipeError(f"model.backend: unsloth cannot be used here, {missing}; use transformers or auto")
+        raise RecipeError("model.backend", f"unsloth cannot be used here, {missing}; use transformers or auto")
     backend = "transformers" if section.backend == "transformers" or missing else "unsloth"
     why = f" (auto: {missing})" if section.backend == "auto" and missing else ""
     device = torch.cuda.get_device_name() if cuda else "CPU"
@@ -85,7 +85,7 @@ def prepare_backend(section: ModelSection, options: dict) -> str:
         import trl
 
         if trl.GRPOTrainer.__module__ != "UnslothGRPOTrainer":  # it warns and goes on with TRL's where patching fails
-            raise RecipeError("model.backend: unsloth could not patch TRL; install requirements.txt, or use transformers")
+            raise RecipeError("model.backend", "unsloth could not patch TRL; install requirements.txt, or use transformers")
     return backend
 
 
@@ -137,7 +137,7 @@ def load_policy(
     except RecipeError:
         raise
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # no weights, damaged ones, a missing quantizer
-        raise loading_error(f"model: {section.model_name!r} cannot be loaded", section, error) from error
+        raise loading_error("model", f"{section.model_name!r} cannot be loaded", section, error) from error
     if lora and adapter:
         adapters.load_weights(policy.model, adapter, section.model_name)
     return policy
@@ -165,7 +165,7 @@ def _load_with_unsloth(section: ModelSection, tokenizer, dtype, lora, seed: int,
     )
     if lora:
         if lora.rank_pattern or lora.alpha_pattern:
-            raise RecipeError("model.backend: unsloth gives all layers one rank, and this adapter has several; use transformers")
+            raise RecipeError("model.backend", "unsloth gives all layers one rank, and this adapter has several; use transformers")
         targets = lora.target_modules if isinstance(lora.target_modules, str) else sorted(lora.target_modules)
         model = FastLanguageModel.get_peft_model(
             model, r=lora.r, lora_alpha=lora.lora_alpha, target_modules=targets, lora_dropout=lora.lora_dropout, bias=lora.bias,
@@ -184,9 +184,9 @@ def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Po
     cuda = torch.cuda.is_available()
     quantized = section.load_in_4bit and cuda
     if section.load_in_4bit and not cuda:
-        _fall_back(section, "model.load_in_4bit: true needs an NVIDIA GPU", "false")
+        _fall_back(section, "model.load_in_4bit", "true needs an NVIDIA GPU", "false")
     if section.fast_inference is True:
-        _fall_back(section, "model.fast_inference: true needs Unsloth", "auto")
+        _fall_back(section, "model.fast_inference", "true needs Unsloth", "auto")
     config = AutoConfig.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
     check_context(section, config)
     if not cuda:
@@ -203,13 +203,13 @@ def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Po
     try:
         model = get_peft_model(model, lora) if lora else model
     except ValueError as error:
-        raise RecipeError(f"model.target_modules: {sorted(lora.target_modules)} does not fit this model "
+        raise RecipeError("model.target_modules", f"{sorted(lora.target_modules)} does not fit this model "
                           f"({str(error).splitlines()[0]})") from error
     return Policy(model, tokenizer, "transformers")
 
 
-def _fall_back(section: ModelSection, problem: str, remedy: str) -> None:
+def _fall_back(section: ModelSection, key: str, problem: str, remedy: str) -> None:
     """With `backend: auto`, go on without and say so; otherwise refuse."""
     if section.backend != "auto":
-        raise RecipeError(f"{problem}; use {remedy}")
-    logger.warning("[GTPO] %s; going on with %s", problem, remedy)
+        raise RecipeError(key, f"{problem}; use {remedy}")
+    logger.warning("[GTPO] %s: %s; going on with %s", key, problem, remedy)

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from gtpo.base_model import loading_error
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import ModelSection
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def load_tokenizer(section: ModelSection, backend: str):
     try:
         tokenizer = AutoTokenizer.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise loading_error(f"model.model_name: no tokenizer could be loaded from {section.model_name!r}", section, error) from error
+        raise loading_error("model.model_name", f"no tokenizer could be loaded from {section.model_name!r}", section, error) from error
     return ready_tokenizer(tokenizer, section, backend)
 
 
@@ -31,14 +31,14 @@ def ready_tokenizer(tokenizer, section: ModelSection, backend: str):
         path = Path(section.chat_template)
         is_file = len(section.chat_template) < 1000 and path.is_file()
         if not is_file and "{" not in section.chat_template:
-            raise RecipeError(f"model.chat_template: there is no file {section.chat_template!r}, and it is no Jinja template")
+            raise RecipeError("model.chat_template", f"there is no file {section.chat_template!r}, and it is no Jinja template")
         tokenizer.chat_template = path.read_text(encoding="utf-8") if is_file else section.chat_template
     if not tokenizer.chat_template:
-        raise RecipeError(f"model.model_name: {section.model_name!r} has no chat template (it is a base model); set "
+        raise RecipeError("model.model_name", f"{section.model_name!r} has no chat template (it is a base model); set "
                           "model.chat_template to a Jinja template or file, or use the model's Instruct version")
     _try_template(tokenizer)
     if tokenizer.eos_token_id is None:
-        raise RecipeError(f"model.model_name: the tokenizer of {section.model_name!r} has no end-of-sequence token, so no "
+        raise RecipeError("model.model_name", f"the tokenizer of {section.model_name!r} has no end-of-sequence token, so no "
                           "completion could end; set one in its tokenizer_config.json")
     # Unsloth takes every pad id for padding: with pad = end of sequence, nothing would teach the policy to stop.
     if tokenizer.pad_token_id is None or (backend == "unsloth" and tokenizer.pad_token_id == tokenizer.eos_token_id):
@@ -57,6 +57,6 @@ def _try_template(tokenizer) -> None:
     try:
         text = tokenizer.apply_chat_template([{"role": "user", "content": "2+2=?"}], tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
-        raise RecipeError(f"model.chat_template: it is no Jinja template that works ({error})") from error
+        raise RecipeError("model.chat_template", f"it is no Jinja template that works ({error})") from error
     if "2+2=?" not in text:
-        raise RecipeError("model.chat_template: it leaves out what the user says; it must print each message's content")
+        raise RecipeError("model.chat_template", "it leaves out what the user says; it must print each message's content")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.whole_files import flush, put, remove
 
 logger = logging.getLogger(__name__)
@@ -50,18 +50,18 @@ def read(folder: Path) -> Checkpoint:
         step, files = int(told["step"]), dict(told["files"])
     except FileNotFoundError:
         if not folder.is_dir():
-            raise RecipeError(f"{folder}: there is no such folder; give a checkpoint, or a run directory") from None
-        raise RecipeError(f"{folder}: it has no {MANIFEST}, so it was not written to its end, or by another program") from None
+            raise RecipeError(folder, "there is no such folder; give a checkpoint, or a run directory") from None
+        raise RecipeError(folder, f"it has no {MANIFEST}, so it was not written to its end, or by another program") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{folder}: its {MANIFEST} cannot be read ({type(error).__name__})") from None
+        raise RecipeError(folder, f"its {MANIFEST} cannot be read ({type(error).__name__})") from None
     for name, (size, digest) in files.items():
         file = folder / name
         if not file.is_file():
-            raise RecipeError(f"{folder}: {name} is missing")
+            raise RecipeError(folder, f"{name} is missing")
         if file.stat().st_size != size:
-            raise RecipeError(f"{folder}: {name} has {file.stat().st_size} bytes instead of {size}")
+            raise RecipeError(folder, f"{name} has {file.stat().st_size} bytes instead of {size}")
         if _digest(file) != digest:
-            raise RecipeError(f"{folder}: the content of {name} has changed")
+            raise RecipeError(folder, f"the content of {name} has changed")
     return Checkpoint(folder, {**told, "step": step})
 
 
@@ -85,13 +85,13 @@ def last_whole(run_dir: Path) -> Checkpoint | None:
         try:
             checkpoint = read(folder)
         except RecipeError as error:
-            problems.append(str(error))
+            problems.append(error)
             continue
         for problem in problems:
             logger.warning("[GTPO] Skipped, damaged: %s", problem)
         return checkpoint
     if problems:
-        raise RecipeError(f"{problems[0]}; no checkpoint of this run is whole: start again with --overwrite")
+        raise RecipeError(problems[0].key, f"{problems[0].mistakes[0].sentence}; no checkpoint of this run is whole: start again with --overwrite")
     return None
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from gtpo.dotted_paths import check_dotted_path
-from gtpo.mistakes import nearest, one_line, sentences
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import Mistake, RecipeError
+from gtpo.mistakes import mistakes, nearest, one_line
+from gtpo.recipe import Recipe
 from gtpo.schema import ALIASES, SWITCHES, all_keys, alternatives, is_list, key_path
 from gtpo.sections import DATASET_ALIASES
 from gtpo.yaml_text import YamlError, check_plain, load, read_file, to_yaml
@@ -30,7 +31,7 @@ class CommandLine:
     recipe_file: str = "config.yaml"
     overrides: dict[tuple[str, ...], Any] = field(default_factory=dict)
     switches: frozenset[str] = frozenset()
-    problems: tuple[str, ...] = ()
+    problems: tuple[Mistake, ...] = ()
     resume: str | None = None  # "" for --resume without a path
 
 
@@ -57,11 +58,11 @@ def parse(argv: list[str]) -> CommandLine:
         if key in SWITCHES:
             switches.add(key)
             if equals:
-                problems.append(f"--{name}: takes no value; give it alone, or leave it out")
+                problems.append(Mistake(f"--{name}", "takes no value; give it alone, or leave it out"))
             continue
         target = key_path(ALIASES.get(key, key).split("."))
         if target is None:
-            problems.append(f"--{name}: unknown flag{nearest(key, [*SWITCHES, *ALIASES, *all_keys()], '--')}")
+            problems.append(Mistake(f"--{name}", f"unknown flag{nearest(key, [*SWITCHES, *ALIASES, *all_keys()], '--')}"))
             words = words[_count_values(words):]
             continue
         path, annotation = target
@@ -72,18 +73,18 @@ def parse(argv: list[str]) -> CommandLine:
         try:
             value = _value(values, annotation)
         except ValueError as error:
-            problems.append(f"--{name}: {one_line(error)}")
+            problems.append(Mistake(f"--{name}", one_line(error)))
             continue
         if is_list(annotation) and isinstance(overrides.get(path), list):
             value = overrides[path] + value
         overrides[path] = value
     if len(files) > 1:
-        problems.append(f"{' '.join(files[1:])}: neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
-                        "use --section.key value")
+        problems.append(Mistake(" ".join(files[1:]), f"neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
+                                                   "use --section.key value"))
     if "force_resume" in switches and resume is None:
-        problems.append("--force-resume: there is nothing to force without --resume")
+        problems.append(Mistake("--force-resume", "there is nothing to force without --resume"))
     if "json" in switches and "check" not in switches:
-        problems.append("--json: goes with --check; give both, or leave it out")
+        problems.append(Mistake("--json", "goes with --check; give both, or leave it out"))
     return CommandLine(
         *(files[:1] or _recipe_of(resume)), overrides=overrides, switches=frozenset(switches), problems=tuple(problems), resume=resume
     )
@@ -99,16 +100,16 @@ def make_recipe(command: CommandLine) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += sentences(error, command.recipe_file, overrides)
+        problems += mistakes(error, command.recipe_file, overrides)
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError.of(problems)
     make_importable(Path(command.recipe_file).resolve().parent)
     paths = {"trainer.class_path": [recipe.trainer.class_path], "trainer.reward_funcs": recipe.trainer.reward_funcs}
     if recipe.dataset.kind == "function":
         paths["dataset.name"] = [recipe.dataset.name]
     problems = [problem for key, dotted in paths.items() for path in dotted if (problem := check_dotted_path(key, path))]
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError.of(problems)
     return recipe
 
 
@@ -117,7 +118,7 @@ def read_saved(file: Path) -> Recipe:
     try:
         return Recipe.model_validate(_read_yaml(file))
     except ValidationError as error:
-        raise RecipeError("\n".join(sentences(error, str(file), {}))) from None
+        raise RecipeError.of(mistakes(error, str(file), {})) from None
 
 
 def load_object(dotted: str) -> Any:
@@ -129,14 +130,14 @@ def load_object(dotted: str) -> Any:
 # ---- reading
 
 
-def _not_plain(overrides: dict[tuple[str, ...], Any]) -> list[str]:
-    """A sentence for each flag whose words are no text: bytes that are not UTF-8, for one."""
+def _not_plain(overrides: dict[tuple[str, ...], Any]) -> list[Mistake]:
+    """A mistake for each flag whose words are no text: bytes that are not UTF-8, for one."""
     problems = []
     for path, value in overrides.items():
         try:
             check_plain([list(path), value])
         except YamlError as error:
-            problems.append(f"--{'.'.join(path)}: {error}")
+            problems.append(Mistake(f"--{'.'.join(path)}", str(error)))
     return problems
 
 
@@ -144,15 +145,15 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = load(read_file(path))
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such recipe file; try recipes/demo.yaml, or give the path of yours") from None
+        raise RecipeError(path, "there is no such recipe file; try recipes/demo.yaml, or give the path of yours") from None
     except YamlError as error:
         where = f"{path}, line {error.line}" if error.line else str(path)
-        raise RecipeError(f"{where}: this is not valid YAML for a recipe ({error})") from None
+        raise RecipeError(where, f"this is not valid YAML for a recipe ({error})") from None
     except (OSError, ValueError) as error:  # a folder, no rights, no UTF-8
-        raise RecipeError(f"{path}: cannot be read as a recipe ({one_line(error)}); give a YAML text file") from None
+        raise RecipeError(path, f"cannot be read as a recipe ({one_line(error)}); give a YAML text file") from None
     if not isinstance(values, dict):
         given = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise RecipeError(f"{path}: {given}; a recipe is a mapping with at least the sections model and dataset")
+        raise RecipeError(path, f"{given}; a recipe is a mapping with at least the sections model and dataset")
     # A section whose lines are all commented out is null: its defaults.
     return {key: value for key, value in values.items() if value is not None}
 

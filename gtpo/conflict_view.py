@@ -9,7 +9,7 @@ from typing import Any
 
 from gtpo.completion_log import Completion, Group
 from gtpo.configurations import Configuration
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.run_record import RunRecord
 
 GROUPS_PER_STEP = 8
@@ -49,7 +49,7 @@ def choose_steps(run: RunRecord, wanted: list[int]) -> dict[int, str]:
     with_tokens = sorted(step for step, (_, tokens) in shares.items() if tokens) or sorted(shares)
     for step in wanted:
         if step not in shares:
-            raise RecipeError(f"--steps: {step} is not in {log.file}, which has steps {min(shares)} to {max(shares)}")
+            raise RecipeError("--steps", f"{step} is not in {log.file}, which has steps {min(shares)} to {max(shares)}")
     middle = with_tokens[len(with_tokens) // 2]
     reasons = {with_tokens[0]: "first", middle: "middle", with_tokens[-1]: "last"}
     if len(with_tokens) == 1:

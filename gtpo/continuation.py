@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from gtpo import adapters
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.saved import check_vocabulary, find_saved
 from gtpo.sections import ModelSection
 
@@ -22,16 +23,16 @@ def continued(recipe: Recipe) -> Recipe:
     if section.adapter is None:
         return recipe
     if not Path(section.adapter).expanduser().is_dir():
-        raise RecipeError(f"model.adapter: there is no folder {section.adapter!r}; give a run, a checkpoint or an adapter")
+        raise RecipeError("model.adapter", f"there is no folder {section.adapter!r}; give a run, a checkpoint or an adapter")
     try:
         saved = find_saved(section.adapter, base=section.model_name)
     except RecipeError as error:
-        raise RecipeError(f"model.adapter: {error}") from None
+        raise error.with_key("model.adapter") from None
     if saved.adapter is None:
-        raise RecipeError(f"model.adapter: {section.adapter} is a base model; set model.model_name to it, or give an adapter")
+        raise RecipeError("model.adapter", f"{section.adapter} is a base model; set model.model_name to it, or give an adapter")
     run_dir = Path(recipe.output_dir()).resolve()
     if saved.adapter.resolve().is_relative_to(run_dir):
-        raise RecipeError(f"model.adapter: {section.adapter} is in the run directory that this run would write, {run_dir.name}; "
+        raise RecipeError("model.adapter", f"{section.adapter} is in the run directory that this run would write, {run_dir.name}; "
                           "choose another with --run-name")
     config = adapters.read_config(saved.adapter)
     earlier = saved.recipe.model.model_name if saved.recipe else config.get("base_model_name_or_path")
@@ -54,7 +55,7 @@ def training_tokenizer(section: ModelSection, backend: str):
     try:
         check_vocabulary(find_saved(section.adapter, base=section.model_name), section, own)
     except RecipeError as error:
-        raise RecipeError(f"model.adapter: {error}") from None
+        raise error.with_key("model.adapter") from None
     return own if section.chat_template is None else load_tokenizer(section, backend)
 
 
@@ -67,7 +68,7 @@ def _lora_settings(section: ModelSection, config: dict) -> dict:
     for name in settings.keys() & section.model_fields_set:
         given, theirs = getattr(section, name), settings[name]
         if given != theirs:
-            raise RecipeError(f"model.{name}: {given} is not what the adapter {section.adapter} has; leave it out, or set "
+            raise RecipeError(f"model.{name}", f"{given} is not what the adapter {section.adapter} has; leave it out, or set "
                               f"{theirs}")
         settings[name] = given
     return settings

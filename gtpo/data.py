@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtpo.answers import boxed_answer, format_reference, gsm8k_answer
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import DatasetSection
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def load_problems(section: DatasetSection, tokenizer, max_prompt_length: int, se
     logger.info("[GTPO] %s: %d problems; %d of %d dropped, longer than %d prompt tokens", label, len(fitting),
                 len(problems) - len(fitting), len(problems), max_prompt_length)
     if not len(fitting):
-        raise RecipeError(f"training.max_prompt_length: {max_prompt_length} drops all {len(problems)} prompts; the shortest has "
+        raise RecipeError("training.max_prompt_length", f"{max_prompt_length} drops all {len(problems)} prompts; the shortest has "
                           f"{min(problems['prompt_length'])} tokens after the chat template")
     fitting = fitting.remove_columns("prompt_length")
     return fitting.shuffle(seed=seed) if shuffle else fitting
@@ -112,18 +112,18 @@ def measured_problems(section: DatasetSection, tokenizer, *, chat_template_kwarg
     question = section.question_column or source.question_column
     answer = section.answer_column or source.answer_column
     if missing := [column for column in (question, answer) if column not in rows.column_names]:
-        raise RecipeError(f"dataset: no column {' or '.join(map(repr, missing))}; this dataset has "
+        raise RecipeError("dataset", f"no column {' or '.join(map(repr, missing))}; this dataset has "
                           f"{', '.join(rows.column_names)} (set dataset.question_column and dataset.answer_column)")
     datasets.disable_progress_bars()  # three bars that flash by; the hub's downloads above keep theirs
     for column in (question, answer):
         if any(not isinstance(value, str | int | float | None) for value in rows[column]):
-            raise RecipeError(f"dataset: the column {column!r} holds other things than text and numbers; give one text per row")
+            raise RecipeError("dataset", f"the column {column!r} holds other things than text and numbers; give one text per row")
     filled = rows.filter(lambda row: all(str(row[c] if row[c] is not None else "").strip() for c in (question, answer)),
                          load_from_cache_file=False)
     if len(filled) < len(rows):
         logger.warning("[GTPO] Dataset: %d rows without question or answer left out", len(rows) - len(filled))
     if not len(filled):
-        raise RecipeError(f"dataset: no row of {section.split!r} has a question and an answer; choose another split or path")
+        raise RecipeError("dataset", f"no row of {section.split!r} has a question and an answer; choose another split or path")
     system = [{"role": "system", "content": section.system_instruction}] if section.system_instruction else []
 
     def as_problems(batch: dict[str, list]) -> dict[str, list]:
@@ -157,7 +157,7 @@ def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
         raise
     except (ValueError, OSError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
-        raise RecipeError(f"dataset: {section.path or source.hub_name!r} cannot be read ({str(cause).splitlines()[0]})") from error
+        raise RecipeError("dataset", f"{section.path or source.hub_name!r} cannot be read ({str(cause).splitlines()[0]})") from error
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0], source
 
 
@@ -168,10 +168,10 @@ def _rows_of_a_function(section: DatasetSection, load_object):
         made = load_object(section.name)(**{"split": section.split} if "split" in section.model_fields_set else {})
         made = made if isinstance(made, datasets.Dataset) else datasets.Dataset.from_list([dict(row) for row in made])
     except Exception as error:  # somebody's code: whatever it raises, the recipe is where it was named
-        raise RecipeError(f"dataset.name: {section.name!r} gave no rows ({type(error).__name__}: {error}); return a "
+        raise RecipeError("dataset.name", f"{section.name!r} gave no rows ({type(error).__name__}: {error}); return a "
                           "datasets.Dataset, or a list of dicts") from error
     if not len(made):
-        raise RecipeError(f"dataset.name: {section.name!r} returned no rows; return at least one")
+        raise RecipeError("dataset.name", f"{section.name!r} returned no rows; return at least one")
     return made
 
 
@@ -181,7 +181,7 @@ def _subsets(section: DatasetSection, source: Source) -> list[str]:
         return [section.subset]
     chosen = section.subsets if section.kind == "hendrycks_math" and section.subsets else source.subsets
     if section.kind == "hendrycks_math" and (unknown := [s for s in chosen if s not in MATH_SUBSETS]):
-        raise RecipeError(f"dataset.subsets: {', '.join(unknown)} is not known; use some of {', '.join(MATH_SUBSETS)}")
+        raise RecipeError("dataset.subsets", f"{', '.join(unknown)} is not known; use some of {', '.join(MATH_SUBSETS)}")
     return chosen
 
 
@@ -190,28 +190,28 @@ def _files(section: DatasetSection) -> list[list[Path]]:
     path, split = Path(section.path), section.split.split("[")[0]
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise RecipeError(f"dataset.path: {section.path!r} is not one of {', '.join(SUFFIXES)}")
+            raise RecipeError("dataset.path", f"{section.path!r} is not one of {', '.join(SUFFIXES)}")
         if split != "train":
-            raise RecipeError(f"dataset.split: {split!r} names nothing in the single file {section.path!r}; leave it out, or "
+            raise RecipeError("dataset.split", f"{split!r} names nothing in the single file {section.path!r}; leave it out, or "
                               "give a folder with one file per split")
         if not path.stat().st_size:
-            raise RecipeError(f"dataset.path: {section.path!r} is empty; give a file with at least one row")
+            raise RecipeError("dataset.path", f"{section.path!r} is empty; give a file with at least one row")
         return [[path]]
     if not path.is_dir():
-        raise RecipeError(f"dataset.path: there is no file or folder {section.path!r}")
+        raise RecipeError("dataset.path", f"there is no file or folder {section.path!r}")
     source = DATASETS.get(section.kind, DATASETS["file"])
     named = _subsets(section, source)
     folders = [path / name for name in named if (path / name).is_dir()] if named else []
     if named and section.kind == "hendrycks_math" and len(folders) < len(named) and folders:
         absent = [name for name in named if not (path / name).is_dir()]
-        raise RecipeError(f"dataset.path: {section.path!r} has no folder {', '.join(absent)}; it has "
+        raise RecipeError("dataset.path", f"{section.path!r} has no folder {', '.join(absent)}; it has "
                           f"{', '.join(sorted(f.name for f in path.iterdir() if f.is_dir()))}")
     found = []
     for folder in folders or [path]:
         files = sorted(f for f in folder.iterdir() if f.suffix in SUFFIXES and f.stem.split("-")[0].split(".")[0] == split)
         if not files:
             there = sorted({f.stem.split("-")[0].split(".")[0] for f in folder.iterdir() if f.suffix in SUFFIXES})
-            raise RecipeError(f"dataset.split: there is no {split!r} in {str(folder)!r}; it has "
+            raise RecipeError("dataset.split", f"there is no {split!r} in {str(folder)!r}; it has "
                               f"{', '.join(there) or 'no ' + ', '.join(SUFFIXES) + ' files'}")
         found.append(files)
     return found

@@ -6,9 +6,11 @@ import importlib.machinery
 import sys
 from pathlib import Path
 
+from gtpo.errors import Mistake
 
-def check_dotted_path(key: str, dotted: str) -> str | None:
-    """One sentence if `dotted` (`package.module.name` or `package.module:name`) cannot be a callable, else None.
+
+def check_dotted_path(key: str, dotted: str) -> Mistake | None:
+    """A mistake of `key` if `dotted` (`package.module.name` or `package.module:name`) cannot be a callable, else None.
 
     Where the sources do not tell (compiled modules, lazy or starred imports) the later, real import decides.
     """
@@ -16,20 +18,20 @@ def check_dotted_path(key: str, dotted: str) -> str | None:
     try:
         source = _source(module)
     except ModuleNotFoundError as error:
-        return f"{key}: {dotted!r} names module {module!r}, but there is no module {error.name!r} here or installed"
+        return Mistake(key, f"{dotted!r} names module {module!r}, but there is no module {error.name!r} here or installed")
     if source is None:
         return None
     try:
         names, complete = _top_level_names(ast.parse(source.read_text(encoding="utf-8")))
     except (SyntaxError, UnicodeDecodeError, ValueError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-        return f"{key}: {dotted!r} cannot be imported, {source.name}{line} is not valid Python ({error})"
+        return Mistake(key, f"{dotted!r} cannot be imported, {source.name}{line} is not valid Python ({error})")
     if name not in names:
         if not complete or (source.parent / name).is_dir() or (source.parent / f"{name}.py").is_file():
-            return f"{key}: {dotted!r} is a module; name a function or class in it" if complete else None
+            return Mistake(key, f"{dotted!r} is a module; name a function or class in it") if complete else None
         close = difflib.get_close_matches(name, names, 1) or sorted(n for n in names if names[n] == "" and not n.startswith("_"))[:5]
-        return f"{key}: module {module!r} has no {name!r}; it has {', '.join(close) or 'nothing to call'}"
-    return f"{key}: {dotted!r} is {names[name]}, which cannot be called; name a function or class" if names[name] else None
+        return Mistake(key, f"module {module!r} has no {name!r}; it has {', '.join(close) or 'nothing to call'}")
+    return Mistake(key, f"{dotted!r} is {names[name]}, which cannot be called; name a function or class") if names[name] else None
 
 
 def _source(module: str) -> Path | None:

@@ -5,7 +5,7 @@ import logging
 from gtpo import processes
 from gtpo.console import print_end
 from gtpo.interruption import Interrupted, Interruption
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 class RunStopped(Exception):

@@ -6,7 +6,7 @@ import logging
 
 from gtpo import adapters
 from gtpo.generation import Sampler, Sampling, with_model, with_vllm
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.saved import Saved, load_saved, saved_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Engine:
         try:
             config = AutoConfig.from_pretrained(self.saved.base, trust_remote_code=self.saved.section.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise RecipeError(f"{self.saved.base}: its config.json cannot be used ({str(error).splitlines()[0]})") from error
+            raise RecipeError(self.saved.base, f"its config.json cannot be used ({str(error).splitlines()[0]})") from error
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def policy(self, length: int):
@@ -62,7 +62,7 @@ class Engine:
         completion, context = sampling.max_completion_length, self.context
         length = max_prompt_length + completion
         if context is not None and length > context:
-            raise RecipeError(f"--max-completion-length: prompts of {max_prompt_length} and completions of {completion} tokens "
+            raise RecipeError("--max-completion-length", f"prompts of {max_prompt_length} and completions of {completion} tokens "
                               f"are more than the {context} of context that {self.saved.base!r} was made for; use at "
                               f"most {max(0, context - max_prompt_length)}, or a smaller --max-prompt-length")
         if self.backend == "vllm":
@@ -82,7 +82,7 @@ def _takes_vllm(wanted: str | None, section) -> bool:
     installed = importlib.util.find_spec("vllm") is not None
     missing = "no NVIDIA GPU is visible" if not _cuda() else "the package vllm is not installed" if not installed else None
     if wanted == "vllm" and missing:
-        raise RecipeError(f"--backend: vllm cannot be used here, {missing}; use auto or transformers")
+        raise RecipeError("--backend", f"vllm cannot be used here, {missing}; use auto or transformers")
     recipe_allows = section.backend != "transformers" and section.fast_inference is not False
     return wanted == "vllm" or wanted in (None, "auto") and not missing and recipe_allows
 

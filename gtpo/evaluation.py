@@ -9,7 +9,7 @@ from typing import Any
 from gtpo.answers import final_answer, format_score, reference_answer, same_answer
 from gtpo.evaluation_file import EvaluationFile
 from gtpo.generation import Completion, Sampler, Sampling, draw_seed
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[Comple
     try:
         return sampler(prompts, seeds)
     except torch.OutOfMemoryError:
-        raise RecipeError(f"batch_size: the GPU has no memory for {len(prompts)} completions at a time; use a smaller one, and "
+        raise RecipeError("batch_size", f"the GPU has no memory for {len(prompts)} completions at a time; use a smaller one, and "
                           "the evaluation goes on where it stopped") from None
 
 

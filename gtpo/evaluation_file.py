@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.whole_files import write_whole
 
 ROW = {  # of every completion
@@ -39,7 +39,7 @@ def read(path: Path) -> Evaluation:
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror}); give an evaluation file such as "
+        raise RecipeError(path, f"cannot be read ({error.strerror}); give an evaluation file such as "
                           "RUN/evaluation/after.jsonl") from None
     found = [_parsed(line) for line in lines]
     cut = len(found) > 1 and found[-1] is None
@@ -47,12 +47,12 @@ def read(path: Path) -> Evaluation:
         lines, found = lines[:-1], found[:-1]
     header = found[0].get("header") if found and isinstance(found[0], dict) else None
     if not isinstance(header, dict) or not all(isinstance(header.get(name), kind) for name, kind in HEADER.items()):
-        raise RecipeError(f"{path}: {'the first line is no header of an evaluation' if found else 'the file is empty'}; give a "
+        raise RecipeError(path, f"{'the first line is no header of an evaluation' if found else 'the file is empty'}; give a "
                           "file that evaluate_model.py or train_model.py wrote")
     seen = set()
     for number, row in enumerate(found[1:], 2):
         if problem := _what_is_wrong(row, header, seen):
-            raise RecipeError(f"{path}, line {number}: {problem}; the file is damaged: restore it, or move it away "
+            raise RecipeError(f"{path}, line {number}", f"{problem}; the file is damaged: restore it, or move it away "
                               "and evaluate again")
         seen.add((row["problem"], row["sample"]))
     return Evaluation(header, found[1:], cut, sum(map(len, lines)))
@@ -103,10 +103,10 @@ class EvaluationFile:
                 return
             _, self.rows, self.cut, self._whole = held = read(path)
             if other := [text.format(held.header[name]) for name, text in SETTINGS.items() if held.header[name] != header[name]]:
-                raise RecipeError(f"{path}: holds an evaluation with {', '.join(other)}; name another file with --to, or "
+                raise RecipeError(path, f"holds an evaluation with {', '.join(other)}; name another file with --to, or "
                                   "replace this one with --overwrite")
         elif not os.access(next(folder for folder in path.absolute().parents if folder.exists()), os.W_OK):
-            raise RecipeError(f"{path}: cannot be written (Permission denied); name another file with --to")
+            raise RecipeError(path, "cannot be written (Permission denied); name another file with --to")
 
     @property
     def missing(self) -> list[tuple[int, int]]:
@@ -124,7 +124,7 @@ class EvaluationFile:
                 self._size = self._whole = self.path.stat().st_size
             self._file = self.path.open("a+b")
         except OSError as error:
-            raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); name another file with --to") from None
+            raise RecipeError(self.path, f"cannot be written ({error.strerror}); name another file with --to") from None
         self._file.truncate(self._whole)
         self._size = self._whole
         if not self.path.read_bytes().endswith(b"\n"):
@@ -147,10 +147,10 @@ class EvaluationFile:
             self._size += self._file.write(content)
             self._file.flush()
         except OSError as error:  # a full disk
-            raise RecipeError(f"{self.path}: cannot be written ({error.strerror}); make room, and evaluate again to "
+            raise RecipeError(self.path, f"cannot be written ({error.strerror}); make room, and evaluate again to "
                               "go on") from None
 
     def _check_alone(self) -> None:
         size = self.path.stat().st_size if self.path.exists() else 0
         if size != self._size:  # or completions would be drawn, and counted, twice
-            raise RecipeError(f"{self.path}: another evaluation writes to it at the same time; wait until that is done")
+            raise RecipeError(self.path, "another evaluation writes to it at the same time; wait until that is done")

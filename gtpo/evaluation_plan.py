@@ -12,7 +12,8 @@ from gtpo.evaluation_file import EvaluationFile
 from gtpo.generation import Sampling
 from gtpo.kinds import DOTTED_PATH
 from gtpo.problems import held_out_section
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.saved import Saved
 from gtpo.scores import samples_and_ks
 from gtpo.sections import DATASET_ALIASES, SYSTEM_INSTRUCTION, DatasetSection
@@ -45,7 +46,7 @@ def make_plan(asked: SimpleNamespace, saved: Saved) -> Plan:
         training = recipe.training.trl_options() if recipe else {}
         temperature = 0.0 if samples == 1 else float(training.get("temperature") or 1.0)
     if temperature == 0 and samples > 1:
-        raise RecipeError(f"--temperature: 0 is greedy, so all {samples} samples of a problem would be the same; use a "
+        raise RecipeError("--temperature", f"0 is greedy, so all {samples} samples of a problem would be the same; use a "
                           "temperature above 0, or --samples 1")
     sampling = Sampling(
         temperature, 1.0 if asked.top_p is None else asked.top_p,
@@ -64,12 +65,12 @@ def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSec
     given |= {name: getattr(asked, name) for name in ("question_column", "answer_column") if getattr(asked, name)}
     if asked.dataset is None and asked.path is None:
         if recipe is None:
-            raise RecipeError("--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file with questions "
+            raise RecipeError("--dataset", "a model alone names no problems; use gsm8k, hendrycks_math, or a file with questions "
                               "and answers")
         section = held_out_section(recipe)
         limit = recipe.evaluation.limit if section and not asked.split else None
         if section is None and recipe.dataset.path and os.path.isfile(recipe.dataset.path):
-            raise RecipeError("--dataset: the recipe holds out no problems; use gsm8k, hendrycks_math, or a file with questions "
+            raise RecipeError("--dataset", "the recipe holds out no problems; use gsm8k, hendrycks_math, or a file with questions "
                               "and answers")
         section = section or recipe.dataset.model_copy(update={"split": "test"})
         return _named(section.model_copy(update={**given, **_split_and_subset(asked)})), limit
@@ -77,7 +78,7 @@ def _problems(asked: SimpleNamespace, recipe: Recipe | None) -> tuple[DatasetSec
     path = asked.path if name or asked.dataset is None else asked.dataset
     if name is None and not (path and (Path(path).exists() or path.endswith(SUFFIXES) or os.sep in path)):
         if not (DOTTED_PATH.fullmatch(path) and check_dotted_path("--dataset", path) is None):
-            raise RecipeError(f"--dataset: {path!r} is not known; use gsm8k, hendrycks_math, an existing file or folder, or a "
+            raise RecipeError("--dataset", f"{path!r} is not known; use gsm8k, hendrycks_math, an existing file or folder, or a "
                               "dotted path such as my_data.load")
         name, path = path, asked.path
     if path or name in DATASET_ALIASES:  # a function need not know any

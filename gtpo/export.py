@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gtpo import adapters, base_model, fidelity, model_card
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.saved import Saved, check_vocabulary
 from gtpo.whole_files import flush, flush_entries
 
@@ -36,10 +36,10 @@ class Plan(NamedTuple):
 def check_free(out: Path) -> None:
     """Raises RecipeError if something is at `out`, or nothing can be written there."""
     if os.path.lexists(out):
-        raise RecipeError(f"{out}: it exists already and is not overwritten; give another folder for the merged model")
+        raise RecipeError(out, "it exists already and is not overwritten; give another folder for the merged model")
     parent = _existing(out)
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RecipeError(f"{out}: {parent} cannot be written to; give another folder for the merged model")
+        raise RecipeError(out, f"{parent} cannot be written to; give another folder for the merged model")
 
 
 def export(saved: Saved, out: Path, *, dtype: str = "bfloat16") -> fidelity.Fidelity:
@@ -51,7 +51,7 @@ def export(saved: Saved, out: Path, *, dtype: str = "bfloat16") -> fidelity.Fide
 
     check_free(out)
     if saved.adapter is None:
-        raise RecipeError(f"{saved.base}: it is a base model, with nothing to merge; give a run, a checkpoint or an adapter")
+        raise RecipeError(saved.base, "it is a base model, with nothing to merge; give a run, a checkpoint or an adapter")
     plan = make_plan(saved, out, dtype)
     own = (saved.adapter / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(saved.adapter if own else saved.base,
@@ -63,14 +63,14 @@ def export(saved: Saved, out: Path, *, dtype: str = "bfloat16") -> fidelity.Fide
     model = merged(load(saved, plan.computing, plan.device))
     problem = fidelity.sum_problem(expected, model, texts) if plan.computing == "float32" else None
     if problem:
-        raise RecipeError(f"{out}: {problem}; nothing was kept")
+        raise RecipeError(out, f"{problem}; nothing was kept")
     with _beside(out) as folder:
         save(model, folder, dtype)
         tokenizer.save_pretrained(folder)
         del model
         found = fidelity.compare(expected, _load_base(str(folder), plan.computing, plan.device, saved), texts)
         if problem := found.problem(dtype):
-            raise RecipeError(f"{out}: {problem}; nothing was kept")
+            raise RecipeError(out, f"{problem}; nothing was kept")
         model_card.write(folder, model_card.merged_card(saved, dtype, str(found)))
         if saved.run_dir:  # so that evaluate_model.py asks it what training asked
             shutil.copy(saved.run_dir / "recipe.yaml", folder)
@@ -86,14 +86,14 @@ def make_plan(saved: Saved, out: Path, dtype: str) -> Plan:
     try:
         config = AutoConfig.from_pretrained(saved.base, trust_remote_code=saved.section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{saved.base}: its config.json cannot be used ({str(error).splitlines()[0]})") from error
+        raise RecipeError(saved.base, f"its config.json cannot be used ({str(error).splitlines()[0]})") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise RecipeError(f"{saved.base}: this base model is quantised, and the adapter is merged into 16-bit weights; name the "
+        raise RecipeError(saved.base, "this base model is quantised, and the adapter is merged into 16-bit weights; name the "
                           "model it was made from with --model-name")
     parameters = base_model.parameters(config, trust_remote_code=saved.section.trust_remote_code)
     needed, free = parameters * _dtype(dtype).itemsize, shutil.disk_usage(_existing(out)).free
     if needed > free:
-        raise RecipeError(f"{out}: the merged model takes {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB free; "
+        raise RecipeError(out, f"the merged model takes {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f} GiB free; "
                           "give a folder on another one")
     rooms = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
     rooms["cpu"] = psutil.virtual_memory().available
@@ -101,7 +101,7 @@ def make_plan(saved: Saved, out: Path, dtype: str) -> Plan:
         for device, room in rooms.items():
             if parameters * _dtype(computing).itemsize < 0.8 * room:
                 return Plan(computing, device)
-    raise RecipeError(f"{saved.base}: {parameters / 1e9:.1f} billion parameters in {dtype} need "
+    raise RecipeError(saved.base, f"{parameters / 1e9:.1f} billion parameters in {dtype} need "
                       f"{parameters * _dtype(dtype).itemsize / 0.8 / 2**30:.0f} GiB, and this machine has "
                       f"{max(rooms.values()) / 2**30:.0f} GiB free; export on a larger one")
 
@@ -116,7 +116,7 @@ def merged(model):
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise RecipeError(f"the adapter cannot be merged ({str(error).splitlines()[0]})") from error
+        raise RecipeError("adapter", f"it cannot be merged ({str(error).splitlines()[0]})") from error
 
 
 def save(model, folder: Path, dtype: str) -> None:
@@ -127,7 +127,7 @@ def save(model, folder: Path, dtype: str) -> None:
     try:
         model.to(_dtype(dtype)).save_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{folder.parent}: the merged model cannot be saved ({' '.join(str(error).split())})") from error
+        raise RecipeError(folder.parent, f"the merged model cannot be saved ({' '.join(str(error).split())})") from error
 
 
 def sample_texts(saved: Saved, tokenizer) -> tuple[list, str]:
@@ -166,7 +166,7 @@ def _load_base(name: str, dtype: str, device: str, saved: Saved):
         return AutoModelForCausalLM.from_pretrained(name, dtype=_dtype(dtype), use_safetensors=True, device_map={"": device},
                                                     trust_remote_code=saved.section.trust_remote_code)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise RecipeError(f"{name}: it cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        raise RecipeError(name, f"it cannot be loaded ({str(error).strip().splitlines()[0]})") from error
 
 
 def _records(file: Path | None) -> list[dict]:

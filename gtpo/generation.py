@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtpo import processes
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import ModelSection
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vllm 0.31.0 takes for max_lora_rank
@@ -138,8 +138,8 @@ def vllm_in_unsloth(section: ModelSection) -> bool:
     """Whether Unsloth samples with vLLM while it trains; raises RecipeError where that is asked for and cannot be had."""
     wanted, installed = section.fast_inference, importlib.util.find_spec("vllm") is not None
     if wanted is True and not installed:
-        raise RecipeError("model.fast_inference: true needs vLLM, which is not installed; use auto, or: pip install vllm==0.31.0")
+        raise RecipeError("model.fast_inference", "true needs vLLM, which is not installed; use auto, or: pip install vllm==0.31.0")
     if wanted is True and processes.count() > 1:  # each would be a group of one process, and so a run of its own
-        raise RecipeError(f"model.fast_inference: true is for one process, and there are {processes.count()}; use auto or false, or a "
+        raise RecipeError("model.fast_inference", f"true is for one process, and there are {processes.count()}; use auto or false, or a "
                           "vLLM server (docs/scaling.md)")
     return wanted is not False and installed and processes.count() == 1

@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 SECONDS = 5
 
@@ -23,20 +23,20 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
     if cached.is_dir():
         return [file.name for file in cached.glob("*/*")]
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        raise RecipeError(f"{key}: {name!r} is not in the local cache and HF_HUB_OFFLINE is set; use {instead}")
+        raise RecipeError(key, f"{name!r} is not in the local cache and HF_HUB_OFFLINE is set; use {instead}")
     try:
         info = (HfApi().model_info if kind == "model" else HfApi().dataset_info)(name, timeout=SECONDS)
     except GatedRepoError:
-        raise RecipeError(f"{key}: {name!r} is gated; accept its licence on the hub and set HF_TOKEN") from None
+        raise RecipeError(key, f"{name!r} is gated; accept its licence on the hub and set HF_TOKEN") from None
     except RepositoryNotFoundError:
-        raise RecipeError(f"{key}: the hub has no {kind} {name!r} that you may see; check the name, or set HF_TOKEN") from None
+        raise RecipeError(key, f"the hub has no {kind} {name!r} that you may see; check the name, or set HF_TOKEN") from None
     except HFValidationError:
-        raise RecipeError(f"{key}: {name!r} is no hub name; give one like owner/name, or {instead}") from None
+        raise RecipeError(key, f"{name!r} is no hub name; give one like owner/name, or {instead}") from None
     except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
-        raise RecipeError(f"{key}: {name!r} is not in the local cache and the hub cannot be reached "
+        raise RecipeError(key, f"{name!r} is not in the local cache and the hub cannot be reached "
                           f"({type(error).__name__}); connect to the network, or use {instead}") from None
     if info.gated and get_token() is None:
-        raise RecipeError(f"{key}: {name!r} is gated; accept its licence on the hub and set HF_TOKEN")
+        raise RecipeError(key, f"{name!r} is gated; accept its licence on the hub and set HF_TOKEN")
     return [file.rfilename for file in info.siblings or ()]
 
 
@@ -54,7 +54,7 @@ def check_access(name: str) -> str:
     try:
         HfApi().auth_check(name)
     except GatedRepoError:
-        raise RecipeError(f"model.model_name: {name!r} is gated, and the token is {source.partition(',')[0]}; accept its licence "
+        raise RecipeError("model.model_name", f"{name!r} is gated, and the token is {source.partition(',')[0]}; accept its licence "
                           "on the hub and set HF_TOKEN to a token of that account") from None
     except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
         return f"{source}; the hub could not be asked ({type(error).__name__})"
@@ -91,8 +91,8 @@ def _hub_errors(repository: str):
     try:
         yield
     except HFValidationError:
-        raise RecipeError(f"--push: {repository!r} is no hub name; give one like owner/name") from None
+        raise RecipeError("--push", f"{repository!r} is no hub name; give one like owner/name") from None
     except LocalTokenNotFoundError:
-        raise RecipeError("--push: there is no login to the hub; run `hf auth login`, or set HF_TOKEN") from None
+        raise RecipeError("--push", "there is no login to the hub; run `hf auth login`, or set HF_TOKEN") from None
     except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
-        raise RecipeError(f"--push: {repository} cannot be pushed to ({' '.join(str(error).split())})") from None
+        raise RecipeError("--push", f"{repository} cannot be pushed to ({' '.join(str(error).split())})") from None

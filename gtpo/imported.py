@@ -1,7 +1,8 @@
 """What a recipe names by dotted path, imported: the trainer and the rewards. Only after the backend, which patches TRL."""
 
 from gtpo.cli import load_object
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 
 
 def trainer_class(recipe: Recipe):
@@ -10,7 +11,7 @@ def trainer_class(recipe: Recipe):
 
     found = load("trainer.class_path", recipe.trainer.class_path)
     if not (isinstance(found, type) and issubclass(found, trl.GRPOTrainer)):
-        raise RecipeError(f"trainer.class_path: {recipe.trainer.class_path!r} is no subclass of trl.GRPOTrainer; use "
+        raise RecipeError("trainer.class_path", f"{recipe.trainer.class_path!r} is no subclass of trl.GRPOTrainer; use "
                           "gtpo.gtpo_training.UnslothGTPOTrainer, or a subclass of it")
     return found
 
@@ -30,7 +31,7 @@ def made_trainer(made_by, model, tokenizer, rewards: list, arguments, problems):
     try:
         return made_by(model=model, reward_funcs=rewards, args=arguments, train_dataset=problems, processing_class=tokenizer)
     except (ValueError, TypeError, ImportError, NotImplementedError, ConnectionError) as error:  # the last: no vLLM server
-        raise RecipeError(f"training: {' '.join(str(error).split())}") from error
+        raise RecipeError("training", f"{' '.join(str(error).split())}") from error
 
 
 def try_options(recipe: Recipe, arguments, tokenizer, problems) -> None:
@@ -50,7 +51,7 @@ def load(key: str, dotted: str):
     try:
         found = load_object(dotted)
     except (Exception, SystemExit) as error:  # somebody's code: whatever it raises, the recipe is where it was named
-        raise RecipeError(f"{key}: {dotted!r} cannot be imported ({type(error).__name__}: {error})") from error
+        raise RecipeError(key, f"{dotted!r} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
-        raise RecipeError(f"{key}: {dotted!r} is {type(found).__name__}, which cannot be called; name a function or class")
+        raise RecipeError(key, f"{dotted!r} is {type(found).__name__}, which cannot be called; name a function or class")
     return found

@@ -23,7 +23,7 @@ from trl.trainer.utils import get_callable_name
 from gtpo.failures import Failures
 from gtpo.judge_call import judge
 from gtpo.judge_process import CannotHandOver, JudgePool
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.rewards_sections import RewardsSection
 from gtpo.verdicts import ContractBroken, Settling
 
@@ -92,18 +92,18 @@ class Judges(TrainerCallback):
         try:
             verdict = settling.verdict(self.section.per)
         except CannotHandOver as error:
-            raise RecipeError(f"trainer.reward_funcs: {path!r} cannot be called in a process of its own, the dataset has a column "
+            raise RecipeError("trainer.reward_funcs", f"{path!r} cannot be called in a process of its own, the dataset has a column "
                               f"that cannot be handed over ({error}); set rewards.isolated to false") from None
         except ContractBroken as broken:
             sentence = f"{path!r} {broken}; return a list with a number or None for each completion"
             if step == 0:
-                raise RecipeError(f"trainer.reward_funcs: {sentence}") from None
+                raise RecipeError("trainer.reward_funcs", f"{sentence}") from None
             self._broken = sentence
             return [None] * count
         with self._lock:
             self.failures.keep(path, verdict, handed, step + 1)
             if step == 0 and verdict.nothing_judged:
-                raise RecipeError(f"trainer.reward_funcs: {path!r} failed on every completion of the first rollout, it "
+                raise RecipeError("trainer.reward_funcs", f"{path!r} failed on every completion of the first rollout, it "
                                   f"{min(verdict.failures.items())[1]['failure']}; the tracebacks are in {self.failures.file}")
             self._failed |= verdict.failures.keys()
             self._unjudged |= set(range(count)) if verdict.abandoned else verdict.failures.keys()
@@ -178,7 +178,7 @@ def _check_signature(path: str, function: Callable, handed: dict) -> None:
     try:
         inspect.signature(function).bind(**handed, log_metric=None, log_extra=None)
     except TypeError as error:
-        raise RecipeError(f"trainer.reward_funcs: {path!r} does not take what TRL hands over, {', '.join(handed)} ({error}); "
+        raise RecipeError("trainer.reward_funcs", f"{path!r} does not take what TRL hands over, {', '.join(handed)} ({error}); "
                           "take what you need by name, and the rest as **kwargs") from None
     except ValueError:  # some functions in C have no signature
         return

@@ -7,7 +7,7 @@ credited, and memory that several processes share (FSDP, ZeRO) is not divided.
 from typing import NamedTuple
 
 from gtpo.merging import MOST_BYTES
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import ModelSection
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes of a weight: 4 bits, an 8-bit scale per 64 weights, a float32 per 256 scales
@@ -128,7 +128,7 @@ def shape(section: ModelSection, lora) -> Shape:
         try:
             model = get_peft_model(model, lora)
         except ValueError as error:
-            raise RecipeError(f"model.target_modules: {sorted(lora.target_modules)} does not fit this model "
+            raise RecipeError("model.target_modules", f"{sorted(lora.target_modules)} does not fit this model "
                               f"({str(error).splitlines()[0]})") from error
     text = config.get_text_config()
     heads = text.num_attention_heads

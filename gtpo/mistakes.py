@@ -5,6 +5,7 @@ import re
 
 from pydantic import ValidationError
 
+from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe import Recipe
 from gtpo.schema import all_keys
 from gtpo.sections import Section
@@ -18,9 +19,9 @@ EXPECTED = {
 }
 
 
-def sentences(error: ValidationError, recipe_file: str, overrides: dict[tuple[str, ...], object]) -> list[str]:
-    """One sentence per key that pydantic refused, with where its value came from; `overrides` are those of the flags."""
-    told: dict[str, str] = {}
+def mistakes(error: ValidationError, recipe_file: str, overrides: dict[tuple[str, ...], object]) -> list[Mistake]:
+    """One mistake per key that pydantic refused, with where its value came from; `overrides` are those of the flags."""
+    told: dict[object, Mistake] = {}
     expected: dict[str, list[str]] = {}
     for problem in error.errors():
         path = _key_path(problem["loc"])
@@ -31,16 +32,17 @@ def sentences(error: ValidationError, recipe_file: str, overrides: dict[tuple[st
             case "default_factory_not_called":  # a default taken from a neighbour that is itself wrong
                 continue
             case "extra_forbidden":
-                told[key] = f"{key}: unknown key {source}{nearest(key, all_keys())}"
+                told[key] = Mistake(key, f"unknown key {source}{nearest(key, all_keys())}")
             case "missing":
-                told[key] = f"{key}: missing; set it in {recipe_file}{'' if key in Recipe.model_fields else f' or with --{key}'}"
+                told[key] = Mistake(key, f"missing; set it in {recipe_file}{'' if key in Recipe.model_fields else f' or with --{key}'}")
             case "value_error":  # our own rules; those across keys name the key themselves
-                text = str(problem["ctx"]["error"])
-                told[text] = text if ":" in text.split(" ")[0] else f"{key}: {text}"
+                cause = problem["ctx"]["error"]
+                mistake = cause.mistakes[0] if isinstance(cause, RecipeError) else Mistake(key, str(cause))
+                told[mistake] = mistake
             case kind:
                 expected.setdefault(key, []).append(EXPECTED.get(kind, problem["msg"].removeprefix("Input should be ")))
                 clause = _nearest_choice(problem) or f"it should be {' or '.join(dict.fromkeys(expected[key]))}"
-                told[key] = f"{key}: {_shown(problem)} {source} is not valid; {clause}"
+                told[key] = Mistake(key, f"{_shown(problem)} {source} is not valid; {clause}")
     return list(told.values())
 
 

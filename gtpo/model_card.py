@@ -11,7 +11,8 @@ from pathlib import Path
 from gtpo import evaluation_file
 from gtpo.base_model import is_hub_name
 from gtpo.data import DATASETS
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.scores import means
 from gtpo.whole_files import write_whole
 

@@ -7,13 +7,13 @@ the processes: each has a generator of its own. And a rollout under way is sprea
 
 from pathlib import Path
 
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 def check(folder: Path, told: dict, processes: int) -> None:
     """Raises RecipeError if `processes` cannot take up the checkpoint in `folder`, whose manifest told `told`."""
     if told.get("processes", processes) != processes and told.get("within_rollout"):
-        raise RecipeError(_within_rollout(folder, told))
+        raise _within_rollout(folder, told)
 
 
 def step(trainer, folder: Path, told: dict, rollout) -> int:
@@ -26,11 +26,11 @@ def step(trainer, folder: Path, told: dict, rollout) -> int:
     args, steps = trainer.args, trainer.state.global_step
     micro_batches = steps * args.gradient_accumulation_steps
     if rollout is not None or micro_batches % (args.steps_per_generation * trainer.num_iterations):
-        raise RecipeError(_within_rollout(folder, told))
+        raise _within_rollout(folder, told)
     set_seed(args.seed + steps, device_specific=True)
     return micro_batches
 
 
-def _within_rollout(folder: Path, told: dict) -> str:
-    return (f"--resume: {folder} lies within a rollout, which is spread over {told['processes']} "
+def _within_rollout(folder: Path, told: dict) -> RecipeError:
+    return RecipeError("--resume", f"{folder} lies within a rollout, which is spread over {told['processes']} "
             f"process{'' if told['processes'] == 1 else 'es'}; go on with as many, or from a checkpoint between two rollouts")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from gtpo import cli
 from gtpo.checks import STEPS, Facts
 from gtpo.findings import Finding, as_json, conclusion, line
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.starts import Request
 
 

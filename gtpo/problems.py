@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-import re
 
 from gtpo.arguments import batch_plan
 from gtpo.cli import load_object
 from gtpo.data import check_source, load_problems, measured_problems
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import Mistake, RecipeError
+from gtpo.recipe import Recipe
 
 
 def load_training(recipe: Recipe, tokenizer, processes: int):
@@ -21,7 +21,7 @@ def enough(recipe: Recipe, count: int, processes: int) -> None:
     """Raises RecipeError if `count` problems do not fill one rollout: TRL leaves incomplete ones out, so it would train nothing."""
     needed = batch_plan(recipe, processes).prompts_per_rollout
     if count < needed:
-        raise RecipeError(f"dataset: {count} problems are left, and one rollout takes {needed}; lower "
+        raise RecipeError("dataset", f"{count} problems are left, and one rollout takes {needed}; lower "
                           "training.per_device_train_batch_size or gradient_accumulation_steps")
 
 
@@ -58,7 +58,13 @@ def _told_of_evaluation():
     try:
         yield
     except RecipeError as error:
-        raise RecipeError(re.sub(r"^dataset(?=:|\.path|\.split)", "evaluation", str(error))) from None
+        raise _of_evaluation(error) from None
+
+
+def _of_evaluation(error: RecipeError) -> RecipeError:
+    """`error` with the keys by which `evaluation` names held-out problems."""
+    keys = {"dataset": "evaluation", "dataset.path": "evaluation.path", "dataset.split": "evaluation.split"}
+    return RecipeError.of(Mistake(keys.get(mistake.key, mistake.key), mistake.sentence) for mistake in error.mistakes)
 
 
 def load_held_out(recipe: Recipe, tokenizer):

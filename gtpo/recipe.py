@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
+from gtpo.errors import RecipeError
 from gtpo.kinds import EnvMap
 from gtpo.rewards_sections import RewardsSection
 from gtpo.safe_text import hide, is_secret
@@ -39,10 +40,6 @@ DERIVED = {  # TRL's options that a recipe decides elsewhere
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint as it is",
     "parallelism_config": "it is no plain value; use accelerate's configuration file",
 }
-
-
-class RecipeError(ValueError):
-    """A recipe that cannot run; its text says where, what was given, and what would work."""
 
 
 class Recipe(Section):
@@ -111,7 +108,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def derived_options_are_not_given(self):
         for name in sorted(self.training.trl_options().keys() & DERIVED.keys()):
-            raise ValueError(f"training.{name}: it cannot be set here; {DERIVED[name]}")
+            raise RecipeError(f"training.{name}", f"it cannot be set here; {DERIVED[name]}")
         return self
 
     @model_validator(mode="after")
@@ -119,20 +116,20 @@ class Recipe(Section):
         for documented, trl_name in TWO_NAMES:
             if all(key in getattr(self, section).model_fields_set
                    for section, key in (documented.split("."), trl_name.split("."))):
-                raise ValueError(f"{documented}: given together with {trl_name}, which is the same setting; keep one")
+                raise RecipeError(documented, f"given together with {trl_name}, which is the same setting; keep one")
         return self
 
     @model_validator(mode="after")
     def prompts_fit_in_the_sequence(self):
         sequence, bound, prompt = self.model.max_seq_length, self.model.max_prompt_length, self.max_prompt_length
         if bound > sequence:
-            raise ValueError(f"model.max_prompt_length: {bound} is larger than model.max_seq_length ({sequence}); "
+            raise RecipeError("model.max_prompt_length", f"{bound} is larger than model.max_seq_length ({sequence}); "
                              f"use at most {sequence}")
         if prompt > bound:
-            raise ValueError(f"training.max_prompt_length: {prompt} is larger than model.max_prompt_length ({bound}); "
+            raise RecipeError("training.max_prompt_length", f"{prompt} is larger than model.max_prompt_length ({bound}); "
                              f"use at most {bound}")
         if self.max_completion_length < 1:
-            raise ValueError(f"training.max_prompt_length: {prompt} leaves {self.max_completion_length} of "
+            raise RecipeError("training.max_prompt_length", f"{prompt} leaves {self.max_completion_length} of "
                              f"model.max_seq_length ({sequence}) for completions; use at most {sequence - 1}")
         return self
 
@@ -140,7 +137,7 @@ class Recipe(Section):
     def reward_weights_match_the_rewards(self):
         weights = self.training.reward_weights
         if weights is not None and len(weights) != len(self.trainer.reward_funcs):
-            raise ValueError(f"training.reward_weights: {len(weights)} weights for {len(self.trainer.reward_funcs)} "
+            raise RecipeError("training.reward_weights", f"{len(weights)} weights for {len(self.trainer.reward_funcs)} "
                              "trainer.reward_funcs; give one for each")
         return self
 
@@ -149,7 +146,7 @@ class Recipe(Section):
         if self.trainer.class_path.startswith(("gtpo.", "custom_trainer.released")):
             for name in sorted(self.training.trl_options().keys() & FREE_FOR_GTPO.keys()):
                 if getattr(self.training, name) != FREE_FOR_GTPO[name]:
-                    raise ValueError(f"training.{name}: it does not go with GTPO, which uses TRL's entropy mask for its "
+                    raise RecipeError(f"training.{name}", "it does not go with GTPO, which uses TRL's entropy mask for its "
                                      "own factor; leave it out, or use custom_trainer.original.UnslothGRPOTrainer")
         return self
 
@@ -159,9 +156,9 @@ class Recipe(Section):
         if given.get("vllm_mode") != "server":
             return self
         if not given.get("use_vllm"):
-            raise ValueError("training.vllm_mode: a server is not asked without training.use_vllm; set that to true")
+            raise RecipeError("training.vllm_mode", "a server is not asked without training.use_vllm; set that to true")
         if self.model.backend != "transformers":
-            raise ValueError(f"training.vllm_mode: server goes with model.backend transformers, not {self.model.backend}: Unsloth generates "
+            raise RecipeError("training.vllm_mode", f"server goes with model.backend transformers, not {self.model.backend}: Unsloth generates "
                              "with a vLLM of its own in each process")
         return self
 
@@ -171,6 +168,6 @@ class Recipe(Section):
         if self.dataset.path is None and self.dataset.kind in ("gsm8k", "hendrycks_math"):
             for key, split in (("dataset.split", base), ("evaluation.split", self.evaluation.split or "test")):
                 if split.split("[")[0] not in ("train", "test"):
-                    raise ValueError(f"{key}: {self.dataset.name} has no split {split!r}; it has train and test")
+                    raise RecipeError(key, f"{self.dataset.name} has no split {split!r}; it has train and test")
         return self
 

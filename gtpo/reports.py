@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gtpo import conflict_view, curves, summary
 from gtpo.configurations import Configuration, configurations, differences, windows
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.run_record import RunRecord, read_run
 from gtpo.scores import Score
 from gtpo.whole_files import written_aside
@@ -31,7 +31,7 @@ def write_report(run_dirs: list[Path], page: Path, picture: Path, *, steps: list
             curves.write_png(picture_aside, configurations(runs), MAKER)
             html_aside.write_bytes(html)
     except OSError as error:
-        raise RecipeError(f"{page.parent}: cannot be written to ({error.strerror}); choose another place with --out") from None
+        raise RecipeError(page.parent, f"cannot be written to ({error.strerror}); choose another place with --out") from None
 
 
 def render(runs: list[RunRecord], steps: list[int]) -> bytes:
@@ -102,9 +102,9 @@ def _interval(score: Score | None, name: str) -> str:
 def _check_ours(file: Path) -> None:
     """Raises RecipeError where replacing `file` would lose something that is not a report of ours."""
     if file.is_dir():
-        raise RecipeError(f"{file}: is a folder; choose another name with --out")
+        raise RecipeError(file, "is a folder; choose another name with --out")
     if file.exists():
         with file.open("rb") as existing:
             if MAKER.encode() not in existing.read(2000):
-                raise RecipeError(f"{file}: exists and is no report of ours, so it stays; move it away, or choose another place "
+                raise RecipeError(file, "exists and is no report of ours, so it stays; move it away, or choose another place "
                                   "with --out")

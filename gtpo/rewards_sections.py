@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from gtpo.errors import RecipeError
 from gtpo.sections import Section
 
 
@@ -24,5 +25,5 @@ class RewardsSection(Section):
     @model_validator(mode="after")
     def workers_are_processes(self):
         if self.workers > 1 and not self.isolated:
-            raise ValueError(f"rewards.workers: {self.workers} workers are processes of their own; leave rewards.isolated at true")
+            raise RecipeError("rewards.workers", f"{self.workers} workers are processes of their own; leave rewards.isolated at true")
         return self

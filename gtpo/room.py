@@ -6,7 +6,8 @@ import os
 from gtpo.arguments import batch_plan, precision
 from gtpo.generation import vllm_in_unsloth
 from gtpo.memory import Load, Shape, peak
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.trl_options import grpo_options
 
 GIB = 2**30
@@ -25,7 +26,7 @@ def memory(recipe: Recipe, shape: Shape, *, backend: str, processes: int, longes
     told = ", ".join(f"{name} {_gib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size)
     sentence = f"at worst {_gib(needed)} GiB ({told}), and {place} has {_gib(free)} GiB free"
     if needed > free:
-        raise RecipeError(f"{sentence}; lower {', '.join(_keys_that_help(parts, load))}")
+        raise RecipeError("memory", f"{sentence}; lower {', '.join(_keys_that_help(parts, load))}")
     return sentence
 
 
@@ -42,7 +43,7 @@ def disk(recipe: Recipe, checkpoint: int, *, free: int, problems: int, processes
     sentence = (f"at most {_gib(needed)} GiB ({kept} checkpoints of {checkpoint / 2**20:,.0f} MiB, completions.jsonl {_gib(records)}), "
                 f"and the disk has {_gib(free)} GiB free")
     if needed > free:
-        raise RecipeError(f"{sentence}; set training.save_total_limit, raise training.save_steps or watch.tokens_every, or use "
+        raise RecipeError("disk", f"{sentence}; set training.save_total_limit, raise training.save_steps or watch.tokens_every, or use "
                           "another output_root")
     return sentence
 

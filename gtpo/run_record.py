@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 from gtpo.completion_log import CompletionLog
 from gtpo.evaluation_file import read
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.scores import Scores, scores
 from gtpo.yaml_text import YamlError, load
 
@@ -99,10 +100,10 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """The record of a run directory; raises RecipeError if it is none, or has nothing to tell."""
     if not path.is_dir():
-        raise RecipeError(f"{path}: there is no such run directory; give the one that train_model.py printed last")
+        raise RecipeError(path, "there is no such run directory; give the one that train_model.py printed last")
     if not (path / "recipe.yaml").is_file():
         inside = next((parent for parent in path.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
-        raise RecipeError(f"{path}: is no run directory (it has no recipe.yaml); give "
+        raise RecipeError(path, "is no run directory (it has no recipe.yaml); give "
                           f"{inside if inside else 'the one that train_model.py printed last'}")
     text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     state_file, state = _newest_state(path)
@@ -113,7 +114,7 @@ def read_run(path: Path) -> RunRecord:
         logged=logged, alarms=_alarms(path / "train.log", conditions), evaluations=evaluations, notes=notes,
     )
     if not (record.last_step or record.evaluations):
-        raise RecipeError(f"{path}: there is nothing to report yet: no metrics in {STATE} or a checkpoint, no completions.jsonl "
+        raise RecipeError(path, f"there is nothing to report yet: no metrics in {STATE} or a checkpoint, no completions.jsonl "
                           "and no evaluation; wait for the first steps")
     return record
 
@@ -124,7 +125,7 @@ def _recipe(path: Path, text: str) -> dict[str, Any]:
     except YamlError:
         values = None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path / 'recipe.yaml'}: is no recipe (not a YAML mapping); restore it, or give another run")
+        raise RecipeError(f"{path / 'recipe.yaml'}", "is no recipe (not a YAML mapping); restore it, or give another run")
     try:
         return Recipe.model_validate(values).saved()[0]
     except ValidationError:  # saved by another version of ours: what it says is worth showing all the same

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import gtpo
 from gtpo.cli import to_yaml
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.rewinding import rewind
 from gtpo.safe_text import SafeFormatter
 from gtpo.starts import Start, check_still, only_run_in

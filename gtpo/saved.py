@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gtpo import adapters, base_model
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.sections import ModelSection
 
 logger = logging.getLogger(__name__)
@@ -46,20 +47,20 @@ def find_saved(target: str, *, base: str | None = None) -> Saved:
     elif (folder / adapters.CONFIG).is_file():
         saved = _adapter(folder)
     elif folder.is_dir() and not (folder / "config.json").is_file():
-        raise RecipeError(f"{target}: the folder holds no recipe.yaml, {adapters.CONFIG} or config.json; give a run directory, a "
+        raise RecipeError(target, f"the folder holds no recipe.yaml, {adapters.CONFIG} or config.json; give a run directory, a "
                           "checkpoint, an adapter or a base model")
     elif folder.is_file():
-        raise RecipeError(f"{target}: it is a file; give the folder of a run, a checkpoint, an adapter or a base model")
+        raise RecipeError(target, "it is a file; give the folder of a run, a checkpoint, an adapter or a base model")
     else:
         base_model.check_model(target, key=target)
         return Saved("base", str(folder) if folder.is_dir() else target)
     saved = replace(saved, base=base or saved.base)
     if not saved.base:
-        raise RecipeError(f"{target}: its {adapters.CONFIG} names no base model; set base_model_name_or_path there")
+        raise RecipeError(target, f"its {adapters.CONFIG} names no base model; set base_model_name_or_path there")
     try:
         base_model.check_model(saved.base, key="base model")
     except RecipeError as error:
-        raise RecipeError(f"{target}: {error}; a relative folder counts from the directory where it was trained") from None
+        raise RecipeError(target, f"{error}; a relative folder counts from the directory where it was trained") from None
     return saved
 
 
@@ -122,7 +123,7 @@ def _run(folder: Path) -> Saved:
             continue
         logger.warning("[GTPO] %s did not finish: its newest checkpoint, %s, is used", folder, checkpoint.name)
         return Saved("run", recipe.model.model_name, checkpoint, recipe, folder)
-    raise RecipeError(f"{folder}: this run has no adapter, neither of its own nor in a checkpoint; let it reach "
+    raise RecipeError(folder, "this run has no adapter, neither of its own nor in a checkpoint; let it reach "
                       "training.save_steps or its end, or give another run")
 
 
@@ -149,7 +150,7 @@ def _fit_context(section: ModelSection) -> ModelSection:
     try:
         config = AutoConfig.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{section.model_name}: its config.json cannot be used ({str(error).splitlines()[0]})") from error
+        raise RecipeError(section.model_name, f"its config.json cannot be used ({str(error).splitlines()[0]})") from error
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or section.max_seq_length
     length = min(section.max_seq_length, context)
     return section.model_copy(update={"max_seq_length": length, "max_prompt_length": length})
@@ -163,7 +164,7 @@ def check_vocabulary(saved: Saved, section: ModelSection, tokenizer) -> None:
         return
     theirs = AutoTokenizer.from_pretrained(section.model_name, trust_remote_code=section.trust_remote_code)
     if _ordinary_tokens(tokenizer) != _ordinary_tokens(theirs):
-        raise RecipeError(f"{saved.adapter}: this adapter does not fit the base model {saved.base!r}: its tokenizer has another "
+        raise RecipeError(saved.adapter, f"this adapter does not fit the base model {saved.base!r}: its tokenizer has another "
                           "vocabulary; give the model that it was trained on")
 
 

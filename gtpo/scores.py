@@ -10,7 +10,7 @@ import numpy
 
 from gtpo.estimators import intervals, maj_at_k, pass_at_k
 from gtpo.evaluation_file import Evaluation
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 class Score(NamedTuple):
@@ -85,7 +85,7 @@ def samples_and_ks(samples: int | None, ks: Sequence[int] | None) -> tuple[int, 
     if ks is None:
         ks = {2**i for i in range(1, int(math.log2(samples)) + 1)} | {samples} if samples > 1 else []
     if ks and max(ks) > samples:
-        raise RecipeError(f"--k: {max(ks)} is more than the {samples} sample{'' if samples == 1 else 's'} of each problem; use "
+        raise RecipeError("--k", f"{max(ks)} is more than the {samples} sample{'' if samples == 1 else 's'} of each problem; use "
                           f"at most {samples}, or evaluate with more --samples")
     return samples, sorted(set(ks))
 
@@ -97,7 +97,7 @@ def report(evaluations: dict[str, Evaluation], ks: Sequence[int] | None) -> str:
     """
     headers = [evaluation.header for evaluation in evaluations.values()]
     if len({header["prompts"] for header in headers}) > 1:
-        raise RecipeError(f"{' and '.join(evaluations)}: they are of different problems, so nothing can be compared; evaluate "
+        raise RecipeError(f"{' and '.join(evaluations)}", "they are of different problems, so nothing can be compared; evaluate "
                           "both on the same")
     _, ks = samples_and_ks(min(header["samples"] for header in headers), ks)
     columns, lines = {}, []
@@ -107,7 +107,7 @@ def report(evaluations: dict[str, Evaluation], ks: Sequence[int] | None) -> str:
         try:
             own = columns[titles[name]] = scores(rows, header["samples"], ks)
         except ValueError:
-            raise RecipeError(f"{name}: no problem has all its {header['samples']} samples; evaluate again to go on") from None
+            raise RecipeError(name, f"no problem has all its {header['samples']} samples; evaluate again to go on") from None
         total = header["problems"] * header["samples"]
         lines.append(f"{name}: {header.get('dataset')}, {header['problems']} problems x {header['samples']}, temperature "
                      f"{header['temperature']:g}, seed {header['seed']}")

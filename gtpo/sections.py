@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, create_model, field_validator, model_validator
 
+from gtpo.errors import RecipeError
 from gtpo.kinds import DOTTED_PATH, DottedPath, Generations, Texts, Trackers, listed
 from gtpo.trl_options import grpo_options
 
@@ -89,9 +90,9 @@ class DatasetSection(Section):
     @model_validator(mode="after")
     def names_a_dataset(self):
         if self.name is None and self.path is None:
-            raise ValueError("nothing to train on; set dataset.name (gsm8k, hendrycks_math, my_module.load) or dataset.path")
+            raise RecipeError("dataset", "nothing to train on; set dataset.name (gsm8k, hendrycks_math, my_module.load) or dataset.path")
         if self.kind == "function" and not DOTTED_PATH.fullmatch(self.name):
-            raise ValueError(f"dataset.name: {self.name!r} is not known; use gsm8k, hendrycks_math, or a dotted path "
+            raise RecipeError("dataset.name", f"{self.name!r} is not known; use gsm8k, hendrycks_math, or a dotted path "
                              "such as my_data.load")
         return self
 
@@ -145,11 +146,11 @@ class DocumentedTraining(Section):
         least = {"temperature": 1e-6, "steps_per_generation": 1, "generation_batch_size": 1, "warmup_steps": 0, "save_total_limit": 1, "seed": 0}
         for name, bound in least.items():
             if (value := self.trl_options().get(name)) is not None and value < bound:
-                raise ValueError(f"training.{name}: {value} is too small; use {bound} or more")
+                raise RecipeError(f"training.{name}", f"{value} is too small; use {bound} or more")
         if (seed := self.trl_options().get("seed") or 0) >= 2**32:
-            raise ValueError(f"training.seed: {seed} is too large; use less than 2**32")
+            raise RecipeError("training.seed", f"{seed} is too large; use less than 2**32")
         if (steps := self.trl_options().get("max_steps", -1)) != -1 and not 1 <= steps < 2**31:
-            raise ValueError(f"training.max_steps: {steps} is no number of steps; use 1 or more, or -1 for whole epochs")
+            raise RecipeError("training.max_steps", f"{steps} is no number of steps; use 1 or more, or -1 for whole epochs")
         return self
 
     def trl_options(self) -> dict[str, Any]:
@@ -205,9 +206,9 @@ class EvaluationSection(Section):
     @model_validator(mode="after")
     def samples_differ_and_problems_are_named(self):
         if self.samples > 1 and self.temperature == 0:
-            raise ValueError(f"evaluation.temperature: 0 is greedy, so all {self.samples} samples would be the same; use 1.0, or 1 sample")
+            raise RecipeError("evaluation.temperature", f"0 is greedy, so all {self.samples} samples would be the same; use 1.0, or 1 sample")
         if self.every and self.path is None and self.split is None:
-            raise ValueError("evaluation.every: there are no held-out problems; set evaluation.path or evaluation.split")
+            raise RecipeError("evaluation.every", "there are no held-out problems; set evaluation.path or evaluation.split")
         return self
 
 

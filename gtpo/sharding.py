@@ -6,7 +6,7 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 from gtpo import processes
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 def is_spread(trainer: Trainer) -> bool:
@@ -20,10 +20,10 @@ def is_spread(trainer: Trainer) -> bool:
 def check(trainer: Trainer, held_out: Any) -> None:
     """Raises RecipeError where processes do not know of each other, or one is to evaluate a model that it does not have."""
     if (found := trainer.accelerator.num_processes) != (started := processes.count()):  # each would write as if it were the first
-        raise RecipeError(f"WORLD_SIZE is {started}, and accelerate found {found} process{'es' if found > 1 else ''}; start with torchrun or "
+        raise RecipeError("WORLD_SIZE", f"it is {started}, and accelerate found {found} process{'es' if found > 1 else ''}; start with torchrun or "
                           "accelerate launch, or unset WORLD_SIZE")
     if held_out is not None and is_spread(trainer):
-        raise RecipeError("evaluation: one process evaluates, and FSDP and ZeRO-3 spread the model over all; set evaluation.path and "
+        raise RecipeError("evaluation", "one process evaluates, and FSDP and ZeRO-3 spread the model over all; set evaluation.path and "
                           "evaluation.split to null, and use evaluate_model.py when the run is finished")
 
 

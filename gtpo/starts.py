@@ -11,7 +11,8 @@ from pathlib import Path
 from gtpo import checkpoints, other_processes
 from gtpo.changes import MORE, changes
 from gtpo.checkpoints import Checkpoint
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import Mistake, RecipeError
+from gtpo.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def find_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
     """How the run of `recipe` starts, said where it resumes; nothing is written. Raises RecipeError for what stands against it."""
     run_dir = Path(recipe.output_dir())
     if request.resume is not None and request.overwrite:
-        raise RecipeError("--resume: goes on with what --overwrite would delete; give one of them")
+        raise RecipeError("--resume", "goes on with what --overwrite would delete; give one of them")
     _check_writable(run_dir)
     if request.resume:
         checkpoint = _named(Path(request.resume))
@@ -86,14 +87,15 @@ def find_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
 def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> Start:
     checkpoint, told = start.checkpoint, start.checkpoint.told
     if not any(name.startswith(OPTIMIZER) for name in told["files"]):
-        raise RecipeError(f"{checkpoint.folder}: holds the adapter alone (training.save_only_model); start a new run with "
+        raise RecipeError(checkpoint.folder, "holds the adapter alone (training.save_only_model); start a new run with "
                           f"--model.adapter {checkpoint.folder}")
     other_processes.check(checkpoint.folder, told, processes)
     matter, harmless = changes(told["recipe"], recipe, (told["processes"], processes))
     if matter and not request.force:
-        raise RecipeError("\n".join([
-            f"--resume: the recipe is not the one that {checkpoint.folder} was trained with; undo the changes, or go on all the "
-            "same with --force-resume", *matter]))
+        raise RecipeError.of([
+            Mistake("--resume", f"the recipe is not the one that {checkpoint.folder} was trained with; undo the changes, or go on "
+                                "all the same with --force-resume"),
+            *(Mistake("", change) for change in matter)])
     finished = held(start.run_dir).finished
     more = any(change.startswith(MORE) for change in harmless)
     if finished is not None and not matter and not more and not start.copies and checkpoint.step == finished:
@@ -114,7 +116,7 @@ def _named(path: Path) -> Checkpoint:
     try:
         return checkpoints.read(path)
     except RecipeError as error:
-        raise RecipeError(f"--resume: {error}; to train on its weights in a new run, give --model.adapter") from None
+        raise RecipeError("--resume", f"{error}; to train on its weights in a new run, give --model.adapter") from None
 
 
 # ---- what a run directory holds
@@ -149,19 +151,19 @@ def _check_free(run_dir: Path, request: Request) -> None:
     ours = (run_dir / "recipe.yaml").is_file()
     found = held(run_dir)
     if not ours and (request.overwrite or not (found.finished or found.began)):
-        raise RecipeError(f"run_name: {run_dir} is no run directory of ours (it has no recipe.yaml) and will not be "
+        raise RecipeError("run_name", f"{run_dir} is no run directory of ours (it has no recipe.yaml) and will not be "
                           "overwritten; choose another with --run-name, or remove it")
     if request.overwrite:
         return
     others = "choose another with --run-name, or replace it with --overwrite"
     if found.finished is not None:
-        raise RecipeError(f"run_name: the run directory {run_dir} holds a finished run of {found.finished} steps; {others}, or let it "
+        raise RecipeError("run_name", f"the run directory {run_dir} holds a finished run of {found.finished} steps; {others}, or let it "
                           "train on with --resume and more training.max_steps")
     if found.stopped is not None:
-        raise RecipeError(f"run_name: the run directory {run_dir} holds a run whose last checkpoint is that of step {found.stopped}; "
+        raise RecipeError("run_name", f"the run directory {run_dir} holds a run whose last checkpoint is that of step {found.stopped}; "
                           f"go on with --resume, {others}")
     if found.began:
-        raise RecipeError(f"run_name: the run directory {run_dir} holds a run that stopped before its first checkpoint; start it "
+        raise RecipeError("run_name", f"the run directory {run_dir} holds a run that stopped before its first checkpoint; start it "
                           f"again with --resume, {others}")
 
 
@@ -175,14 +177,14 @@ def check_still(start: Start) -> None:
 def _check_writable(run_dir: Path) -> None:
     """Raises RecipeError if the run directory cannot be made, or written to."""
     if run_dir.exists() and not run_dir.is_dir():
-        raise RecipeError(f"output_root: {run_dir} is a file; choose another output_root or run_name")
+        raise RecipeError("output_root", f"{run_dir} is a file; choose another output_root or run_name")
     if len(os.fsencode(run_dir.name)) > 255:
-        raise RecipeError("run_name: the name of the run directory would be longer than 255 bytes; use a shorter one")
+        raise RecipeError("run_name", "the name of the run directory would be longer than 255 bytes; use a shorter one")
     parent = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except OSError as error:
-        raise RecipeError(f"output_root: {parent} cannot be written to ({error.strerror}); choose another output_root") from None
+        raise RecipeError("output_root", f"{parent} cannot be written to ({error.strerror}); choose another output_root") from None
 
 
 @contextlib.contextmanager
@@ -197,7 +199,7 @@ def only_run_in(run_dir: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RecipeError(f"run_name: another process trains in {run_dir} right now; wait for it, or choose another directory "
+            raise RecipeError("run_name", f"another process trains in {run_dir} right now; wait for it, or choose another directory "
                               "with --run-name") from None
         except OSError:  # a file system without locks
             logger.debug("No locks in %s", run_dir)

@@ -10,7 +10,8 @@ import secrets
 import sys
 from pathlib import Path
 
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 from gtpo.starts import Start
 from gtpo.whole_files import write_whole
 
@@ -24,7 +25,7 @@ def prepare_trackers(recipe: Recipe, run_dir: Path) -> None:
     """Let the trackers write into the run directory and never ask a question; raises RecipeError for a missing one."""
     for tracker in recipe.training.report_to:
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
-            raise RecipeError(f"training.report_to: the package {tracker} is not installed; run: pip install {tracker}, or "
+            raise RecipeError("training.report_to", f"the package {tracker} is not installed; run: pip install {tracker}, or "
                               "use none")
     if "wandb" not in recipe.training.report_to:
         return

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gtpo import checkpoints, processes
 from gtpo.processes import ProcessLost
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import Mistake, RecipeError
+from gtpo.recipe import Recipe
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NOT_WRITABLE = {*NO_ROOM, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
@@ -30,22 +31,23 @@ def explained(recipe: Recipe, run_dir: Path):
             logging.getLogger("gtpo.watch").exception("The run failed")
             raise ProcessLost(f"processes: another process of this run has ended, or did not answer within training.ddp_timeout "
                               f"({' '.join(str(error).split())[:160]}). {_goes_on(run_dir)}") from error
-        sentence = next((told for cause in _causes(error) if (told := _told(cause, recipe, run_dir))), None)
-        if sentence is None:
+        mistake = next((told for cause in _causes(error) if (told := _told(cause, recipe, run_dir))), None)
+        if mistake is None:
             raise
         logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file alone
-        raise RecipeError(sentence) from error
+        raise RecipeError.of([mistake]) from error
 
 
-def _told(error: BaseException, recipe: Recipe, run_dir: Path) -> str | None:
+def _told(error: BaseException, recipe: Recipe, run_dir: Path) -> Mistake | None:
     if type(error).__module__.partition(".")[0] == "wandb":
         reason = " ".join(str(error).split()).rstrip(".")
-        return f"wandb: {reason}; look at the network and the login, or keep the run on this machine with WANDB_MODE=offline. " + _goes_on(run_dir)
+        return Mistake("wandb", f"{reason}; look at the network and the login, or keep the run on this machine with WANDB_MODE=offline. " + _goes_on(run_dir))
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
-        return _memory(error, recipe) + _goes_on(run_dir, " --force-resume")
+        return Mistake("memory", _memory(error, recipe) + _goes_on(run_dir, " --force-resume"))
     reason = _not_written(error)
     if reason:
-        return f"{getattr(error, 'filename', None) or run_dir}: cannot be written ({reason}); make room, or let it be written. " + _goes_on(run_dir)
+        return Mistake(str(getattr(error, "filename", None) or run_dir),
+                       f"cannot be written ({reason}); make room, or let it be written. " + _goes_on(run_dir))
     return None
 
 
@@ -70,7 +72,7 @@ def _memory(error: BaseException, recipe: Recipe) -> str:
     device = "the GPU" if "cuda" in f"{type(error).__module__} {error}".lower() or "OutOfMemory" in type(error).__name__ else "this machine"
     per_device, size = training.per_device_train_batch_size, training.num_generations
     checkpointing = "" if training.trl_options().get("gradient_checkpointing", True) else ", or set training.gradient_checkpointing to true"
-    return (f"memory: {device} has too little for this recipe ({' '.join(str(error).split())[:160] or type(error).__name__}). Lower "
+    return (f"{device} has too little for this recipe ({' '.join(str(error).split())[:160] or type(error).__name__}). Lower "
             f"training.per_device_train_batch_size (now {per_device}; raise gradient_accumulation_steps by as much), "
             f"model.max_seq_length (now {recipe.model.max_seq_length}) or training.num_generations (now {size}){checkpointing}. ")
 

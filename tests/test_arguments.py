@@ -8,7 +8,7 @@ from test_recipe import MINIMAL
 
 from gtpo import cli
 from gtpo.arguments import batch_plan, precision, say_batch_plan, steps, training_arguments
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from test_train_model import demo_flags, here, run_dir  # noqa: F401
 import train_model
 from gtpo import cli
 from gtpo.continuation import continued
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from conftest import ROOT
 from gtpo import cli
 from gtpo.answers import final_answer, format_score
 from gtpo.data import check_source, count_rows, gsm8k_reference, load_problems, math_reference
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import DatasetSection
 
 

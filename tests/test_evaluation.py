@@ -15,7 +15,7 @@ from gtpo.backends import Policy
 from gtpo.data import load_problems
 from gtpo.evaluation_file import EvaluationFile
 from gtpo.generation import Completion, Sampling, draw_seed, with_model
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import DatasetSection
 
 GREEDY, SAMPLED = Sampling(0.0, 1.0, 1, 36), Sampling(1.0, 1.0, 1, 36)

@@ -13,7 +13,7 @@ from conftest import ROOT
 
 from gtpo import checkpoints, cli, trackers, troubles
 from gtpo.interruption import Interrupted, Interruption
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.whole_files import files_written_aside, remove_leftovers, write_whole, written_aside
 
 FAULTS = ["sigkill", "sigterm", "second_ctrl_c", "truncated", "disk_full", "no_memory", "tracker_dies", "no_network"]

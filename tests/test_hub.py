@@ -8,7 +8,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from gtpo.base_model import check_model
 from gtpo.hub import look_up
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 
 @pytest.fixture

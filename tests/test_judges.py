@@ -19,7 +19,7 @@ from gtpo.cli import load_object
 from gtpo.judge_call import judge
 from gtpo.judge_process import JudgePool, JudgeProcess
 from gtpo.judges import Judges
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.rewards_sections import RewardsSection
 from gtpo.verdicts import Settling
 

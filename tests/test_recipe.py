@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT
 
 from gtpo import cli
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 
 DOCUMENTED = str(ROOT / "tests/recipes/documented.yaml")
 MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"

@@ -16,7 +16,7 @@ from gtpo import curves, reports
 from gtpo.completion_log import Completion, CompletionLog
 from gtpo.configurations import configurations, differences
 from gtpo.conflict_view import choose_steps, conflict_view
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.run_record import read_run
 from gtpo.summary import answers
 

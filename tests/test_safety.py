@@ -19,7 +19,8 @@ import report_run
 import train_model
 from gtpo import adapters, cli, environment, imported, safe_text, yaml_text
 from gtpo.base_model import check_model
-from gtpo.recipe import Recipe, RecipeError
+from gtpo.errors import RecipeError
+from gtpo.recipe import Recipe
 
 MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"
 

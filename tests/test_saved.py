@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gtpo.cli import read_recipe, to_yaml
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.saved import find_saved, load_saved
 
 TEXT = "How many are left?"

@@ -8,7 +8,7 @@ import pytest
 
 from gtpo import checkpoints, cli, rewinding, runs, trackers
 from gtpo.changes import changes
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 from gtpo.starts import Request, find_start
 
 

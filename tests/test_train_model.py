@@ -439,7 +439,7 @@ def test_damaged_weights_and_a_reward_that_cannot_be_imported_are_refused(here, 
 
 def test_of_two_runs_at_once_with_one_name_the_second_is_told(here, capsys):
     from gtpo import runs
-    from gtpo.recipe import RecipeError
+    from gtpo.errors import RecipeError
     from gtpo.starts import Request, find_start
 
     recipe = cli.read_recipe(demo_flags())

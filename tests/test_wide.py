@@ -7,7 +7,7 @@ from conftest import ROOT
 from injected import launched
 
 from gtpo import cli, processes
-from gtpo.recipe import RecipeError
+from gtpo.errors import RecipeError
 
 CONFIGURATIONS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
 SERVER = ["--training.use_vllm", "true", "--training.vllm_mode", "server", "--training.vllm_server_base_url", "http://10.0.0.7:8000"]
