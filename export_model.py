@@ -1,8 +1,9 @@
 """Merge a trained adapter into its base model: `python export_model.py RUN OUT [--dtype bfloat16]`.
 
-RUN is a run directory, a checkpoint or an adapter folder. OUT gets the whole model with tokenizer, generation config and
-model card, for transformers, vLLM or llama.cpp. It is loaded again and its logits are held against those of base model
-and adapter; if they differ beyond rounding, nothing is kept. Exit code 2: it could not be done.
+RUN is a run directory, a checkpoint or an adapter folder. OUT gets the whole model with tokenizer,
+generation config and model card, for transformers, vLLM or llama.cpp. It is loaded again and its
+logits are held against those of base model and adapter; if they differ beyond rounding, nothing is
+kept. Exit code 2: it could not be done.
 """
 
 import argparse
@@ -17,14 +18,33 @@ from gtpo.safe_text import SafeFormatter
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="export_model.py", description=__doc__, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="export_model.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     made.add_argument("run", metavar="RUN", help="run directory, checkpoint or adapter folder")
     made.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist")
-    made.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
-                      help="of the merged weights (default: %(default)s); small updates survive in float16 and float32 only")
-    made.add_argument("--model-name", metavar="BASE", help="base model to merge into, instead of the one that RUN names")
-    made.add_argument("--push", metavar="HUB_REPO", help="upload OUT to this hub repository too (made private if it is new)")
+    made.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float16", "float32"],
+        default="bfloat16",
+        help=(
+            "of the merged weights (default: %(default)s); small updates survive in float16 and"
+            " float32 only"
+        ),
+    )
+    made.add_argument(
+        "--model-name",
+        metavar="BASE",
+        help="base model to merge into, instead of the one that RUN names",
+    )
+    made.add_argument(
+        "--push",
+        metavar="HUB_REPO",
+        help="upload OUT to this hub repository too (made private if it is new)",
+    )
     return made
 
 
@@ -53,7 +73,8 @@ def _run(options: argparse.Namespace) -> None:
 
     check_free(options.out)
     saved = find_saved(options.run, base=options.model_name)
-    set_up(saved.recipe.env if saved.recipe else {})  # before torch, so that CUDA_VISIBLE_DEVICES counts
+    # before torch, so that CUDA_VISIBLE_DEVICES counts
+    set_up(saved.recipe.env if saved.recipe else {})
     if options.push:
         hub.check_push(options.push)
     print(f"Compared: {export(saved, options.out, dtype=options.dtype)}")

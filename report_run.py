@@ -1,11 +1,14 @@
-"""Show what a run did: `python report_run.py RUN [RUN ...] [--out FILE_OR_FOLDER] [--steps 1 50 100]`.
+"""Show what a run did: `python report_run.py RUN [RUN ...] [--out FILE_OR_FOLDER] [--steps 1 50
+100]`.
 
-RUN is a run directory, or the recipe of one with the flags it was trained with (`recipes/demo.yaml --output_root runs`).
-Writes report.html, one page that opens in any browser without a network, and curves.png: into the run directory, or for
-several runs into ./report. Several runs are overlaid, and runs that differ in the seed alone averaged.
+RUN is a run directory, or the recipe of one with the flags it was trained with (`recipes/demo.yaml
+--output_root runs`). Writes report.html, one page that opens in any browser without a network, and
+curves.png: into the run directory, or for several runs into ./report. Several runs are overlaid,
+and runs that differ in the seed alone averaged.
 
 --out     where to: a folder, or the page's name (NAME.html, with the curves in NAME.png)
---steps   steps that the conflict view should show beside the first, the middle, the last and those with most conflicts
+--steps   steps that the conflict view should show beside the first, the middle, the last and those
+with most conflicts
 
 Exit code 2: a run is none or has nothing to tell, and nothing was written.
 """
@@ -44,12 +47,18 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str]) -> tuple[list[Path], Path | None, list[int]]:
     """The run directories, --out and --steps; raises RecipeError."""
     words, out, steps = [], None, []
-    rest = [part for word in argv for part in (word.split("=", 1) if word.startswith(("--out=", "--steps=")) else [word])]
+    rest = [
+        part
+        for word in argv
+        for part in (word.split("=", 1) if word.startswith(("--out=", "--steps=")) else [word])
+    ]
     while rest:
         word = rest.pop(0)
         if word == "--out":
             if not rest or rest[0].startswith("--"):
-                raise RecipeError("--out", "needs a value; give a folder, or a name that ends in .html")
+                raise RecipeError(
+                    "--out", "needs a value; give a folder, or a name that ends in .html"
+                )
             out = Path(rest.pop(0))
         elif word == "--steps":
             while rest and rest[0].isdecimal():
@@ -62,12 +71,22 @@ def _parse(argv: list[str]) -> tuple[list[Path], Path | None, list[int]]:
         return [Path(cli.read_recipe(words).output_dir())], out, steps
     for word in words:
         if Path(word).suffix in (".yaml", ".yml"):
-            raise RecipeError(word, "a recipe comes first, with its flags and no other run; give several runs by their directories")
+            raise RecipeError(
+                word,
+                "a recipe comes first, with its flags and no other run; give several runs by their"
+                " directories",
+            )
         if word.startswith("--"):
-            raise RecipeError(word, "unknown flag; use --out and --steps, or give the recipe first and then its flags")
+            raise RecipeError(
+                word,
+                "unknown flag; use --out and --steps, or give the recipe first and then its flags",
+            )
     if not words:
-        raise RecipeError("RUN", "missing; use: python report_run.py RUN [RUN ...], with the directory that train_model.py "
-                          "printed last")
+        raise RecipeError(
+            "RUN",
+            "missing; use: python report_run.py RUN [RUN ...], with the directory that"
+            " train_model.py printed last",
+        )
     return [Path(word) for word in words], out, steps
 
 
@@ -77,7 +96,9 @@ def _files(runs: list[Path], out: Path | None) -> tuple[Path, Path]:
         return out, out.with_suffix(".png")
     folder = out or (runs[0] if len(runs) == 1 else Path("report"))
     if folder.is_file():
-        raise RecipeError("--out", f"{folder} is a file; give a folder, or a name that ends in .html")
+        raise RecipeError(
+            "--out", f"{folder} is a file; give a folder, or a name that ends in .html"
+        )
     return folder / "report.html", folder / "curves.png"
 
 

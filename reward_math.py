@@ -1,21 +1,27 @@
 """Reward functions for mathematics in the `<reasoning>` / `<answer>` format.
 
-Name them in a recipe, alone or together: `trainer.reward_funcs: ["reward_math.final_reward"]`. TRL calls each with one
-entry per completion: `completions` (strings or lists of messages), `prompts`, and the columns of the dataset. The
-column `answer` holds references as `gtpo.answers.format_reference` makes them, or bare answers.
+Name them in a recipe, alone or together: `trainer.reward_funcs: ["reward_math.final_reward"]`. TRL
+calls each with one entry per completion: `completions` (strings or lists of messages), `prompts`,
+and the columns of the dataset. The column `answer` holds references as
+`gtpo.answers.format_reference` makes them, or bare answers.
 
-| function                      | pays                                                          | scale      |
+| function                      | pays                                                          |
+scale      |
 |-------------------------------|---------------------------------------------------------------|------------|
-| `final_reward`                | the format score, + 10 for a correct answer in perfect format | 0 to 20    |
-| `released_reward`             | what the authors' released code pays, which can be hacked     | 0 to 20    |
-| `formatting_penalty`          | the format score - 10                                         | -10 to 0   |
-| `scaled_adaptive_reward_func` | a correct answer in perfect format, more where it is rare     | 0, 5 to 10 |
+| `final_reward`                | the format score, + 10 for a correct answer in perfect format | 0
+to 20    |
+| `released_reward`             | what the authors' released code pays, which can be hacked     | 0
+to 20    |
+| `formatting_penalty`          | the format score - 10                                         |
+-10 to 0   |
+| `scaled_adaptive_reward_func` | a correct answer in perfect format, more where it is rare     | 0,
+5 to 10 |
 
-`final_reward` and `released_reward` log the means of their parts as `reward/formatting_avg`, `reward/correctness_avg`
-and `reward/total_avg`, and the shares of completions in perfect format and with a correct answer as
-`reward/format_rate` and `reward/correct_rate`, through the `log_metric` that TRL hands them: use one of the two. The
-others log nothing and can stand beside either. A completion whose reference is None cannot be judged: its reward is
-None, which TRL leaves out.
+`final_reward` and `released_reward` log the means of their parts as `reward/formatting_avg`,
+`reward/correctness_avg` and `reward/total_avg`, and the shares of completions in perfect format and
+with a correct answer as `reward/format_rate` and `reward/correct_rate`, through the `log_metric`
+that TRL hands them: use one of the two. The others log nothing and can stand beside either. A
+completion whose reference is None cannot be judged: its reward is None, which TRL leaves out.
 """
 
 from collections import defaultdict
@@ -28,21 +34,28 @@ CORRECT = 10.0
 
 
 def final_reward(completions, answer=None, **kwargs) -> list[float | None]:
-    """The format score, plus 10 where the format is perfect and the answer is correct: 0, 1, 1.5, 3, 10 or 20.
+    """The format score, plus 10 where the format is perfect and the answer is correct: 0, 1, 1.5,
+    3, 10 or 20.
 
-    The rules are those of `gtpo.answers.format_score` and `same_answer`. An empty reference matches nothing.
+    The rules are those of `gtpo.answers.format_score` and `same_answer`. An empty reference matches
+    nothing.
     """
-    return _format_and_correctness(completions, answer, format_score, _is_correct, kwargs.get("log_metric"))
+    return _format_and_correctness(
+        completions, answer, format_score, _is_correct, kwargs.get("log_metric")
+    )
 
 
 def released_reward(completions, answer=None, **kwargs) -> list[float | None]:
-    """What `final_reward` of the authors' released code pays for the same completions: 0, 1, 1.5, 10 or 20.
+    """What `final_reward` of the authors' released code pays for the same completions: 0, 1, 1.5,
+    10 or 20.
 
-    For reproducing its logs, not for training: tags may be nested and repeated, and an answer counts as correct that
-    contains the reference somewhere (12 for 2, anything for an empty reference) or is a number within 0.01 of it, while
-    1200 does not for 1,200.
+    For reproducing its logs, not for training: tags may be nested and repeated, and an answer
+    counts as correct that contains the reference somewhere (12 for 2, anything for an empty
+    reference) or is a number within 0.01 of it, while 1200 does not for 1,200.
     """
-    return _format_and_correctness(completions, answer, _released_score, _released_correct, kwargs.get("log_metric"))
+    return _format_and_correctness(
+        completions, answer, _released_score, _released_correct, kwargs.get("log_metric")
+    )
 
 
 def formatting_penalty(completions, answer=None, **kwargs) -> list[float]:
@@ -50,29 +63,43 @@ def formatting_penalty(completions, answer=None, **kwargs) -> list[float]:
     return [format_score(_text(completion)) - PERFECT_FORMAT for completion in completions]
 
 
-def scaled_adaptive_reward_func(completions, answer=None, prompts=None, **kwargs) -> list[float | None]:
-    """10 (1 - p/2) for a correct answer in perfect format, else 0: 5 where all succeed, near 10 for a rare success.
+def scaled_adaptive_reward_func(
+    completions, answer=None, prompts=None, **kwargs
+) -> list[float | None]:
+    """10 (1 - p/2) for a correct answer in perfect format, else 0: 5 where all succeed, near 10 for
+    a rare success.
 
-    p is the share of such completions among those of the same prompt in this call (without `prompts`: of the same
-    reference); those that cannot be judged do not count.
+    p is the share of such completions among those of the same prompt in this call (without
+    `prompts`: of the same reference); those that cannot be judged do not count.
     """
     rewards = final_reward(completions, answer)
     correct = [None if reward is None else reward == PERFECT_FORMAT + CORRECT for reward in rewards]
-    groups = [repr(group) for group in (answer if prompts is None else prompts)]  # messages are not hashable
+    # messages are not hashable
+    groups = [repr(group) for group in (answer if prompts is None else prompts)]
     judged = defaultdict(list)
     for group, verdict in zip(groups, correct):
         if verdict is not None:
             judged[group].append(verdict)
-    pays = {group: CORRECT * (1 - sum(verdicts) / len(verdicts) / 2) for group, verdicts in judged.items()}
-    return [None if verdict is None else verdict * pays[group] for group, verdict in zip(groups, correct)]
+    pays = {
+        group: CORRECT * (1 - sum(verdicts) / len(verdicts) / 2)
+        for group, verdicts in judged.items()
+    }
+    return [
+        None if verdict is None else verdict * pays[group]
+        for group, verdict in zip(groups, correct)
+    ]
 
 
-def _format_and_correctness(completions, answer, score, is_correct, log_metric) -> list[float | None]:
+def _format_and_correctness(
+    completions, answer, score, is_correct, log_metric
+) -> list[float | None]:
     parts = []  # (format score, correctness), or None where there is nothing to judge by
     for completion, reference in zip(completions, _references(completions, answer)):
         text = _text(completion)
         formatting = score(text)
-        correct = reference is not None and formatting == PERFECT_FORMAT and is_correct(text, reference)
+        correct = (
+            reference is not None and formatting == PERFECT_FORMAT and is_correct(text, reference)
+        )
         parts.append(None if reference is None else (formatting, CORRECT * correct))
     if log_metric is not None:
         judged = [(*part, part[0] == PERFECT_FORMAT) for part in parts if part is not None]
@@ -89,10 +116,14 @@ def _format_and_correctness(completions, answer, score, is_correct, log_metric) 
 def _references(completions, answer) -> list[str | None]:
     if answer is None or isinstance(answer, str) or len(answer) != len(completions):
         raise ValueError(
-            "reward_math: the column `answer` is missing, or has another length than the completions; "
-            "give the dataset an `answer` column (see gtpo.answers.format_reference), one reference per row"
+            "reward_math: the column `answer` is missing, or has another length than the"
+            " completions; give the dataset an `answer` column (see gtpo.answers.format_reference),"
+            " one reference per row"
         )
-    return [None if reference is None else reference_answer(str(reference).strip()) for reference in answer]
+    return [
+        None if reference is None else reference_answer(str(reference).strip())
+        for reference in answer
+    ]
 
 
 def _text(completion) -> str:
@@ -100,7 +131,10 @@ def _text(completion) -> str:
     if isinstance(completion, str):
         return completion
     messages = [completion] if isinstance(completion, dict) else list(completion or [{}])
-    message = next((message for message in reversed(messages) if message.get("role") == "assistant"), messages[-1])
+    message = next(
+        (message for message in reversed(messages) if message.get("role") == "assistant"),
+        messages[-1],
+    )
     content = message.get("content") or ""  # None beside a tool call
     if isinstance(content, str):
         return content
@@ -125,9 +159,15 @@ def _released_score(text: str) -> float:
 
 
 def _released_answer(text: str) -> str | None:
-    """From the first opening tag to a closing tag that ends the text, whatever lies between; one newline may follow."""
+    """From the first opening tag to a closing tag that ends the text, whatever lies between; one
+    newline may follow.
+    """
     _, opening, content = text.removesuffix("\n").partition("<answer>")
-    return content.removesuffix("</answer>").strip() if opening and content.endswith("</answer>") else None
+    return (
+        content.removesuffix("</answer>").strip()
+        if opening and content.endswith("</answer>")
+        else None
+    )
 
 
 def _released_correct(text: str, reference: str) -> bool:

@@ -1,7 +1,8 @@
 """Train LoRA adapters with GTPO: `python train_model.py [config.yaml] [--section.key value ...]`.
 
-Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists every key. Exit code 2: the recipe or the
-machine cannot do it; 3: an alarm or a limit stopped the run, and all is saved; 130 and 143: Ctrl-C or SIGTERM did, likewise.
+Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists every key. Exit code 2:
+the recipe or the machine cannot do it; 3: an alarm or a limit stopped the run, and all is saved;
+130 and 143: Ctrl-C or SIGTERM did, likewise.
 """
 
 import contextlib
@@ -15,8 +16,8 @@ from gtpo import cli, processes
 from gtpo.console import log_to_console
 from gtpo.endings import RunStopped, end
 from gtpo.environment import set_up
-from gtpo.interruption import Interrupted, Interruption
 from gtpo.errors import RecipeError
+from gtpo.interruption import Interrupted, Interruption
 from gtpo.recipe import Recipe
 from gtpo.safe_text import without_secrets
 
@@ -31,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     command = cli.parse(argv)
     if command.switches & {"help", "version", "dry_run", "check"} and not processes.is_first():
         return 0
-    with processes.one_speaks(), log_to_console() as early_log, Interruption().watching() as interruption:
+    with (
+        processes.one_speaks(),
+        log_to_console() as early_log,
+        Interruption().watching() as interruption,
+    ):
         try:
             with interruption.not_mistaken():
                 return _run(command, early_log, interruption)
@@ -39,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             return end(error, interruption)
 
 
-def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, interruption: Interruption) -> int:
+def _run(
+    command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, interruption: Interruption
+) -> int:
     if "help" in command.switches:
         from gtpo.schema import help_text
 
@@ -70,12 +77,23 @@ def _run(command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, in
 def _request(command: cli.CommandLine):
     from gtpo.starts import Request
 
-    return Request(command.resume, force="force_resume" in command.switches, overwrite="overwrite" in command.switches)
+    return Request(
+        command.resume,
+        force="force_resume" in command.switches,
+        overwrite="overwrite" in command.switches,
+    )
 
 
-def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHandler | None = None,
-          interruption: Interruption | None = None) -> Path:
-    """Train as `recipe` (its `env` is set) and `request` (a `gtpo.starts.Request`) say, and return the run directory."""
+def train(
+    recipe: Recipe,
+    request=None,
+    *,
+    early_log: logging.handlers.MemoryHandler | None = None,
+    interruption: Interruption | None = None,
+) -> Path:
+    """Train as `recipe` (its `env` is set) and `request` (a `gtpo.starts.Request`) say, and return
+    the run directory.
+    """
     from gtpo.continuation import continued
     from gtpo.starts import Request, find_start
     from gtpo.trackers import one_tracker_run
@@ -84,8 +102,11 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
     recipe = continued(recipe)
     start = find_start(recipe, request or Request(), processes.count())
     if start.finished is not None:
-        logging.getLogger("gtpo").info("[GTPO] This run is finished, after %d steps; to train on, raise training.max_steps or "
-                                       "training.num_train_epochs", start.finished)
+        logging.getLogger("gtpo").info(
+            "[GTPO] This run is finished, after %d steps; to train on, raise training.max_steps or "
+            "training.num_train_epochs",
+            start.finished,
+        )
         print(f"Run directory: {start.run_dir}")
     else:
         with one_tracker_run(recipe, start), explained(recipe, start.run_dir):
@@ -93,7 +114,12 @@ def train(recipe: Recipe, request=None, *, early_log: logging.handlers.MemoryHan
     return start.run_dir
 
 
-def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | None, interruption: Interruption) -> None:
+def _train(
+    recipe: Recipe,
+    start,
+    early_log: logging.handlers.MemoryHandler | None,
+    interruption: Interruption,
+) -> None:
     from gtpo import backends, base_model, data, imported, model_card, problems, runs, trackers
     from gtpo.arguments import answer_timeout, precision, training_arguments
     from gtpo.continuation import training_tokenizer
@@ -115,14 +141,20 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     train_set = problems.load_training(recipe, tokenizer, processes.count())
     held_out = problems.load_held_out(recipe, tokenizer)
     policy = backends.load_policy(
-        recipe.model, tokenizer, backend, seed=recipe.seed, precision=precision(recipe.training),
+        recipe.model,
+        tokenizer,
+        backend,
+        seed=recipe.seed,
+        precision=precision(recipe.training),
         gradient_checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
         adapter=recipe.model.adapter and Path(recipe.model.adapter),
     )
 
     imported.set_constants(recipe, policy.tokenizer)
     processes.meet(answer_timeout(recipe))
-    arguments = training_arguments(recipe, str(run_dir), processes=processes.count(), use_vllm=policy.uses_vllm)
+    arguments = training_arguments(
+        recipe, str(run_dir), processes=processes.count(), use_vllm=policy.uses_vllm
+    )
     from gtpo import sharding
     from gtpo.exact_resume import resume_exactly
     from gtpo.held_out import HeldOut
@@ -132,8 +164,12 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     from gtpo.streaming_head import stream_log_probs
     from gtpo.watch import watch  # after the backend, like all that imports trl
 
-    judges = Judges(recipe.rewards, list(zip(recipe.trainer.reward_funcs, rewards)), seed=recipe.seed,
-                    file=run_dir / "reward_failures.jsonl")
+    judges = Judges(
+        recipe.rewards,
+        list(zip(recipe.trainer.reward_funcs, rewards)),
+        seed=recipe.seed,
+        file=run_dir / "reward_failures.jsonl",
+    )
     trainer = _make_trainer(trainer_class, policy, judges.functions, arguments, train_set)
     judges.attach(trainer)
     stream_log_probs(trainer)
@@ -147,7 +183,11 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
     sharding.check(trainer, held_out)
     is_main = trainer.accelerator.is_main_process
     with runs.opened(start, recipe, early_log) if is_main else contextlib.nullcontext():
-        held_out = HeldOut(recipe, policy, held_out, run_dir, trainer, interruption) if held_out and is_main else None
+        held_out = (
+            HeldOut(recipe, policy, held_out, run_dir, trainer, interruption)
+            if held_out and is_main
+            else None
+        )
         if held_out:  # the other processes wait at their next common step
             trainer.add_callback(held_out)
             before = held_out.evaluate("before")
@@ -156,7 +196,9 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
             trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
         if non_finite.poisoned:
             raise RunStopped(non_finite.stopped_by)
-        interruption.stop_here(f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume")
+        interruption.stop_here(
+            f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume"
+        )
         state = sharding.whole_state(trainer)
         if is_main:
             policy.save_adapter(run_dir, state)
@@ -165,12 +207,16 @@ def _train(recipe: Recipe, start, early_log: logging.handlers.MemoryHandler | No
             held_out.say(f"Before, {before.problems} held-out problems: {before}")
             held_out.say(f"After,  {after.problems} held-out problems: {after}")
         if is_main:
-            policy.model.create_or_update_model_card(run_dir)  # once more: now the evaluation is there
-            with written_aside(run_dir / "trainer_state.json") as aside:  # last: it says that the run is finished
+            # once more: now the evaluation is there
+            policy.model.create_or_update_model_card(run_dir)
+            # last: it says that the run is finished
+            with written_aside(run_dir / "trainer_state.json") as aside:
                 trainer.state.save_to_json(str(aside))
             print(f"Run directory: {run_dir}")
         if stopped_by := judges.stopped_by or non_finite.stopped_by or alarm.stopped_by:
-            raise RunStopped(f"{stopped_by}; the run was stopped there, its adapter and a checkpoint are saved")
+            raise RunStopped(
+                f"{stopped_by}; the run was stopped there, its adapter and a checkpoint are saved"
+            )
 
 
 def _seed_everything(recipe: Recipe) -> None:
@@ -184,16 +230,21 @@ def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
     from gtpo.imported import made_trainer
 
     try:
-        trainer = made_trainer(trainer_class, policy.model, policy.tokenizer, rewards, arguments, train_set)
+        trainer = made_trainer(
+            trainer_class, policy.model, policy.tokenizer, rewards, arguments, train_set
+        )
     except RecipeError:
         with contextlib.suppress(OSError):
-            os.removedirs(arguments.output_dir)  # which TRL has made already; it stays if anything is in it
+            # which TRL has made already; it stays if anything is in it
+            os.removedirs(arguments.output_dir)
         raise
-    if policy.backend == "transformers":  # trl 1.13.0 casts the adapter of a 4-bit model to bfloat16: small steps get lost
+    # trl 1.13.0 casts the adapter of a 4-bit model to bfloat16: small steps get lost
+    if policy.backend == "transformers":
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    trainer.create_model_card = lambda *args, **kwargs: None  # TRL's would describe a base model called None
+    # TRL's would describe a base model called None
+    trainer.create_model_card = lambda *args, **kwargs: None
     return trainer
 
 

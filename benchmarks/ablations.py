@@ -1,4 +1,6 @@
-"""Ablations as a user would write them: small classes, chosen by dotted path. `compare.py` trains them."""
+"""Ablations as a user would write them: small classes, chosen by dotted path. `compare.py` trains
+them.
+"""
 
 import torch
 

@@ -1,8 +1,9 @@
-"""GTPO against GRPO and its own ablations, over seeds: `python benchmarks/compare.py [--hours H] [--workers N]`.
+"""GTPO against GRPO and its own ablations, over seeds: `python benchmarks/compare.py [--hours H]
+[--workers N]`.
 
-Trains what is missing of PLAN with `train_model.train`, and keeps one small JSON file per run under `docs/results/runs`.
-Interrupt it whenever you like; it goes on with the runs that have no file yet. `python benchmarks/results.py` writes
-docs/results.md from those files.
+Trains what is missing of PLAN with `train_model.train`, and keeps one small JSON file per run under
+`docs/results/runs`. Interrupt it whenever you like; it goes on with the runs that have no file yet.
+`python benchmarks/results.py` writes docs/results.md from those files.
 """
 
 import argparse
@@ -24,11 +25,22 @@ SAMPLES = 4  # per held-out problem, at temperature 1, when a run has ended
 RECIPES = {  # task -> recipe and what differs from it
     "demo": ["recipes/demo.yaml"],
     "columns": ["recipes/columns.yaml"],
-    "drift": ["recipes/columns.yaml", "--training.max_steps", "240", "--training.learning_rate", "5e-3"],
+    "drift": [
+        "recipes/columns.yaml",
+        "--training.max_steps",
+        "240",
+        "--training.learning_rate",
+        "5e-3",
+    ],
 }
 VARIANTS = {
     "grpo": ["--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer"],
-    "grpo_std": ["--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer", "--training.scale_rewards", "group"],
+    "grpo_std": [
+        "--trainer.class_path",
+        "custom_trainer.original.UnslothGRPOTrainer",
+        "--training.scale_rewards",
+        "group",
+    ],
     "gtpo": [],
     "neutral": ["--trainer.class_path", "custom_trainer.neutral.NeutralGTPOTrainer"],
     "no_lambda": ["--trainer.class_path", "benchmarks.ablations.WithoutTokenWeights"],
@@ -37,7 +49,9 @@ VARIANTS = {
     "released": ["--trainer.class_path", "custom_trainer.released.ReleasedGTPOTrainer"],
 }
 MAIN = ["grpo", "grpo_std", "gtpo"]
-PLAN = [  # task, variants, seeds; the runs of one seed after each other, so that an interruption leaves whole seeds
+# task, variants, seeds; the runs of one seed after each other, so that an interruption leaves whole
+# seeds
+PLAN = [
     ("columns", list(VARIANTS), range(1, 6)),
     ("demo", MAIN, range(1, 6)),
     ("columns", ["grpo", "gtpo", "neutral", "no_lambda"], range(6, 11)),
@@ -58,22 +72,46 @@ class Run(NamedTuple):
     @property
     def flags(self) -> list[str]:
         """The words after `python train_model.py` that repeat this run."""
-        return [*RECIPES[self.task], *VARIANTS[self.variant], "--model.random_seed", str(self.seed),
-                "--run-name", f"{self.task}-{self.variant}-{self.seed}"]
+        return [
+            *RECIPES[self.task],
+            *VARIANTS[self.variant],
+            "--model.random_seed",
+            str(self.seed),
+            "--run-name",
+            f"{self.task}-{self.variant}-{self.seed}",
+        ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare GTPO with GRPO and its ablations over seeds.")
-    parser.add_argument("--hours", type=float, default=5.0, help="CPU hours that all runs together may take (default: 5)")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time, one thread each (default: 1)")
+    parser = argparse.ArgumentParser(
+        description="Compare GTPO with GRPO and its ablations over seeds."
+    )
+    parser.add_argument(
+        "--hours",
+        type=float,
+        default=5.0,
+        help="CPU hours that all runs together may take (default: 5)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs at a time, one thread each (default: 1)"
+    )
     options = parser.parse_args()
     if options.workers < 1:
         parser.error(f"--workers: {options.workers} is not valid; use 1 or more")
     os.chdir(ROOT)  # recipes name their files from here
-    planned = [Run(task, variant, seed) for task, variants, seeds in PLAN for seed in seeds for variant in variants]
+    planned = [
+        Run(task, variant, seed)
+        for task, variants, seeds in PLAN
+        for seed in seeds
+        for variant in variants
+    ]
     missing = [run for run in planned if not run.file.exists()]
     spent = sum(json.loads(file.read_text())["cpu_seconds"] for file in RUNS.rglob("*.json"))
-    print(f"{len(planned) - len(missing)} of {len(planned)} runs are done, {spent / 3600:.2f} CPU hours", flush=True)
+    print(
+        f"{len(planned) - len(missing)} of {len(planned)} runs are done, {spent / 3600:.2f} CPU"
+        " hours",
+        flush=True,
+    )
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.workers, context) as pool:
         running = set()
@@ -81,13 +119,22 @@ def main() -> None:
             while missing and len(running) < options.workers and spent < options.hours * 3600:
                 running.add(pool.submit(train, missing.pop(0)))
             if not running:
-                print(f"The budget of {options.hours:g} CPU hours is spent; {len(missing)} runs are left")
+                print(
+                    f"The budget of {options.hours:g} CPU hours is spent; {len(missing)} runs are"
+                    " left"
+                )
                 return
-            done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            done, running = concurrent.futures.wait(
+                running, return_when=concurrent.futures.FIRST_COMPLETED
+            )
             for future in done:
                 run, cpu_seconds = future.result()
                 spent += cpu_seconds
-                print(f"{run.task} {run.variant} seed {run.seed}: {cpu_seconds:.0f} CPU-s, {len(missing)} to go", flush=True)
+                print(
+                    f"{run.task} {run.variant} seed {run.seed}: {cpu_seconds:.0f} CPU-s,"
+                    f" {len(missing)} to go",
+                    flush=True,
+                )
 
 
 def train(run: Run) -> tuple[Run, float]:
@@ -96,22 +143,30 @@ def train(run: Run) -> tuple[Run, float]:
     import torch
 
     import train_model
-    from gtpo.starts import Request
     from gtpo import cli, runs
     from gtpo.evaluation_file import read
+    from gtpo.starts import Request
 
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
     began = time.process_time()
     recipe = cli.read_recipe([*run.flags, "--output_root", "runs/compare"])
     run_dir = train_model.train(recipe, Request(overwrite=True))
-    greedy = {when: shares(read(run_dir / f"evaluation/{when}.jsonl").rows) for when in ("before", "after")}
+    greedy = {
+        when: shares(read(run_dir / f"evaluation/{when}.jsonl").rows)
+        for when in ("before", "after")
+    }
     sampled = shares(sample(recipe, run_dir))
     cpu_seconds = time.process_time() - began
     result = {
-        **run._asdict(), "flags": run.flags, "cpu_seconds": round(cpu_seconds, 1), "versions": runs.versions(),
-        "steps": steps(run_dir / "completions.jsonl", recipe), "logged": logged(run_dir / "trainer_state.json"),
-        "greedy": greedy, "sampled": sampled,
+        **run._asdict(),
+        "flags": run.flags,
+        "cpu_seconds": round(cpu_seconds, 1),
+        "versions": runs.versions(),
+        "steps": steps(run_dir / "completions.jsonl", recipe),
+        "logged": logged(run_dir / "trainer_state.json"),
+        "greedy": greedy,
+        "sampled": sampled,
     }
     run.file.parent.mkdir(parents=True, exist_ok=True)
     whole = run.file.with_suffix(".tmp")
@@ -122,21 +177,31 @@ def train(run: Run) -> tuple[Run, float]:
 
 
 def steps(file: Path, recipe) -> dict[str, list[float]]:
-    """What each step's completions show, for every trainer in the same way: a list per figure, an entry per step."""
+    """What each step's completions show, for every trainer in the same way: a list per figure, an
+    entry per step.
+    """
     rows = {}
     for line in file.open(encoding="utf-8"):
         row = json.loads(line)
         rows.setdefault(row["step"], []).append(row)
-    scale = 0.0 if recipe.trainer.class_path.startswith("custom_trainer.original") else recipe.gtpo_runtime.ent_scale
+    scale = (
+        0.0
+        if recipe.trainer.class_path.startswith("custom_trainer.original")
+        else recipe.gtpo_runtime.ent_scale
+    )
     figures = [of_completions(group, scale) for _, group in sorted(rows.items())]
-    return {name: [None if step[name] is None else round(step[name], 4) for step in figures] for name in figures[0]}
+    return {
+        name: [None if step[name] is None else round(step[name], 4) for step in figures]
+        for name in figures[0]
+    }
 
 
 def of_completions(rows: list[dict], scale: float) -> dict[str, float]:
     """Shares (0 to 1) and means over the completions of one step.
 
-    `net_push`: the sum over conflict tokens of what multiplies their log-prob's gradient, delta_i (A_i - gamma <H>_i)
-    lambda / |o_i|, over the sum of its absolute values on all tokens; above 0, conflict tokens become likelier.
+    `net_push`: the sum over conflict tokens of what multiplies their log-prob's gradient, delta_i
+    (A_i - gamma <H>_i) lambda / |o_i|, over the sum of its absolute values on all tokens; above 0,
+    conflict tokens become likelier.
     """
     push = total = conflicts = tokens = 0.0
     for row in rows:
@@ -152,15 +217,21 @@ def of_completions(rows: list[dict], scale: float) -> dict[str, float]:
         tokens += length
     count = len(rows)
     return {
-        "correct": sum(row["reward"] == 20 for row in rows) / count, "format": sum(row["reward"] >= 10 for row in rows) / count,
-        "entropy": sum(row["entropy"] for row in rows) / count, "conflict": conflicts / tokens,
-        "filtered": sum(row["kept"] is False for row in rows) / count, "length": tokens / count,
-        "truncated": sum(row["truncated"] for row in rows) / count, "net_push": push / total if total else None,
+        "correct": sum(row["reward"] == 20 for row in rows) / count,
+        "format": sum(row["reward"] >= 10 for row in rows) / count,
+        "entropy": sum(row["entropy"] for row in rows) / count,
+        "conflict": conflicts / tokens,
+        "filtered": sum(row["kept"] is False for row in rows) / count,
+        "length": tokens / count,
+        "truncated": sum(row["truncated"] for row in rows) / count,
+        "net_push": push / total if total else None,
     }
 
 
 def sample(recipe, run_dir: Path) -> list[dict]:
-    """SAMPLES completions of each held-out problem by the trained policy, at temperature 1, graded."""
+    """SAMPLES completions of each held-out problem by the trained policy, at temperature 1,
+    graded.
+    """
     from gtpo.evaluation import evaluate, header, rendered
     from gtpo.evaluation_file import EvaluationFile
     from gtpo.generation import Sampling, with_model
@@ -171,18 +242,36 @@ def sample(recipe, run_dir: Path) -> list[dict]:
     problems = load_held_out(recipe, policy.tokenizer)
     prompts = rendered(problems, policy.tokenizer, recipe.training.chat_template_kwargs)
     sampling = Sampling(1.0, 1.0, recipe.seed, recipe.max_completion_length)
-    file = EvaluationFile(run_dir / "evaluation/sampled.jsonl", header(problems, prompts, sampling, SAMPLES, weights="trained"))
-    return evaluate(file, with_model(policy, sampling), problems, prompts, batch_size=recipe.evaluation.batch_size)
+    file = EvaluationFile(
+        run_dir / "evaluation/sampled.jsonl",
+        header(problems, prompts, sampling, SAMPLES, weights="trained"),
+    )
+    return evaluate(
+        file,
+        with_model(policy, sampling),
+        problems,
+        prompts,
+        batch_size=recipe.evaluation.batch_size,
+    )
 
 
 def shares(rows: list[dict]) -> dict[str, float]:
-    return {"correct": sum(row["correct"] for row in rows) / len(rows), "format": sum(row["well_formed"] for row in rows) / len(rows)}
+    return {
+        "correct": sum(row["correct"] for row in rows) / len(rows),
+        "format": sum(row["well_formed"] for row in rows) / len(rows),
+    }
 
 
 def logged(file: Path) -> dict[str, list[float]]:
     history = [row for row in json.loads(file.read_text())["log_history"] if "reward" in row]
-    return {name: [round(row[key], 4) for row in history]
-            for name, key in (("reward", "reward"), ("grad_norm", "grad_norm"), ("no_signal", "frac_reward_zero_std"))}
+    return {
+        name: [round(row[key], 4) for row in history]
+        for name, key in (
+            ("reward", "reward"),
+            ("grad_norm", "grad_norm"),
+            ("no_signal", "frac_reward_zero_std"),
+        )
+    }
 
 
 if __name__ == "__main__":

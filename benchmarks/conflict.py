@@ -1,7 +1,9 @@
-"""Time and peak memory of lambda, the conflict weights of one group, over G x G x T: `python benchmarks/conflict.py`.
+"""Time and peak memory of lambda, the conflict weights of one group, over G x G x T: `python
+benchmarks/conflict.py`.
 
-Each case runs in a forked process of its own, on one thread: median CPU time of several calls, and the peak of its resident
-memory above what the process had before (Linux). The worst of three inputs counts: random rows, equal rows, rows that share a tenth.
+Each case runs in a forked process of its own, on one thread: median CPU time of several calls, and
+the peak of its resident memory above what the process had before (Linux). The worst of three inputs
+counts: random rows, equal rows, rows that share a tenth.
 """
 
 import argparse
@@ -27,8 +29,15 @@ VOCABULARY = 128_256
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--calls", type=int, default=15, help="calls per case, of which the median counts (default: 15)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--calls",
+        type=int,
+        default=15,
+        help="calls per case, of which the median counts (default: 15)",
+    )
     parser.add_argument("--json", type=Path, help="save the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the growth curves to this file")
     options = parser.parse_args()
@@ -37,10 +46,17 @@ def main() -> int:
     print(f"{'G':>4}{'T':>7}  {'input':<16}{'CPU ms':>9}{'peak MB':>9}")
 
     cases = {}
-    for size, length in sorted({*BOUNDS, *((g, FIXED_LENGTH) for g in SIZES), *((FIXED_SIZE, t) for t in LENGTHS)}):
+    for size, length in sorted(
+        {*BOUNDS, *((g, FIXED_LENGTH) for g in SIZES), *((FIXED_SIZE, t) for t in LENGTHS)}
+    ):
         for kind in KINDS if (size, length) in BOUNDS else KINDS[:1]:
-            seconds, peak = cases[size, length, kind] = measured(size, length, kind, VOCABULARY, options.calls)
-            print(f"{size:>4}{length:>7}  {kind:<16}{seconds * 1e3:>9.2f}{peak / 1e6:>9.1f}", flush=True)
+            seconds, peak = cases[size, length, kind] = measured(
+                size, length, kind, VOCABULARY, options.calls
+            )
+            print(
+                f"{size:>4}{length:>7}  {kind:<16}{seconds * 1e3:>9.2f}{peak / 1e6:>9.1f}",
+                flush=True,
+            )
 
     met = True
     for (size, length), (seconds, peak) in BOUNDS.items():
@@ -48,27 +64,55 @@ def main() -> int:
         ok = worst[0] < seconds and (peak is None or worst[1] < peak)
         met &= ok
         bound = f"{seconds * 1e3:g} ms" + (f" and {peak / 1e6:g} MB" if peak else "")
-        print(f"G {size} x T {length}: {worst[0] * 1e3:.2f} ms and {worst[1] / 1e6:.1f} MB at worst; bound {bound}: {'met' if ok else 'NOT MET'}")
+        print(
+            f"G {size} x T {length}: {worst[0] * 1e3:.2f} ms and {worst[1] / 1e6:.1f} MB at worst;"
+            f" bound {bound}: {'met' if ok else 'NOT MET'}"
+        )
 
     over_size = [cases[g, FIXED_LENGTH, KINDS[0]] for g in SIZES]
     over_length = [cases[FIXED_SIZE, t, KINDS[0]] for t in LENGTHS]
-    growth = {f"{what} over {axis}": exponent(sizes[1:], [values[i] for values in curve][1:])  # the smallest is overhead
-              for axis, sizes, curve in (("G", SIZES, over_size), ("T", LENGTHS, over_length)) for i, what in enumerate(("time", "memory"))}
-    print("Growth exponents, the smallest size left out: " + ", ".join(f"{name} {value:.2f}" for name, value in growth.items()))
-    small, large = zip(*([measured(8, 1500, KINDS[0], vocabulary, options.calls)[0] for vocabulary in (32_000, 256_000)] for _ in range(9)))
+    # the smallest is overhead
+    growth = {
+        f"{what} over {axis}": exponent(sizes[1:], [values[i] for values in curve][1:])
+        for axis, sizes, curve in (("G", SIZES, over_size), ("T", LENGTHS, over_length))
+        for i, what in enumerate(("time", "memory"))
+    }
+    print(
+        "Growth exponents, the smallest size left out: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in growth.items())
+    )
+    small, large = zip(
+        *(
+            [
+                measured(8, 1500, KINDS[0], vocabulary, options.calls)[0]
+                for vocabulary in (32_000, 256_000)
+            ]
+            for _ in range(9)
+        )
+    )
     by_vocabulary = ratio(large, small)
     print(f"Vocabulary 256 k against 32 k, G 8 x T 1500: {by_vocabulary:.2f} of the time")
 
     if options.plot:
         draw(options.plot, over_size, over_length, growth)
-    save(options.json, {
-        "cases": [{"G": g, "T": t, "input": kind, "cpu_seconds": values[0], "peak_bytes": values[1]} for (g, t, kind), values in cases.items()],
-        "growth_exponents": growth, "vocabulary_ratio": by_vocabulary, "bounds_met": met,
-    })
+    save(
+        options.json,
+        {
+            "cases": [
+                {"G": g, "T": t, "input": kind, "cpu_seconds": values[0], "peak_bytes": values[1]}
+                for (g, t, kind), values in cases.items()
+            ],
+            "growth_exponents": growth,
+            "vocabulary_ratio": by_vocabulary,
+            "bounds_met": met,
+        },
+    )
     return 0 if met else 1
 
 
-def rows(size: int, length: int, kind: str, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def rows(
+    size: int, length: int, kind: str, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids, mask (G, T) and advantages (G,) of a group with completions on both sides."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (size, length), generator=generator)
@@ -79,7 +123,9 @@ def rows(size: int, length: int, kind: str, vocabulary: int) -> tuple[torch.Tens
 
 
 def measured(size: int, length: int, kind: str, vocabulary: int, calls: int) -> tuple[float, int]:
-    """Median CPU-seconds of a call, and the bytes that the process grew by at most, in a fork that has done nothing else."""
+    """Median CPU-seconds of a call, and the bytes that the process grew by at most, in a fork that
+    has done nothing else.
+    """
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
         try:
@@ -91,7 +137,9 @@ def measured(size: int, length: int, kind: str, vocabulary: int, calls: int) -> 
                 began = time.process_time()
                 weights(*group)
                 taken.append(time.process_time() - began)
-            os.write(writer, json.dumps([statistics.median(taken), resident("VmHWM") - before]).encode())
+            os.write(
+                writer, json.dumps([statistics.median(taken), resident("VmHWM") - before]).encode()
+            )
         finally:
             os._exit(0)
     os.close(writer)
@@ -106,10 +154,16 @@ def weights(ids, mask, advantages) -> torch.Tensor:
 
 
 def resident(field: str, reset_peak: bool = False) -> int:
-    """This process's resident memory in bytes: VmRSS now, VmHWM at its peak since the last reset."""
+    """This process's resident memory in bytes: VmRSS now, VmHWM at its peak since the last
+    reset.
+    """
     if reset_peak:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -120,11 +174,25 @@ def draw(file: Path, over_size: list, over_length: list, growth: dict) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for axis, name, sizes, curve, fixed in ((axes[0], "G", SIZES, over_size, f"T = {FIXED_LENGTH}"), (axes[1], "T", LENGTHS, over_length, f"G = {FIXED_SIZE}")):
+    for axis, name, sizes, curve, fixed in (
+        (axes[0], "G", SIZES, over_size, f"T = {FIXED_LENGTH}"),
+        (axes[1], "T", LENGTHS, over_length, f"G = {FIXED_SIZE}"),
+    ):
         other = axis.twinx()
-        for side, i, what, unit, color in ((axis, 0, "time", 1e-3, "tab:blue"), (other, 1, "memory", 1e6, "tab:orange")):
-            side.loglog(sizes, [values[i] / unit for values in curve], "o-", color=color, label=f"{what}, exponent {growth[f'{what} over {name}']:.2f}")
-            side.set_ylabel({"time": "CPU time, ms", "memory": "peak memory, MB"}[what], color=color)
+        for side, i, what, unit, color in (
+            (axis, 0, "time", 1e-3, "tab:blue"),
+            (other, 1, "memory", 1e6, "tab:orange"),
+        ):
+            side.loglog(
+                sizes,
+                [values[i] / unit for values in curve],
+                "o-",
+                color=color,
+                label=f"{what}, exponent {growth[f'{what} over {name}']:.2f}",
+            )
+            side.set_ylabel(
+                {"time": "CPU time, ms", "memory": "peak memory, MB"}[what], color=color
+            )
         axis.set_xticks(sizes, sizes)
         axis.minorticks_off()
         axis.set_xlabel(f"{name} ({fixed})")

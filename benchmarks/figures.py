@@ -1,4 +1,6 @@
-"""What the benchmarks share that need no model: the machine they ran on, CPU-seconds, ratios of pairs, a JSON file."""
+"""What the benchmarks share that need no model: the machine they ran on, CPU-seconds, ratios of
+pairs, a JSON file.
+"""
 
 import json
 import math
@@ -15,7 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def machine() -> str:
     """The machine in a line: cores, processor family, Python and torch."""
-    return f"{os.cpu_count()} cores of a {platform.machine()} CPU, Python {platform.python_version()}, torch {version('torch')}"
+    return (
+        f"{os.cpu_count()} cores of a {platform.machine()} CPU, Python {platform.python_version()},"
+        f" torch {version('torch')}"
+    )
 
 
 def cpu_seconds() -> float:
@@ -24,7 +29,9 @@ def cpu_seconds() -> float:
 
 
 def cpu_seconds_of(command: list[str], **options) -> float:
-    """CPU-seconds of `command`, its children included; raises CalledProcessError, with what it said, where it fails."""
+    """CPU-seconds of `command`, its children included; raises CalledProcessError, with what it
+    said, where it fails.
+    """
     began = cpu_seconds()
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True, **options)
     return cpu_seconds() - began
@@ -36,13 +43,21 @@ def ratio(numerators: list[float], denominators: list[float]) -> float:
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
-    """The slope of log(value) over log(size), by least squares: 1 where doubling the size doubles the value."""
-    return statistics.linear_regression([math.log(x) for x in sizes], [math.log(y) for y in values]).slope
+    """The slope of log(value) over log(size), by least squares: 1 where doubling the size doubles
+    the value.
+    """
+    return statistics.linear_regression(
+        [math.log(x) for x in sizes], [math.log(y) for y in values]
+    ).slope
 
 
 def save(file: Path | None, figures: dict) -> None:
     """Write `figures` with the command and the machine to `file`, if one was asked for."""
     if file:
-        whole = {"command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]), "machine": machine(), **figures}
+        whole = {
+            "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+            "machine": machine(),
+            **figures,
+        }
         file.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
         print(f"Written: {file}")

@@ -1,13 +1,15 @@
-"""Hostile input for all that reads what others wrote: `python benchmarks/fuzz.py [TARGET ...] [--inputs N] [--seed S]`.
+"""Hostile input for all that reads what others wrote: `python benchmarks/fuzz.py [TARGET ...]
+[--inputs N] [--seed S]`.
 
-recipe    the recipe reader: a Recipe that survives being saved and read again, or a RecipeError with sentences
-answers   finding and comparing answers: no exception, no hang
-rewards   the reward functions: no exception, no hang, each within its scale; a wrong number is never paid, a right one always
-report    reports of run directories: the page is well formed, nothing escapes, every completion is in it as text
-console   texts for terminals and logs: no control character, no secret
+recipe    the recipe reader: a Recipe that survives being saved and read again, or a RecipeError
+with sentences answers   finding and comparing answers: no exception, no hang rewards   the reward
+functions: no exception, no hang, each within its scale; a wrong number is never paid, a right one
+always report    reports of run directories: the page is well formed, nothing escapes, every
+completion is in it as text console   texts for terminals and logs: no control character, no secret
 
-Prints inputs, seconds, the slowest input and failures per target, each with the seed that repeats it. Exit code 1: failures.
-`--atheris` lets libFuzzer, guided by coverage, write the texts for recipe and answers instead (pip install atheris).
+Prints inputs, seconds, the slowest input and failures per target, each with the seed that repeats
+it. Exit code 1: failures. `--atheris` lets libFuzzer, guided by coverage, write the texts for
+recipe and answers instead (pip install atheris).
 """
 
 import argparse
@@ -31,14 +33,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import hostile  # noqa: E402
 
-HANG = 60  # seconds for one input, or one report; a question that math-verify may think about takes 3 seconds of its CPU time
+# seconds for one input, or one report; a question that math-verify may think about takes 3 seconds
+# of its CPU time
+HANG = 60
 
 
 class Hang(Exception):
     pass
 
 
-# ---- targets: each takes a random generator, checks one input (or a batch) and returns how many it checked
+# ---- targets: each takes a random generator, checks one input (or a batch) and returns how many it
+# checked
 
 
 def check_recipe(dice: random.Random) -> int:
@@ -51,21 +56,30 @@ def recipe_text(content: str, words: list[str]) -> int:
     from gtpo.arguments import batch_plan
     from gtpo.errors import RecipeError
 
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder, _same_import_path():
+    with (
+        tempfile.TemporaryDirectory(
+            dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+        ) as folder,
+        _same_import_path(),
+    ):
         file = Path(folder, "recipe.yaml")
         file.write_text(content, encoding="utf-8", errors="surrogatepass", newline="")
         try:
             recipe = cli.make_recipe(cli.parse([str(file), *words]))
             batch_plan(recipe)
         except RecipeError as error:
-            assert str(error) and all(sentence.strip() for sentence in str(error).split("\n")), "an empty sentence"
+            assert str(error) and all(sentence.strip() for sentence in str(error).split("\n")), (
+                "an empty sentence"
+            )
             assert len(str(error)) < 20_000, f"{len(str(error))} characters of error"
             return 1
         values, _ = recipe.saved()
         with file.open("w", encoding="utf-8") as stream:
             cli.to_yaml(values, stream)
         assert cli.read_recipe([str(file)]).saved()[0] == values, "the saved recipe is another one"
-        assert not re.search(r"[\x00-\x1f]", Path(recipe.output_dir()).name), "control characters in the run directory's name"
+        assert not re.search(r"[\x00-\x1f]", Path(recipe.output_dir()).name), (
+            "control characters in the run directory's name"
+        )
     return 1
 
 
@@ -84,7 +98,13 @@ def check_answers(dice: random.Random) -> int:
 def answers_text(one: str, other: str, text: str) -> int:
     from gtpo import answers, data
 
-    for found in (answers.gsm8k_answer(text), answers.boxed_answer(text), answers.reference_answer(text), data.any_reference(text), data.math_reference(text)):
+    for found in (
+        answers.gsm8k_answer(text),
+        answers.boxed_answer(text),
+        answers.reference_answer(text),
+        data.any_reference(text),
+        data.math_reference(text),
+    ):
         assert isinstance(found, str)
     assert answers.final_answer(text) is None or isinstance(answers.final_answer(text), str)
     assert answers.format_score(text) in (0, 1, 1.5, 3, 10)
@@ -93,7 +113,11 @@ def answers_text(one: str, other: str, text: str) -> int:
     return 1
 
 
-SCALES = {"final_reward": {0, 1, 1.5, 3, 10, 20}, "released_reward": {0, 1, 1.5, 10, 20}, "formatting_penalty": {-10, -9, -8.5, -7, 0}}
+SCALES = {
+    "final_reward": {0, 1, 1.5, 3, 10, 20},
+    "released_reward": {0, 1, 1.5, 10, 20},
+    "formatting_penalty": {-10, -9, -8.5, -7, 0},
+}
 
 
 def check_rewards(dice: random.Random) -> int:
@@ -102,26 +126,55 @@ def check_rewards(dice: random.Random) -> int:
     if dice.random() < 0.7:
         value = hostile.number(dice)
         reference = hostile.written(dice, value)
-        wrong, same = [hostile.wrong_answer(dice, value, reference) for _ in range(16)], hostile.written(dice, value)
+        wrong, same = (
+            [hostile.wrong_answer(dice, value, reference) for _ in range(16)],
+            hostile.written(dice, value),
+        )
     else:
-        reference, *others = dice.choice(hostile.EXPRESSIONS + hostile.WORDS), *dice.sample(hostile.EXPRESSIONS, 5)
+        reference, *others = (
+            dice.choice(hostile.EXPRESSIONS + hostile.WORDS),
+            *dice.sample(hostile.EXPRESSIONS, 5),
+        )
         others = [other for other in others if other != reference]
-        wrong, same = [dice.choice(hostile.WRONG).format(w=dice.choice(others), r=reference) for _ in range(16)], reference
+        wrong, same = (
+            [
+                dice.choice(hostile.WRONG).format(w=dice.choice(others), r=reference)
+                for _ in range(16)
+            ],
+            reference,
+        )
     wrong = [hostile.completion(dice, answer) for answer in wrong]
-    right = [hostile.completion(dice, dice.choice(hostile.RIGHT if same[-1].isdigit() else hostile.RIGHT[:-6]).format(r=same)) for _ in range(4)]
-    odd = [hostile.broken(dice, reference) for _ in range(4)] + [hostile.mutated(dice, dice.choice(right)) for _ in range(4)] + [hostile.text(dice, 20) for _ in range(4)]
+    right = [
+        hostile.completion(
+            dice,
+            dice.choice(hostile.RIGHT if same[-1].isdigit() else hostile.RIGHT[:-6]).format(r=same),
+        )
+        for _ in range(4)
+    ]
+    odd = (
+        [hostile.broken(dice, reference) for _ in range(4)]
+        + [hostile.mutated(dice, dice.choice(right)) for _ in range(4)]
+        + [hostile.text(dice, 20) for _ in range(4)]
+    )
     completions = wrong + right + odd
-    columns = {"completions": completions, "answer": [hostile_reference(dice, reference)] * len(completions), "prompts": [i // 4 for i in range(len(completions))]}
+    columns = {
+        "completions": completions,
+        "answer": [hostile_reference(dice, reference)] * len(completions),
+        "prompts": [i // 4 for i in range(len(completions))],
+    }
     paid = reward_math.final_reward(**columns)
     for text, amount in zip(wrong, paid):
         assert amount == 10, f"{amount} paid for {text!r} where {reference!r} is right"
-    for text, amount in zip(right, paid[len(wrong):]):
+    for text, amount in zip(right, paid[len(wrong) :]):
         assert amount == 20, f"{amount} paid for {text!r} where {reference!r} is right"
-    for text, amount in zip(odd[:4], paid[len(wrong) + len(right):]):
+    for text, amount in zip(odd[:4], paid[len(wrong) + len(right) :]):
         assert amount < 10, f"{amount} paid for {text!r}, which is not well formed"
     for name, scale in SCALES.items():
         assert set(getattr(reward_math, name)(**columns)) <= scale, name
-    assert all(amount == 0 or 5 <= amount <= 10 for amount in reward_math.scaled_adaptive_reward_func(**columns))
+    assert all(
+        amount == 0 or 5 <= amount <= 10
+        for amount in reward_math.scaled_adaptive_reward_func(**columns)
+    )
     return len(completions)
 
 
@@ -129,11 +182,19 @@ def hostile_reference(dice: random.Random, reference: str) -> str:
     """The reference, bare or as the data has it."""
     from gtpo.answers import format_reference
 
-    return dice.choice([reference, format_reference("6 * 3 = 18", reference), format_reference("see <answer>7</answer>", reference)])
+    return dice.choice(
+        [
+            reference,
+            format_reference("6 * 3 = 18", reference),
+            format_reference("see <answer>7</answer>", reference),
+        ]
+    )
 
 
 class _Page(HTMLParser):
-    """What is in a page: its elements, their nesting, and the text of the data for the conflict view."""
+    """What is in a page: its elements, their nesting, and the text of the data for the conflict
+    view.
+    """
 
     VOID = {"meta", "link", "input", "br", "img", "hr"}
 
@@ -184,7 +245,14 @@ def check_report(dice: random.Random, completions: int = 2048) -> int:
         page.feed(html)
         page.close()
         assert not page.problems and not page.open, (page.problems[:3], page.open[:3])
-        assert page.elements.count("script") == 2 and not {"img", "iframe", "object", "embed", "form", "base"} & set(page.elements), "an element that is not ours"
+        assert page.elements.count("script") == 2 and not {
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "form",
+            "base",
+        } & set(page.elements), "an element that is not ours"
         view = json.loads(page.data)
         for shown in view.get("runs", ()):
             for step in shown["steps"]:
@@ -194,25 +262,39 @@ def check_report(dice: random.Random, completions: int = 2048) -> int:
 
 
 def _check_group(run, step: int, group: dict, texts: list[str]) -> None:
-    recorded = {c.row: c for found in run.completions.groups if found.step == step for c in run.completions.read(found) if c.group == group["group"]}
+    recorded = {
+        c.row: c
+        for found in run.completions.groups
+        if found.step == step
+        for c in run.completions.read(found)
+        if c.group == group["group"]
+    }
     for row in group["rows"]:
         if "tokens" in row and row["left"] == row["length"]:
-            assert [texts[i] for i in row["tokens"]] == recorded[row["row"]].tokens, "other tokens than were recorded"
+            assert [texts[i] for i in row["tokens"]] == recorded[row["row"]].tokens, (
+                "other tokens than were recorded"
+            )
 
 
 def check_console(dice: random.Random) -> int:
     from gtpo.safe_text import printable, without_secrets
 
     text, secret = hostile.text(dice), "".join(dice.choices("abcXYZ0189-_", k=12))
-    shown = printable(without_secrets(f"{text}{secret}{text} hf_{'aZ09' * 8} {text}", {"MY_TOKEN": secret}))
+    shown = printable(
+        without_secrets(f"{text}{secret}{text} hf_{'aZ09' * 8} {text}", {"MY_TOKEN": secret})
+    )
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown), shown
     assert secret not in shown and "hf_aZ09" not in shown
     assert shown.encode("utf-8")
     return 1
 
 
-TARGETS: dict[str, tuple[Callable[[random.Random], int], int]] = {  # what checks, and how many inputs
-    "recipe": (check_recipe, 20_000), "answers": (check_answers, 100_000), "rewards": (check_rewards, 100_000), "report": (check_report, 32_768),
+# what checks, and how many inputs
+TARGETS: dict[str, tuple[Callable[[random.Random], int], int]] = {
+    "recipe": (check_recipe, 20_000),
+    "answers": (check_answers, 100_000),
+    "rewards": (check_rewards, 100_000),
+    "report": (check_report, 32_768),
     "console": (check_console, 100_000),
 }
 
@@ -229,7 +311,9 @@ class Outcome(NamedTuple):
 
 
 def run(target: str, inputs: int, seed: int, most_failures: int = 20) -> Outcome:
-    """Check `inputs` inputs of a target; each has a generator of its own, so that a failure can be repeated by its seed."""
+    """Check `inputs` inputs of a target; each has a generator of its own, so that a failure can be
+    repeated by its seed.
+    """
     check, _ = TARGETS[target]
     done, number, slowest, failures, began = 0, seed * 10**9, 0.0, [], time.monotonic()
     while done < inputs and len(failures) < most_failures:
@@ -256,7 +340,10 @@ def _warm_up(target: str) -> None:
 
 @contextlib.contextmanager
 def _alarm():
-    """Raises Hang after HANG seconds; where not even that gets through, the process ends with a traceback."""
+    """Raises Hang after HANG seconds; where not even that gets through, the process ends with a
+    traceback.
+    """
+
     def hang(*_):
         raise Hang(f"no answer in {HANG} s")
 
@@ -288,17 +375,43 @@ def run_atheris(target: str, inputs: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as corpus:
         Path(corpus, "recipe").write_text(hostile.RECIPE)
         for i, answer in enumerate(hostile.ANSWERS):
-            Path(corpus, str(i)).write_text(answer * 2 if target == "answers" else f"{hostile.RECIPE}run_name: {answer}\n")
-        atheris.Setup([sys.argv[0], f"-runs={inputs}", f"-seed={seed}", f"-timeout={HANG}", "-max_len=2000", "-verbosity=0", "-print_final_stats=1", corpus], one_input)
+            Path(corpus, str(i)).write_text(
+                answer * 2 if target == "answers" else f"{hostile.RECIPE}run_name: {answer}\n"
+            )
+        atheris.Setup(
+            [
+                sys.argv[0],
+                f"-runs={inputs}",
+                f"-seed={seed}",
+                f"-timeout={HANG}",
+                "-max_len=2000",
+                "-verbosity=0",
+                "-print_final_stats=1",
+                corpus,
+            ],
+            one_input,
+        )
         atheris.Fuzz()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", choices=[*TARGETS, []], metavar="TARGET", help=f"{', '.join(TARGETS)}; all of them by default")
-    parser.add_argument("--inputs", type=int, help="inputs per target, instead of each one's own number")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "targets",
+        nargs="*",
+        choices=[*TARGETS, []],
+        metavar="TARGET",
+        help=f"{', '.join(TARGETS)}; all of them by default",
+    )
+    parser.add_argument(
+        "--inputs", type=int, help="inputs per target, instead of each one's own number"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--atheris", action="store_true", help="coverage-guided, one target: recipe or answers")
+    parser.add_argument(
+        "--atheris", action="store_true", help="coverage-guided, one target: recipe or answers"
+    )
     options = parser.parse_args()
     if options.atheris:
         run_atheris(*options.targets, options.inputs or 20_000, options.seed)
@@ -307,11 +420,16 @@ def main() -> int:
     for target in options.targets or TARGETS:
         _warm_up(target)
         outcomes.append(outcome := run(target, options.inputs or TARGETS[target][1], options.seed))
-        print(f"{target:<10}{outcome.inputs:>9,}{outcome.seconds:>9.0f}{outcome.slowest:>9.2f}{len(outcome.failures):>10}", flush=True)
+        print(
+            f"{target:<10}{outcome.inputs:>9,}{outcome.seconds:>9.0f}{outcome.slowest:>9.2f}{len(outcome.failures):>10}",
+            flush=True,
+        )
         for number, what in outcome.failures:
             print(f"    random.Random({number}): {what}", flush=True)
     failures = sum(len(outcome.failures) for outcome in outcomes)
-    print(f"{'all':<10}{sum(o.inputs for o in outcomes):>9,}{sum(o.seconds for o in outcomes):>9.0f}{max(o.slowest for o in outcomes):>9.2f}{failures:>10}")
+    print(
+        f"{'all':<10}{sum(o.inputs for o in outcomes):>9,}{sum(o.seconds for o in outcomes):>9.0f}{max(o.slowest for o in outcomes):>9.2f}{failures:>10}"
+    )
     return 1 if failures else 0
 
 

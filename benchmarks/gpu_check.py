@@ -1,15 +1,21 @@
-"""What only a GPU can show: `make gpu-check`, or `python benchmarks/gpu_check.py`. Needs no network and nothing but this repository.
+"""What only a GPU can show: `make gpu-check`, or `python benchmarks/gpu_check.py`. Needs no network
+and nothing but this repository.
 
-- gradients: for 16 and 4 bits, a randomly initialised Llama-shaped model goes through Unsloth's FastLanguageModel with LoRA
-  and takes one GTPO step on a fixed rollout. The gradients of its LoRA weights are held against transformers in float32 on
-  the same base weights (for 4 bits: the dequantised ones), and may be off by what bfloat16 costs transformers itself, and a
+- gradients: for 16 and 4 bits, a randomly initialised Llama-shaped model goes through Unsloth's
+FastLanguageModel with LoRA
+  and takes one GTPO step on a fixed rollout. The gradients of its LoRA weights are held against
+  transformers in float32 on
+  the same base weights (for 4 bits: the dequantised ones), and may be off by what bfloat16 costs
+  transformers itself, and a
   quarter of that. Then three steps with real generation are timed.
-- train: `train_model.py config.yaml`, the documented recipe, on such a model and the demo's data; stopped half-way, resumed,
+- train: `train_model.py config.yaml`, the documented recipe, on such a model and the demo's data;
+stopped half-way, resumed,
   evaluated; the GPU memory it took beside the estimate of `--check`.
 - step, heads: benchmarks/step.py and benchmarks/heads.py with the shapes of real models.
 
-Each case runs in a process of its own, because Unsloth replaces TRL's trainers. One that fails is written down and does not
-stop the others. Writes JSON and a table to docs/gpu/. Without a GPU it says so and exits 0.
+Each case runs in a process of its own, because Unsloth replaces TRL's trainers. One that fails is
+written down and does not stop the others. Writes JSON and a table to docs/gpu/. Without a GPU it
+says so and exits 0.
 """
 
 import argparse
@@ -51,14 +57,39 @@ STEP = ["--generations", "8", "--prompt", "256", "--completion", "1024", "--roun
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Check GTPO on this machine's GPU.")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs/gpu", help="folder for the JSON file and the table")
-    parser.add_argument("--only", nargs="+", choices=["gradients", "train", "step", "heads"], help="some of the parts")
-    parser.add_argument("--shapes", nargs="+", choices=measure.SHAPES, default=["qwen2.5-3b", "llama-3.1-8b"], help="for step")
-    parser.add_argument("--side-by-side", type=int, default=1, metavar="N",
-                        help="cases at a time, on a GPU with 100 GiB and many cores; what is timed is alone on the GPU, not on the CPU")
-    parser.add_argument("--limit", type=int, default=900, help="seconds after which a case is given up")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs/gpu", help="folder for the JSON file and the table"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=["gradients", "train", "step", "heads"],
+        help="some of the parts",
+    )
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        choices=measure.SHAPES,
+        default=["qwen2.5-3b", "llama-3.1-8b"],
+        help="for step",
+    )
+    parser.add_argument(
+        "--side-by-side",
+        type=int,
+        default=1,
+        metavar="N",
+        help=(
+            "cases at a time, on a GPU with 100 GiB and many cores; what is timed is alone on the"
+            " GPU, not on the CPU"
+        ),
+    )
+    parser.add_argument(
+        "--limit", type=int, default=900, help="seconds after which a case is given up"
+    )
     parser.add_argument("--commit", help="to write down where the copy has no repository")
-    parser.add_argument("--case", choices=["unsloth", "reference", "bfloat16"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--case", choices=["unsloth", "reference", "bfloat16"], help=argparse.SUPPRESS
+    )
     parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,7 +108,9 @@ def main() -> int:
 
 
 class Check:
-    """The cases, and what they found so far; it is written down after each, so that nothing is lost."""
+    """The cases, and what they found so far; it is written down after each, so that nothing is
+    lost.
+    """
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.only = options, options.only or ["gradients", "train", "step", "heads"]
@@ -94,19 +127,29 @@ class Check:
             self.work = Path(folder)
             make_model(self.work / "model")
             os.environ["GTPO_GPU_LOCK"] = str(self.work / "lock")
-            cases = {"train": self.train, **{f"gradients, {bits} bits": lambda bits=bits: self.gradients(bits) for bits in (16, 4)},
-                     "heads": lambda: self.benchmark("heads.py")}
+            cases = {
+                "train": self.train,
+                **{
+                    f"gradients, {bits} bits": lambda bits=bits: self.gradients(bits)
+                    for bits in (16, 4)
+                },
+                "heads": lambda: self.benchmark("heads.py"),
+            }
             cases = {name: case for name, case in cases.items() if name.split(",")[0] in self.only}
             for shape, gib, flags in STEPS:
                 if "step" in self.only and shape in self.options.shapes and self.has(shape, gib):
-                    cases[f"step {shape} {' '.join(flags)}"] = lambda shape=shape, flags=flags: self.step(shape, flags)
+                    cases[f"step {shape} {' '.join(flags)}"] = lambda shape=shape, flags=flags: (
+                        self.step(shape, flags)
+                    )
                     if not (self.work / shape).exists():
                         measure.make_model(shape, self.work / shape)
             torch.cuda.empty_cache()
             with concurrent.futures.ThreadPoolExecutor(self.options.side_by_side) as pool:
                 for name, case in cases.items():
                     pool.submit(self.keep, name, case)
-        failed = [name for name, case in self.figures["cases"].items() if not case.get("passed", True)]
+        failed = [
+            name for name, case in self.figures["cases"].items() if not case.get("passed", True)
+        ]
         print(f"failed: {', '.join(failed)}" if failed else "all passed")
         return 1 if failed else 0
 
@@ -117,7 +160,9 @@ class Check:
         except Exception as error:  # a case that fails is a finding
             found = {"passed": False, "error": str(error)[-4000:]}
         with self.lock:
-            print(f"== {name}: {time.monotonic() - began:.0f} s\n{found.get('error', '')}", flush=True)
+            print(
+                f"== {name}: {time.monotonic() - began:.0f} s\n{found.get('error', '')}", flush=True
+            )
             self.figures["cases"][name] = found
             write(self.figures, self.options.out)
 
@@ -126,30 +171,92 @@ class Check:
 
         cases = ("unsloth", "reference", "bfloat16")
         found, reference, _ = (
-            _figures(self.python(Path(__file__), "--case", case, "--bits", bits, "--work", self.work, timed=False)) for case in cases)
-        ours, exact, rounded = (load_file(self.work / f"{case}-{bits}.safetensors") for case in cases)
+            _figures(
+                self.python(
+                    Path(__file__), "--case", case, "--bits", bits, "--work", self.work, timed=False
+                )
+            )
+            for case in cases
+        )
+        ours, exact, rounded = (
+            load_file(self.work / f"{case}-{bits}.safetensors") for case in cases
+        )
         error, bound = relative_error(ours, exact), ALLOWED * relative_error(rounded, exact)
-        return {"gradient_error": error, "bound": bound, "passed": error <= bound, **found,
-                "reference_seconds_per_step": reference["seconds_per_step"]}
+        return {
+            "gradient_error": error,
+            "bound": bound,
+            "passed": error <= bound,
+            **found,
+            "reference_seconds_per_step": reference["seconds_per_step"],
+        }
 
     def train(self) -> dict:
-        """The documented recipe on the small model: half a run, the rest after --resume, and an evaluation."""
-        flags = ["--model-name", self.work / "model", "--dataset.name", "gsm8k", "--dataset.subsets", "null", "--dataset.path",
-                 ROOT / "demo/data/train.jsonl", "--dataset.system_instruction", "Reason, then answer.", "--model.max_seq_length", "256",
-                 "--model.max_prompt_length", "128", "--training.max_prompt_length", "128", "--training.save_steps", "2",
-                 "--training.report_to", "none", "--output_root", self.work / "runs", "--run-name", "check"]
+        """The documented recipe on the small model: half a run, the rest after --resume, and an
+        evaluation.
+        """
+        flags = [
+            "--model-name",
+            self.work / "model",
+            "--dataset.name",
+            "gsm8k",
+            "--dataset.subsets",
+            "null",
+            "--dataset.path",
+            ROOT / "demo/data/train.jsonl",
+            "--dataset.system_instruction",
+            "Reason, then answer.",
+            "--model.max_seq_length",
+            "256",
+            "--model.max_prompt_length",
+            "128",
+            "--training.max_prompt_length",
+            "128",
+            "--training.save_steps",
+            "2",
+            "--training.report_to",
+            "none",
+            "--output_root",
+            self.work / "runs",
+            "--run-name",
+            "check",
+        ]
         recipe = [ROOT / "train_model.py", ROOT / "config.yaml", *flags]
-        checked = self.python(*recipe, "--training.max_steps", "4", "--check", "--json", timed=False, may_fail=True)
+        checked = self.python(
+            *recipe, "--training.max_steps", "4", "--check", "--json", timed=False, may_fail=True
+        )
         trained = self.python("-c", PEAK, *recipe, "--training.max_steps", "2", timed=False)
         run = next((self.work / "runs").iterdir())
         resumed = self.python(*recipe, "--training.max_steps", "4", "--resume", timed=False)
-        evaluated = self.python(ROOT / "evaluate_model.py", run, "--dataset", ROOT / "demo/data/test.jsonl", "--limit", "16",
-                                "--samples", "2", "--k", "1", "2", timed=False)
+        evaluated = self.python(
+            ROOT / "evaluate_model.py",
+            run,
+            "--dataset",
+            ROOT / "demo/data/test.jsonl",
+            "--limit",
+            "16",
+            "--samples",
+            "2",
+            "--k",
+            "1",
+            "2",
+            timed=False,
+        )
         saved = sorted(file.name for file in run.iterdir())
-        return {"passed": "adapter_model.safetensors" in saved, "saved": saved,
-                "check": [check["sentence"] for check in json.loads(checked)["checks"] if check["check"] in ("backend", "model", "memory")],
-                "peak": next((line for line in trained.splitlines() if line.startswith("PEAK ")), "PEAK is not known"),
-                "resumed": [line for line in resumed.splitlines() if "step" in line][-6:], "evaluated": evaluated[-1500:]}
+        return {
+            "passed": "adapter_model.safetensors" in saved,
+            "saved": saved,
+            "check": [
+                check["sentence"]
+                for check in json.loads(checked)["checks"]
+                if check["check"] in ("backend", "model", "memory")
+            ],
+            "peak": next(
+                (line for line in trained.splitlines() if line.startswith("PEAK ")),
+                "PEAK is not known",
+            ),
+            "resumed": [line for line in resumed.splitlines() if "step" in line][-6:],
+            "evaluated": evaluated[-1500:],
+        }
 
     def has(self, shape: str, gib: int) -> bool:
         import torch
@@ -160,58 +267,92 @@ class Check:
         return free >= gib
 
     def step(self, shape: str, flags: list[str]) -> dict:
-        return self.benchmark("step.py", "--shape", shape, "--model", self.work / shape, *STEP, *flags)
+        return self.benchmark(
+            "step.py", "--shape", shape, "--model", self.work / shape, *STEP, *flags
+        )
 
     def benchmark(self, program: str, *flags) -> dict:
         file = Path(tempfile.mkdtemp(dir=self.work)) / "figures.json"
         printed = "\n" + self.python(ROOT / "benchmarks" / program, "--json", file, *flags)
-        start = "\n\n" if program == "heads.py" else f"\n{self.figures['machine']['device']}: "  # after what libraries print
+        # after what libraries print
+        start = "\n\n" if program == "heads.py" else f"\n{self.figures['machine']['device']}: "
         return {"printed": printed[printed.find(start) :], **json.loads(file.read_text())}
 
     def python(self, *arguments, timed: bool = True, may_fail: bool = False) -> str:
-        """What a Python process printed; RuntimeError with the end of it where it failed or took too long."""
+        """What a Python process printed; RuntimeError with the end of it where it failed or took
+        too long.
+        """
         command = [sys.executable, *map(str, arguments)]
         folder = tempfile.mkdtemp(dir=self.work)  # Unsloth writes a cache where it runs
-        with contextlib.nullcontext() if timed else measure.using_the_gpu(alone=False):  # what is timed asks for itself
+        # what is timed asks for itself
+        with contextlib.nullcontext() if timed else measure.using_the_gpu(alone=False):
             try:
-                run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=self.options.limit)
+                run = subprocess.run(
+                    command, cwd=folder, capture_output=True, text=True, timeout=self.options.limit
+                )
             except subprocess.TimeoutExpired as error:
                 end = (error.stderr or b"").decode(errors="replace")[-2000:]
-                raise RuntimeError(f"{' '.join(command[1:])[:300]}: not done after {self.options.limit} s\n{end}") from None
+                raise RuntimeError(
+                    f"{' '.join(command[1:])[:300]}: not done after {self.options.limit} s\n{end}"
+                ) from None
         if run.returncode and not may_fail:
-            raise RuntimeError(f"{' '.join(command[1:])[:300]}: exit code {run.returncode}\n{run.stdout[-1000:]}\n{run.stderr[-3000:]}")
+            raise RuntimeError(
+                f"{' '.join(command[1:])[:300]}: exit code"
+                f" {run.returncode}\n{run.stdout[-1000:]}\n{run.stderr[-3000:]}"
+            )
         return run.stdout
 
 
 def _figures(printed: str) -> dict:
-    return json.loads(next(line for line in printed.splitlines() if line.startswith("FIGURES ")).removeprefix("FIGURES "))
+    return json.loads(
+        next(line for line in printed.splitlines() if line.startswith("FIGURES ")).removeprefix(
+            "FIGURES "
+        )
+    )
 
 
 def make_model(folder: Path) -> None:
-    """A Llama-shaped model with random weights, far enough from zero that its logits are not uniform."""
+    """A Llama-shaped model with random weights, far enough from zero that its logits are not
+    uniform.
+    """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/model")
     torch.manual_seed(SEED)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=2048, initializer_range=0.06, tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        initializer_range=0.06,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def run_case(case: str, bits: int, work: Path) -> dict:
-    """Train one step on the fixed rollout, save the gradients, then time three steps; returns the figures."""
+    """Train one step on the fixed rollout, save the gradients, then time three steps; returns the
+    figures.
+    """
     from gtpo import backends
     from gtpo.chat_tokenizer import load_tokenizer
     from gtpo.sections import ModelSection
 
     section = ModelSection(
-        model_name=str(work / "model"), backend="unsloth" if case == "unsloth" else "transformers", max_seq_length=256,
-        lora_rank=RANK, load_in_4bit=bits == 4, fast_inference=False,
+        model_name=str(work / "model"),
+        backend="unsloth" if case == "unsloth" else "transformers",
+        max_seq_length=256,
+        lora_rank=RANK,
+        load_in_4bit=bits == 4,
+        fast_inference=False,
     )
     backend = backends.prepare_backend(section, {})
     tokenizer = load_tokenizer(section, backend)
@@ -220,10 +361,18 @@ def run_case(case: str, bits: int, work: Path) -> dict:
 
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         policy = backends.load_policy(
-            section, tokenizer, backend, seed=SEED, precision="bf16" if bf16 else "fp16", gradient_checkpointing=True)
+            section,
+            tokenizer,
+            backend,
+            seed=SEED,
+            precision="bf16" if bf16 else "fp16",
+            gradient_checkpointing=True,
+        )
         save_base_weights(policy.model, work / f"base-{bits}")
     else:
-        policy = reference_policy(work / f"base-{bits}", work / "model", tokenizer, bfloat16=case == "bfloat16")
+        policy = reference_policy(
+            work / f"base-{bits}", work / "model", tokenizer, bfloat16=case == "bfloat16"
+        )
     fill_adapter(policy.model)
     gradients, figures = steps(policy, case, work)
     from safetensors.torch import save_file
@@ -251,7 +400,9 @@ def save_base_weights(model, file: Path) -> None:
 
 
 def reference_policy(weights: Path, model_folder: Path, tokenizer, *, bfloat16: bool):
-    """transformers + peft in float32, or in bfloat16 with a float32 adapter, on the base weights that the Unsloth case saved."""
+    """transformers + peft in float32, or in bfloat16 with a float32 adapter, on the base weights
+    that the Unsloth case saved.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
@@ -260,17 +411,24 @@ def reference_policy(weights: Path, model_folder: Path, tokenizer, *, bfloat16: 
     from gtpo.backends import Policy
     from gtpo.sections import ModelSection
 
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.bfloat16 if bfloat16 else torch.float32, device_map={"": 0})
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.bfloat16 if bfloat16 else torch.float32, device_map={"": 0}
+    )
     model.load_state_dict(load_file(weights.with_suffix(".safetensors")))
     target_modules = ModelSection.model_fields["target_modules"].default
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=target_modules, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model,
+        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=target_modules, task_type="CAUSAL_LM"),
+    )
     for parameter in model.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
     return Policy(model, tokenizer, "transformers")
 
 
 def fill_adapter(model) -> None:
-    """The same small random LoRA weights in every case, B included, so that both factors get gradients."""
+    """The same small random LoRA weights in every case, B included, so that both factors get
+    gradients.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(SEED)
@@ -281,7 +439,9 @@ def fill_adapter(model) -> None:
 
 
 def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
-    """The LoRA gradients of one step on the fixed rollout, and the figures of three steps with real generation."""
+    """The LoRA gradients of one step on the fixed rollout, and the figures of three steps with real
+    generation.
+    """
     import time
 
     import torch
@@ -292,19 +452,47 @@ def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
     from gtpo.gtpo_training import UnslothGTPOTrainer
     from gtpo.sections import DatasetSection
 
-    dataset = DatasetSection(name="gsm8k", path=str(ROOT / "demo/data/train.jsonl"), system_instruction="Reason, then answer.")
+    dataset = DatasetSection(
+        name="gsm8k",
+        path=str(ROOT / "demo/data/train.jsonl"),
+        system_instruction="Reason, then answer.",
+    )
     problems = load_problems(dataset, policy.tokenizer, 128, SEED)
     bf16 = case != "reference" and torch.cuda.is_bf16_supported(including_emulation=False)
     arguments = trl.GRPOConfig(
-        output_dir=str(work / "run"), seed=SEED, max_steps=4, num_generations=GENERATIONS, per_device_train_batch_size=16,
-        gradient_accumulation_steps=2, max_completion_length=LENGTH, loss_type="grpo", scale_rewards="none", beta=0.0,
-        learning_rate=1e-6, max_grad_norm=0.0, lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch", temperature=1.0,
-        bf16=bf16, fp16=case == "unsloth" and not bf16, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
-        generation_kwargs={"suppress_tokens": [policy.tokenizer.pad_token_id]},  # Unsloth repacks a row at every pad id
+        output_dir=str(work / "run"),
+        seed=SEED,
+        max_steps=4,
+        num_generations=GENERATIONS,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=2,
+        max_completion_length=LENGTH,
+        loss_type="grpo",
+        scale_rewards="none",
+        beta=0.0,
+        learning_rate=1e-6,
+        max_grad_norm=0.0,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        optim="adamw_torch",
+        temperature=1.0,
+        bf16=bf16,
+        fp16=case == "unsloth" and not bf16,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        # Unsloth repacks a row at every pad id
+        generation_kwargs={"suppress_tokens": [policy.tokenizer.pad_token_id]},
     )
     trainer = UnslothGTPOTrainer(
-        model=policy.model, args=arguments, processing_class=policy.tokenizer, train_dataset=problems,
-        reward_funcs=[lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))]],
+        model=policy.model,
+        args=arguments,
+        processing_class=policy.tokenizer,
+        train_dataset=problems,
+        reward_funcs=[
+            lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))]
+        ],
     )
     generate, gradients, marks = trainer._generate_single_turn, {}, []
 
@@ -312,10 +500,15 @@ def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
         if gradients:
             return generate(prompt_ids, *args, **kwargs)
         generator = torch.Generator().manual_seed(SEED)
-        stem = torch.randint(100, len(policy.tokenizer) - 20, (LENGTH,), generator=generator).tolist()
+        stem = torch.randint(
+            100, len(policy.tokenizer) - 20, (LENGTH,), generator=generator
+        ).tolist()
         rows = []
-        for i in range(len(prompt_ids)):  # a shared beginning and end, of unequal length, so that there are conflicts
-            own = torch.randint(100, len(policy.tokenizer) - 20, (8 + i % 16,), generator=generator).tolist()
+        # a shared beginning and end, of unequal length, so that there are conflicts
+        for i in range(len(prompt_ids)):
+            own = torch.randint(
+                100, len(policy.tokenizer) - 20, (8 + i % 16,), generator=generator
+            ).tolist()
             rows.append([*stem[:5], *own, policy.tokenizer.eos_token_id])
         return rows, None
 
@@ -324,7 +517,13 @@ def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
     class Watch(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
             if not gradients:
-                gradients.update({n: p.grad.float().cpu().contiguous() for n, p in model.named_parameters() if p.grad is not None})
+                gradients.update(
+                    {
+                        n: p.grad.float().cpu().contiguous()
+                        for n, p in model.named_parameters()
+                        if p.grad is not None
+                    }
+                )
 
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize()
@@ -336,8 +535,10 @@ def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
     logs = trainer.state.log_history[0]
     return gradients, {
         "trainer": f"{type(trainer).__mro__[1].__module__}.{type(trainer).__mro__[1].__name__}",
-        "initial_entropy": trainer.initial_entropy, "frac_conflict_tokens": logs["gtpo/frac_conflict_tokens"],
-        "loss": logs["loss"], "seconds_per_step": (marks[-1] - marks[0]) / max(len(marks) - 1, 1),
+        "initial_entropy": trainer.initial_entropy,
+        "frac_conflict_tokens": logs["gtpo/frac_conflict_tokens"],
+        "loss": logs["loss"],
+        "seconds_per_step": (marks[-1] - marks[0]) / max(len(marks) - 1, 1),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
@@ -346,8 +547,13 @@ def relative_error(found: dict, expected: dict) -> float:
     import torch
 
     if found.keys() != expected.keys():
-        raise SystemExit(f"the two paths train other weights: {sorted(found.keys() ^ expected.keys())[:4]}")
-    found, expected = (torch.cat([tensors[name].double().flatten() for name in sorted(tensors)]) for tensors in (found, expected))
+        raise SystemExit(
+            f"the two paths train other weights: {sorted(found.keys() ^ expected.keys())[:4]}"
+        )
+    found, expected = (
+        torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+        for tensors in (found, expected)
+    )
     return ((found - expected).norm() / expected.norm()).item()
 
 
@@ -356,17 +562,43 @@ def write(figures: dict, out: Path) -> None:
     machine, cases = figures["machine"], figures["cases"]
     name = f"{figures['date']}-{machine['device'].replace(' ', '-')}-{machine['commit'][:7]}"
     measure.save(figures, out / f"{name}.json")
-    lines = [f"# {machine['device']}, {figures['date']}", "", f"Printed by `make gpu-check` at commit {machine['commit']}.", "",
-             "| LoRA gradients, FastLanguageModel against float32 | error (bound) | passed | s/step (reference) | peak memory | conflict tokens |",
-             "|---|---|---|---|---|---|"]
-    lines += [f"| {case} | {row['gradient_error']:.1e} ({row['bound']:.0e}) | {row['passed']} | {row['seconds_per_step']:.2f} "
-              f"({row['reference_seconds_per_step']:.2f}) | {row['peak_memory_gib']:.2f} GiB | {row['frac_conflict_tokens']:.0%} |"
-              for case, row in cases.items() if "gradient_error" in row]
+    lines = [
+        f"# {machine['device']}, {figures['date']}",
+        "",
+        f"Printed by `make gpu-check` at commit {machine['commit']}.",
+        "",
+        (
+            "| LoRA gradients, FastLanguageModel against float32 | error (bound) | passed | s/step"
+            " (reference) | peak memory | conflict tokens |"
+        ),
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {case} | {row['gradient_error']:.1e} ({row['bound']:.0e}) | {row['passed']} |"
+        f" {row['seconds_per_step']:.2f} ({row['reference_seconds_per_step']:.2f}) |"
+        f" {row['peak_memory_gib']:.2f} GiB | {row['frac_conflict_tokens']:.0%} |"
+        for case, row in cases.items()
+        if "gradient_error" in row
+    ]
     for case, row in cases.items():
         if "printed" in row:
             lines += ["", f"## {case}", "", "```", row["printed"].strip("\n"), "```"]
         elif "evaluated" in row:
-            lines += ["", f"## {case}: `config.yaml`, half a run, `--resume`, an evaluation", "", f"Passed: {row['passed']}. `--check` had said:", "", *(f"- {line}" for line in row["check"]), "", row["peak"].replace("PEAK", "Two steps held at most"), "", "```", *row["resumed"], row["evaluated"].strip(), "```"]
+            lines += [
+                "",
+                f"## {case}: `config.yaml`, half a run, `--resume`, an evaluation",
+                "",
+                f"Passed: {row['passed']}. `--check` had said:",
+                "",
+                *(f"- {line}" for line in row["check"]),
+                "",
+                row["peak"].replace("PEAK", "Two steps held at most"),
+                "",
+                "```",
+                *row["resumed"],
+                row["evaluated"].strip(),
+                "```",
+            ]
         elif "error" in row:
             lines += ["", f"## {case}: failed", "", "```", row["error"].strip(), "```"]
     lines += ["", "## Versions", "", *(f"- {key} {value}" for key, value in machine.items())]

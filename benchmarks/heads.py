@@ -1,8 +1,9 @@
 """Log-probs and entropies from hidden states, heads side by side: `python benchmarks/heads.py`.
 
-Each head gets the same hidden states, output matrix and tokens, and returns log-probs, entropies and the gradient of the
-hidden states. No head can be faster than its two matrix products: hidden x matrix forward, gradient x matrix backward.
-Unsloth's is timed where it is installed (its GRPO head without entropies too, which is what its GRPO runs).
+Each head gets the same hidden states, output matrix and tokens, and returns log-probs, entropies
+and the gradient of the hidden states. No head can be faster than its two matrix products: hidden x
+matrix forward, gradient x matrix backward. Unsloth's is timed where it is installed (its GRPO head
+without entropies too, which is what its GRPO runs).
 """
 
 import argparse
@@ -16,13 +17,20 @@ import measure
 from figures import ratio
 
 CASES = {  # name: hidden, vocabulary
-    "small, V = 32 k": (1024, 32_000), "Llama-3.1-8B, V = 128 k": (4096, 128_256), "Qwen2.5-3B, V = 152 k": (2048, 151_936)}
+    "small, V = 32 k": (1024, 32_000),
+    "Llama-3.1-8B, V = 128 k": (4096, 128_256),
+    "Qwen2.5-3B, V = 152 k": (2048, 151_936),
+}
 BOUND = "two matrix products"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time ways to compute log-probs and entropies.")
-    parser.add_argument("--tokens", type=int, help="completion tokens of a micro-batch of 8 rows; 4096 on a GPU, 128 on a CPU")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        help="completion tokens of a micro-batch of 8 rows; 4096 on a GPU, 128 on a CPU",
+    )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
@@ -33,7 +41,14 @@ def main() -> int:
         os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1")
     figures = {"machine": None, "cases": []}
     for name in options.cases:
-        figures["cases"].append({"name": name, **compare(*CASES[name], options.tokens or (4096 if _cuda() else 128), options.rounds)})
+        figures["cases"].append(
+            {
+                "name": name,
+                **compare(
+                    *CASES[name], options.tokens or (4096 if _cuda() else 128), options.rounds
+                ),
+            }
+        )
         figures["machine"] = measure.machine()
         print_table(figures["cases"][-1])
         measure.save(figures, options.json)
@@ -50,10 +65,13 @@ def compare(hidden_size: int, vocabulary: int, tokens: int, rounds: int) -> dict
     import torch
 
     if not _cuda():
-        torch.set_num_threads(1)  # CPU-seconds of one core: two would also count their waiting for each other
+        # CPU-seconds of one core: two would also count their waiting for each other
+        torch.set_num_threads(1)
     device, dtype = ("cuda", torch.bfloat16) if _cuda() else ("cpu", torch.float32)
     torch.manual_seed(0)
-    hidden = torch.randn(8, tokens // 8, hidden_size, device=device, dtype=dtype, requires_grad=True)
+    hidden = torch.randn(
+        8, tokens // 8, hidden_size, device=device, dtype=dtype, requires_grad=True
+    )
     weight = (torch.randn(vocabulary, hidden_size, device=device) / hidden_size**0.5 * 2).to(dtype)
     ids = torch.randint(0, vocabulary, (8, tokens // 8), device=device)
     gradient = torch.randn(8, tokens // 8, device=device)
@@ -63,9 +81,13 @@ def compare(hidden_size: int, vocabulary: int, tokens: int, rounds: int) -> dict
             hidden.grad = None
             log_probs, _ = head(hidden, weight, ids)
             (log_probs * gradient).sum().backward()
+
         return step
 
-    runs = {BOUND: lambda: products(hidden, weight), **{name: run(head) for name, head in heads().items()}}
+    runs = {
+        BOUND: lambda: products(hidden, weight),
+        **{name: run(head) for name, head in heads().items()},
+    }
     errors = {}
     with measure.using_the_gpu(alone=False):
         exact = float64(hidden, weight, ids, gradient)
@@ -77,9 +99,16 @@ def compare(hidden_size: int, vocabulary: int, tokens: int, rounds: int) -> dict
     with measure.using_the_gpu(alone=True):
         peaks = {name: measure.peak_bytes(function) for name, function in runs.items()}
         taken = measure.interleaved(runs, rounds)
-    return {"hidden": hidden_size, "vocabulary": vocabulary, "tokens": tokens, "seconds": taken, "peak_bytes": peaks,
-            "median": {name: statistics.median(values) for name, values in taken.items()},
-            "ratio": {name: ratio(taken[name], taken[BOUND]) for name in taken}, "gradient_error": errors}
+    return {
+        "hidden": hidden_size,
+        "vocabulary": vocabulary,
+        "tokens": tokens,
+        "seconds": taken,
+        "peak_bytes": peaks,
+        "median": {name: statistics.median(values) for name, values in taken.items()},
+        "ratio": {name: ratio(taken[name], taken[BOUND]) for name in taken},
+        "gradient_error": errors,
+    }
 
 
 def heads() -> dict:
@@ -91,16 +120,24 @@ def heads() -> dict:
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
         chunks = 32  # as its loss calls them: four for each of the eight rows
         found["Unsloth, without entropies"] = lambda hidden, weight, ids: (
-            rl_replacements.chunked_hidden_states_selective_log_softmax(hidden, weight, ids, chunks), None)
-        found["Unsloth"] = lambda hidden, weight, ids: rl_replacements.chunked_hidden_states_selective_log_softmax_recompute(
-            hidden, weight, ids, chunks, return_entropy=True)
+            rl_replacements.chunked_hidden_states_selective_log_softmax(
+                hidden, weight, ids, chunks
+            ),
+            None,
+        )
+        found["Unsloth"] = lambda hidden, weight, ids: (
+            rl_replacements.chunked_hidden_states_selective_log_softmax_recompute(
+                hidden, weight, ids, chunks, return_entropy=True
+            )
+        )
     import torch
     from trl.trainer import utils
 
     from gtpo.streaming_head import log_probs_and_entropies
 
     def whole_logits(hidden, weight, ids):
-        logits = torch.nn.functional.linear(hidden, weight).float()  # accelerate makes a model's outputs float32
+        # accelerate makes a model's outputs float32
+        logits = torch.nn.functional.linear(hidden, weight).float()
         logits = logits / 1.0
         log_probs = utils.selective_log_softmax(logits, ids)
         with torch.no_grad():
@@ -119,7 +156,9 @@ def products(hidden, weight, rows: int = 512) -> None:
 
 
 def float64(hidden, weight, ids, gradient):
-    """The gradient of the hidden states of the first eight tokens of each row, in double precision."""
+    """The gradient of the hidden states of the first eight tokens of each row, in double
+    precision.
+    """
     import torch
 
     some = hidden.detach()[:, :8].double().requires_grad_()
@@ -130,12 +169,18 @@ def float64(hidden, weight, ids, gradient):
 
 
 def print_table(case: dict) -> None:
-    print(f"\n{case['name']}: {case['tokens']} tokens, hidden size {case['hidden']}, vocabulary {case['vocabulary']}")
+    print(
+        f"\n{case['name']}: {case['tokens']} tokens, hidden size {case['hidden']}, vocabulary"
+        f" {case['vocabulary']}"
+    )
     print(f"{'':<28}{'ms':>9}{'of the bound':>14}{'peak MiB':>10}{'gradient error':>16}")
     for name, median in case["median"].items():
         error = case["gradient_error"].get(name)
-        print(f"{name:<28}{median * 1e3:>9.1f}{case['ratio'][name]:>14.2f}{case['peak_bytes'][name] / 2**20:>10.0f}"
-              f"{f'{error:.1e}' if error is not None else '':>16}", flush=True)
+        print(
+            f"{name:<28}{median * 1e3:>9.1f}{case['ratio'][name]:>14.2f}{case['peak_bytes'][name] / 2**20:>10.0f}"
+            f"{f'{error:.1e}' if error is not None else '':>16}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

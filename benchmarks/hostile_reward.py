@@ -1,4 +1,6 @@
-"""A reward that misbehaves, in one of many ways, on the completions that a checksum chooses. `soak_rewards.py` trains with it."""
+"""A reward that misbehaves, in one of many ways, on the completions that a checksum chooses.
+`soak_rewards.py` trains with it.
+"""
 
 import ctypes
 import os
@@ -56,7 +58,18 @@ def is_infinite(text):
     return float("inf")
 
 
-WAYS = (raises, hangs, loops_in_c, exits, ends_the_process, crashes, eats_memory, forks_and_hangs, is_not_a_number, is_infinite)
+WAYS = (
+    raises,
+    hangs,
+    loops_in_c,
+    exits,
+    ends_the_process,
+    crashes,
+    eats_memory,
+    forks_and_hangs,
+    is_not_a_number,
+    is_infinite,
+)
 
 
 def way_of(prompt: list[dict], text: str):

@@ -1,6 +1,8 @@
-"""Tokens per second and memory of Llama-3.1-8B on 1, 8 and 64 GPUs, on paper: `python benchmarks/paper_estimate.py`.
+"""Tokens per second and memory of Llama-3.1-8B on 1, 8 and 64 GPUs, on paper: `python
+benchmarks/paper_estimate.py`.
 
-Nothing is measured here. docs/scaling.md explains each line; change the assumptions at the top to those of your machines.
+Nothing is measured here. docs/scaling.md explains each line; change the assumptions at the top to
+those of your machines.
 """
 
 import sys
@@ -11,43 +13,79 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gtpo.memory import Load, Shape, optimizer_bytes, peak  # noqa: E402
 
 # ---- assumptions: an H100 of 80 GB, eight in a node
-FLOPS, USED = 989e12, 0.2  # bf16, dense; the share that training reaches: 0.22 in the Unsloth step of docs/performance.md
+# bf16, dense; the share that training reaches: 0.22 in the Unsloth step of docs/performance.md
+FLOPS, USED = 989e12, 0.2
 BANDWIDTH, READ = 3.35e12, 0.7  # bytes per second of its memory; the share that decoding reaches
-NVLINK, NETWORK = 300e9, 50e9  # bytes per second and GPU, within a node and between nodes (400 Gbit/s)
-WAITING = {1: 1.0, 8: 0.9, 64: 0.8}  # of the time, that is no waiting for the process with the longest completions
+# bytes per second and GPU, within a node and between nodes (400 Gbit/s)
+NVLINK, NETWORK = 300e9, 50e9
+# of the time, that is no waiting for the process with the longest completions
+WAITING = {1: 1.0, 8: 0.9, 64: 0.8}
 SYNC = 1.0  # seconds: the adapter merged and handed to vLLM, rewards
 
 # ---- the run: 8 prompts x 8 generations per GPU and step, micro-batches of 8
 PROMPT, COMPLETION, LONGEST, ROWS, MICRO = 250, 1000, 1500, 64, 8  # tokens; completions
-SHAPE = Shape(parameters=8_030_261_248, quantizable=6_979_321_856, adapter=335_544_320, layers=32, hidden=4096, intermediate=14_336, kv=1024, heads=32,
-              vocabulary=128_256)  # with rank 128
+SHAPE = Shape(
+    parameters=8_030_261_248,
+    quantizable=6_979_321_856,
+    adapter=335_544_320,
+    layers=32,
+    hidden=4096,
+    intermediate=14_336,
+    kv=1024,
+    heads=32,
+    vocabulary=128_256,
+)  # with rank 128
 CACHE, GIB = 2 * 2 * SHAPE.kv * SHAPE.layers, 2**30  # bytes of keys and values per token
 
 
 def step_seconds() -> tuple[float, float]:
     """Sampling and training of one GPU's rows, with nobody to wait for."""
-    decode = (2 * SHAPE.parameters + ROWS * (PROMPT + COMPLETION / 2) * CACHE) / (BANDWIDTH * READ)  # a token of each row
-    flops = 6 * SHAPE.parameters  # per token: forward, again for the checkpoints, and back to the adapters (no gradients of frozen weights)
+    # a token of each row
+    decode = (2 * SHAPE.parameters + ROWS * (PROMPT + COMPLETION / 2) * CACHE) / (BANDWIDTH * READ)
+    # per token: forward, again for the checkpoints, and back to the adapters (no gradients of
+    # frozen weights)
+    flops = 6 * SHAPE.parameters
     return COMPLETION * decode, ROWS * (PROMPT + COMPLETION) * flops / (FLOPS * USED)
 
 
 def reduce_seconds(gpus: int) -> float:
-    """The adapter's float32 gradients summed over all GPUs, once per step, by a ring over the slowest of its links."""
+    """The adapter's float32 gradients summed over all GPUs, once per step, by a ring over the
+    slowest of its links.
+    """
     return 2 * 4 * SHAPE.adapter * (gpus - 1) / gpus / (NVLINK if gpus <= 8 else NETWORK)
 
 
 def gather_seconds(gpus: int) -> float:
     """FSDP: the weights gathered for forward, checkpoints and backward of each micro-batch."""
-    return ROWS / MICRO * 3 * 2 * SHAPE.parameters * (gpus - 1) / gpus / (NVLINK if gpus <= 8 else NETWORK)
+    return (
+        ROWS
+        / MICRO
+        * 3
+        * 2
+        * SHAPE.parameters
+        * (gpus - 1)
+        / gpus
+        / (NVLINK if gpus <= 8 else NETWORK)
+    )
 
 
 def memory(gpus: int, spread: bool) -> float:
-    """GiB per GPU: gtpo/memory.py's worst case of training with paged_adamw_8bit's moments, and vLLM beside it.
+    """GiB per GPU: gtpo/memory.py's worst case of training with paged_adamw_8bit's moments, and
+    vLLM beside it.
 
-    vLLM's cache holds all rows; with Unsloth it samples from the weights that train, and beside FSDP it has its own. Logits are
-    streamed, by Unsloth or by gtpo/streaming_head.py, but not with FSDP: there TRL keeps those of a micro-batch.
+    vLLM's cache holds all rows; with Unsloth it samples from the weights that train, and beside
+    FSDP it has its own. Logits are streamed, by Unsloth or by gtpo/streaming_head.py, but not with
+    FSDP: there TRL keeps those of a micro-batch.
     """
-    load = Load(completions=MICRO, rollout=MICRO, prompt=PROMPT, completion=LONGEST, optimizer=optimizer_bytes("adamw_8bit"), unsloth=not spread, sharded=spread)
+    load = Load(
+        completions=MICRO,
+        rollout=MICRO,
+        prompt=PROMPT,
+        completion=LONGEST,
+        optimizer=optimizer_bytes("adamw_8bit"),
+        unsloth=not spread,
+        sharded=spread,
+    )
     parts = peak(SHAPE, load)
     shared = parts["weights"] + parts["adapter and optimizer"]
     rest = sum(parts.values()) - shared
@@ -58,16 +96,25 @@ def memory(gpus: int, spread: bool) -> float:
 
 def main() -> None:
     sampling, training = step_seconds()
-    print(f"one GPU, {ROWS} completions of {COMPLETION} tokens: sampling {sampling:.1f} s, training {training:.1f} s, the rest {SYNC:.1f} s")
+    print(
+        f"one GPU, {ROWS} completions of {COMPLETION} tokens: sampling {sampling:.1f} s, training"
+        f" {training:.1f} s, the rest {SYNC:.1f} s"
+    )
     for gpus, busy in WAITING.items():
         once = sampling + training + SYNC
-        ddp, fsdp = ((once + extra) / busy for extra in (reduce_seconds(gpus), gather_seconds(gpus)))
+        ddp, fsdp = (
+            (once + extra) / busy for extra in (reduce_seconds(gpus), gather_seconds(gpus))
+        )
         tokens = gpus * ROWS * COMPLETION
-        print(f"{gpus:2} GPUs, DDP:  {tokens / ddp:8,.0f} tokens/s, {ddp:4.1f} s a step, all-reduce {1000 * reduce_seconds(gpus):2.0f} ms, "
-              f"{memory(gpus, False):.0f} GiB each")
+        print(
+            f"{gpus:2} GPUs, DDP:  {tokens / ddp:8,.0f} tokens/s, {ddp:4.1f} s a step, all-reduce"
+            f" {1000 * reduce_seconds(gpus):2.0f} ms, {memory(gpus, False):.0f} GiB each"
+        )
         if gpus > 1:
-            print(f"{gpus:2} GPUs, FSDP: {tokens / fsdp:8,.0f} tokens/s, {fsdp:4.1f} s a step, gathering {gather_seconds(gpus):3.1f} s, "
-                  f"{memory(gpus, True):.0f} GiB each")
+            print(
+                f"{gpus:2} GPUs, FSDP: {tokens / fsdp:8,.0f} tokens/s, {fsdp:4.1f} s a step,"
+                f" gathering {gather_seconds(gpus):3.1f} s, {memory(gpus, True):.0f} GiB each"
+            )
 
 
 if __name__ == "__main__":

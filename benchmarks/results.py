@@ -1,7 +1,8 @@
-"""Tables and figures of docs/results.md, from the files that compare.py left: `python benchmarks/results.py`.
+"""Tables and figures of docs/results.md, from the files that compare.py left: `python
+benchmarks/results.py`.
 
-Replaces what stands between the marks of docs/results.md, and docs/results/*.png. The sentences around it are written by
-hand and have to be read again when the numbers change. Needs no model.
+Replaces what stands between the marks of docs/results.md, and docs/results/*.png. The sentences
+around it are written by hand and have to be read again when the numbers change. Needs no model.
 """
 
 import json
@@ -15,13 +16,32 @@ RUNS, PAGE = ROOT / "docs/results/runs", ROOT / "docs/results.md"
 LAST = 0.1  # "at the end" means over the last tenth of the steps
 CLAIM = 10  # seeds from which on a difference is claimed
 NAMES = {
-    "grpo": "GRPO", "grpo_std": "GRPO, divided by the standard deviation", "gtpo": "GTPO", "neutral": "GTPO, neutral (ours)",
-    "no_lambda": "GTPO without lambda", "no_entropy": "GTPO without gate and penalty", "w_raw_1": "GTPO, w_raw 1",
+    "grpo": "GRPO",
+    "grpo_std": "GRPO, divided by the standard deviation",
+    "gtpo": "GTPO",
+    "neutral": "GTPO, neutral (ours)",
+    "no_lambda": "GTPO without lambda",
+    "no_entropy": "GTPO without gate and penalty",
+    "w_raw_1": "GTPO, w_raw 1",
     "released": "GTPO as released",
 }
 # Okabe and Ito's colours, and a line style each, so that colour is not needed to tell them apart.
-STYLES = dict(zip(NAMES, [("#000000", "-"), ("#E69F00", "--"), ("#0072B2", "-"), ("#009E73", "-."), ("#D55E00", ":"),
-                          ("#56B4E9", "--"), ("#CC79A7", "-."), ("#999999", ":")], strict=True))
+STYLES = dict(
+    zip(
+        NAMES,
+        [
+            ("#000000", "-"),
+            ("#E69F00", "--"),
+            ("#0072B2", "-"),
+            ("#009E73", "-."),
+            ("#D55E00", ":"),
+            ("#56B4E9", "--"),
+            ("#CC79A7", "-."),
+            ("#999999", ":"),
+        ],
+        strict=True,
+    )
+)
 COLUMNS = {  # title -> figure of a run, in percent where it is a share
     "greedy accuracy, %": lambda run: 100 * run["greedy"]["after"]["correct"],
     "sampled accuracy, %": lambda run: 100 * run["sampled"]["correct"],
@@ -32,8 +52,14 @@ COLUMNS = {  # title -> figure of a run, in percent where it is a share
     "filtered, %": lambda run: 100 * at_the_end(run, "filtered"),
     "net push on conflict tokens, %": lambda run: 100 * throughout(run, "net_push"),
 }
-CURVES = {"correct": "correct (sampled, training prompts)", "entropy": "mean token entropy, nats", "format": "well formed",
-          "conflict": "conflict tokens, share", "net_push": "net push on conflict tokens, share", "filtered": "filtered completions, share"}
+CURVES = {
+    "correct": "correct (sampled, training prompts)",
+    "entropy": "mean token entropy, nats",
+    "format": "well formed",
+    "conflict": "conflict tokens, share",
+    "net_push": "net push on conflict tokens, share",
+    "filtered": "filtered completions, share",
+}
 
 
 def main() -> None:
@@ -51,13 +77,20 @@ def main() -> None:
 
 
 def between(text: str, mark: str, content: str) -> str:
-    """`text` with what stands between `<!-- mark -->` and `<!-- /mark -->` replaced; unchanged without the marks."""
-    return re.sub(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
+    """`text` with what stands between `<!-- mark -->` and `<!-- /mark -->` replaced; unchanged
+    without the marks.
+    """
+    return re.sub(
+        rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
+        lambda m: f"{m[1]}{content}\n{m[2]}",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def at_the_end(run: dict, name: str) -> float:
     values = known(run, name)
-    return float(numpy.mean(values[-max(1, round(LAST * len(values))):]))
+    return float(numpy.mean(values[-max(1, round(LAST * len(values))) :]))
 
 
 def throughout(run: dict, name: str) -> float:
@@ -72,10 +105,21 @@ def table(variants: dict[str, dict]) -> str:
     """Mean and standard deviation over seeds, a row per variant."""
     lines = [["", "seeds", *COLUMNS]]
     for name, runs in variants.items():
-        figures = numpy.array([[figure(run) for figure in COLUMNS.values()] for run in runs.values()])
+        figures = numpy.array(
+            [[figure(run) for figure in COLUMNS.values()] for run in runs.values()]
+        )
         spread = figures.std(axis=0, ddof=1) if len(figures) > 1 else figures[0] * 0
         cells = zip(COLUMNS, figures.mean(axis=0), spread)
-        lines.append([NAMES[name], str(len(figures)), *(f"{mean:.{digits(title)}f} ± {sd:.{digits(title)}f}" for title, mean, sd in cells)])
+        lines.append(
+            [
+                NAMES[name],
+                str(len(figures)),
+                *(
+                    f"{mean:.{digits(title)}f} ± {sd:.{digits(title)}f}"
+                    for title, mean, sd in cells
+                ),
+            ]
+        )
     return markdown(lines)
 
 
@@ -89,8 +133,13 @@ def paired(variants: dict[str, dict]) -> str:
         seeds = sorted(runs.keys() & variants["grpo"].keys())
         if name == "grpo" or len(seeds) < 2:
             continue
-        cells = [difference([figure(runs[seed]) - figure(variants["grpo"][seed]) for seed in seeds], digits(title))
-                 for title, figure in COLUMNS.items()]
+        cells = [
+            difference(
+                [figure(runs[seed]) - figure(variants["grpo"][seed]) for seed in seeds],
+                digits(title),
+            )
+            for title, figure in COLUMNS.items()
+        ]
         lines.append([NAMES[name], str(len(seeds)), *cells])
     return markdown(lines)
 
@@ -116,16 +165,25 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def cost(runs: dict) -> str:
-    every = [run for variants in runs.values() for seeds in variants.values() for run in seeds.values()]
+    every = [
+        run for variants in runs.values() for seeds in variants.values() for run in seeds.values()
+    ]
     hours = sum(run["cpu_seconds"] for run in every) / 3600
     one = every[0]["versions"]
-    commits = ", ".join(sorted({re.sub("(?<=^.{10})[0-9a-f]+", "", run["versions"]["commit"]) for run in every}))
-    return (f"{len(every)} runs, {hours:.1f} CPU hours in all (training and evaluation, one thread each). torch {one['torch']}, transformers "
-            f"{one['transformers']}, trl {one['trl']}, peft {one['peft']}, Python {one['python']}; commits {commits}.")
+    commits = ", ".join(
+        sorted({re.sub("(?<=^.{10})[0-9a-f]+", "", run["versions"]["commit"]) for run in every})
+    )
+    return (
+        f"{len(every)} runs, {hours:.1f} CPU hours in all (training and evaluation, one thread"
+        f" each). torch {one['torch']}, transformers {one['transformers']}, trl {one['trl']}, peft"
+        f" {one['peft']}, Python {one['python']}; commits {commits}."
+    )
 
 
 def draw(task: str, variants: dict[str, dict]) -> None:
-    """docs/results/TASK.png: mean over seeds and a band of one standard deviation, smoothed over a tenth of the steps."""
+    """docs/results/TASK.png: mean over seeds and a band of one standard deviation, smoothed over a
+    tenth of the steps.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -135,24 +193,44 @@ def draw(task: str, variants: dict[str, dict]) -> None:
     for axis, (name, title) in zip(axes.flat, CURVES.items()):
         for variant, runs in variants.items():
             length = min(len(run["steps"][name]) for run in runs.values())
-            curves = numpy.array([run["steps"][name][:length] for run in runs.values()], dtype=float)  # (seeds, steps)
+            # (seeds, steps)
+            curves = numpy.array(
+                [run["steps"][name][:length] for run in runs.values()], dtype=float
+            )
             curves = numpy.stack([smooth(curve, max(1, length // 10)) for curve in curves])
             mean, spread = numpy.nanmean(curves, axis=0), numpy.nanstd(curves, axis=0)
             colour, style = STYLES[variant]
             axis.plot(range(1, length + 1), mean, style, color=colour, label=NAMES[variant])
-            axis.fill_between(range(1, length + 1), mean - spread, mean + spread, color=colour, alpha=0.1, linewidth=0)
+            axis.fill_between(
+                range(1, length + 1),
+                mean - spread,
+                mean + spread,
+                color=colour,
+                alpha=0.1,
+                linewidth=0,
+            )
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9
+    )
     figure.savefig(ROOT / f"docs/results/{task}.png", dpi=80)
     pyplot.close(figure)
 
 
 def smooth(values: numpy.ndarray, width: int) -> numpy.ndarray:
     """The mean of the last `width` known values at each step."""
-    return numpy.array([numpy.nanmean(values[max(0, i + 1 - width): i + 1]) if not numpy.isnan(values[max(0, i + 1 - width): i + 1]).all()
-                        else numpy.nan for i in range(len(values))])
+    return numpy.array(
+        [
+            (
+                numpy.nanmean(values[max(0, i + 1 - width) : i + 1])
+                if not numpy.isnan(values[max(0, i + 1 - width) : i + 1]).all()
+                else numpy.nan
+            )
+            for i in range(len(values))
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Prove that a resumed run is the run it would have been: `python benchmarks/resume_proof.py [--steps 6] [--cases NAME ...]`.
+"""Prove that a resumed run is the run it would have been: `python benchmarks/resume_proof.py
+[--steps 6] [--cases NAME ...]`.
 
-Each case trains the embedded demo's model straight, and then once for every step k: a SIGTERM arrives within step k, the run
-saves and exits, and --resume goes on with it. Adapter, optimizer, schedule, random generators, rollout under way, sampled
-completions, evaluations and logged metrics must be the same to the last bit, times apart.
+Each case trains the embedded demo's model straight, and then once for every step k: a SIGTERM
+arrives within step k, the run saves and exits, and --resume goes on with it. Adapter, optimizer,
+schedule, random generators, rollout under way, sampled completions, evaluations and logged metrics
+must be the same to the last bit, times apart.
 """
 
 import argparse
@@ -20,35 +22,111 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks import workers  # noqa: E402
 
 BASELINE = ["--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer"]
-EPOCHS = ["--dataset.split", "train[:4]", "--training.max_steps", "-1", "--training.num_train_epochs"]  # of 2 steps
-EVERY = ["--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "4", "--evaluation.every"]
+# of 2 steps
+EPOCHS = [
+    "--dataset.split",
+    "train[:4]",
+    "--training.max_steps",
+    "-1",
+    "--training.num_train_epochs",
+]
+EVERY = [
+    "--evaluation.path",
+    str(ROOT / "demo/data/test.jsonl"),
+    "--evaluation.limit",
+    "4",
+    "--evaluation.every",
+]
 CASES = {
     "default": [],
     "grpo": BASELINE,
     "num_iterations": ["--training.num_iterations", "2"],
-    "steps_per_generation": ["--training.steps_per_generation", "3"],  # a rollout ends in the middle of a step
-    "steps_per_generation_iterations": ["--training.steps_per_generation", "4", "--training.num_iterations", "2"],
+    # a rollout ends in the middle of a step
+    "steps_per_generation": ["--training.steps_per_generation", "3"],
+    "steps_per_generation_iterations": [
+        "--training.steps_per_generation",
+        "4",
+        "--training.num_iterations",
+        "2",
+    ],
     "grpo_steps_per_generation": [*BASELINE, "--training.steps_per_generation", "3"],
     "epochs": [*EPOCHS, "3"],
     "epochs_steps_per_generation": [*EPOCHS, "3", "--training.steps_per_generation", "3"],
     "logging_steps": ["--training.logging_steps", "4", "--training.log_completions", "true"],
     "evaluation": [*EVERY, "2", "--evaluation.samples", "2", "--evaluation.temperature", "1"],
-    "within_evaluation": [*EVERY, "1", "--evaluation.batch_size", "2", "--training.logging_steps", "2"],  # where the signal arrives
-    "saved_and_evaluated_apart": [*EVERY, "2", "--training.save_steps", "3", "--training.logging_steps", "4"],
-    "everything": [  # two epochs, rollouts of three micro-batches that are trained on twice, in steps of two
-        *EPOCHS, "2", "--training.steps_per_generation", "3", "--training.num_iterations", "2", *EVERY, "2", "--training.save_steps", "3",
-        "--training.logging_steps", "4"],
-    "grpo_everything": [*BASELINE, *EPOCHS, "2", "--training.logging_steps", "3", "--training.num_iterations", "2", *EVERY, "1"],
+    # where the signal arrives
+    "within_evaluation": [
+        *EVERY,
+        "1",
+        "--evaluation.batch_size",
+        "2",
+        "--training.logging_steps",
+        "2",
+    ],
+    "saved_and_evaluated_apart": [
+        *EVERY,
+        "2",
+        "--training.save_steps",
+        "3",
+        "--training.logging_steps",
+        "4",
+    ],
+    # two epochs, rollouts of three micro-batches that are trained on twice, in steps of two
+    "everything": [
+        *EPOCHS,
+        "2",
+        "--training.steps_per_generation",
+        "3",
+        "--training.num_iterations",
+        "2",
+        *EVERY,
+        "2",
+        "--training.save_steps",
+        "3",
+        "--training.logging_steps",
+        "4",
+    ],
+    "grpo_everything": [
+        *BASELINE,
+        *EPOCHS,
+        "2",
+        "--training.logging_steps",
+        "3",
+        "--training.num_iterations",
+        "2",
+        *EVERY,
+        "1",
+    ],
 }
 
 
 def flags(folder: Path, steps: int, case: list[str]) -> list[str]:
-    """The demo, smaller: two micro-batches of one group of four per step, a checkpoint at the end alone."""
+    """The demo, smaller: two micro-batches of one group of four per step, a checkpoint at the end
+    alone.
+    """
     return [
-        str(ROOT / "recipes/demo.yaml"), "--model-name", str(ROOT / "demo/model"), "--dataset.path", str(ROOT / "demo/data/train.jsonl"),
-        "--evaluation.path", "null", "--output_root", str(folder), "--training.max_steps", str(steps), "--training.save_steps", "1000",
-        "--training.num_generations", "4", "--training.per_device_train_batch_size", "4", "--training.gradient_accumulation_steps", "2",
-        "--dataset.split", "train[:40]", *case,
+        str(ROOT / "recipes/demo.yaml"),
+        "--model-name",
+        str(ROOT / "demo/model"),
+        "--dataset.path",
+        str(ROOT / "demo/data/train.jsonl"),
+        "--evaluation.path",
+        "null",
+        "--output_root",
+        str(folder),
+        "--training.max_steps",
+        str(steps),
+        "--training.save_steps",
+        "1000",
+        "--training.num_generations",
+        "4",
+        "--training.per_device_train_batch_size",
+        "4",
+        "--training.gradient_accumulation_steps",
+        "2",
+        "--dataset.split",
+        "train[:40]",
+        *case,
     ]
 
 
@@ -59,14 +137,20 @@ def interrupt_at(step: int, case: str = "", total: int = 0) -> None:
     from gtpo import exact_resume, held_out
 
     if case == "within_evaluation":
-        evaluate, where = held_out.HeldOut.evaluate, {0: "before", total: "after"}.get(step, f"step-{step}")
+        evaluate, where = (
+            held_out.HeldOut.evaluate,
+            {0: "before", total: "after"}.get(step, f"step-{step}"),
+        )
 
         def evaluate_and_interrupt(self, name):
             drawn = held_out.with_model
 
             def with_model(*args):
                 draw = drawn(*args)
-                return lambda *prompts: (name == where and os.kill(os.getpid(), signal.SIGTERM), draw(*prompts))[1]
+                return lambda *prompts: (
+                    name == where and os.kill(os.getpid(), signal.SIGTERM),
+                    draw(*prompts),
+                )[1]
 
             held_out.with_model = with_model
             return evaluate(self, name)
@@ -80,7 +164,10 @@ def interrupt_at(step: int, case: str = "", total: int = 0) -> None:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     attach = exact_resume.resume_exactly
-    exact_resume.resume_exactly = lambda trainer, *args: (trainer.add_callback(Interrupt()), attach(trainer, *args))
+    exact_resume.resume_exactly = lambda trainer, *args: (
+        trainer.add_callback(Interrupt()),
+        attach(trainer, *args),
+    )
 
 
 def outcome(folder: Path) -> dict:
@@ -90,7 +177,10 @@ def outcome(folder: Path) -> dict:
 
     (run_dir,) = (path for path in folder.iterdir() if path.is_dir())
     last = max(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    found = {"adapter": load_file(run_dir / "adapter_model.safetensors"), "checkpoint's adapter": load_file(last / "adapter_model.safetensors")}
+    found = {
+        "adapter": load_file(run_dir / "adapter_model.safetensors"),
+        "checkpoint's adapter": load_file(last / "adapter_model.safetensors"),
+    }
     for name in ("optimizer.pt", "scheduler.pt", "resume_state_0.pt"):
         found[name] = torch.load(last / name, weights_only=True)
     del found["resume_state_0.pt"]["step_time"]
@@ -126,38 +216,68 @@ def differences(one, other, name: str = "") -> list[str]:
 
     if isinstance(one, dict) and isinstance(other, dict):
         keys = [*one, *(key for key in other if key not in one)]
-        return [found for key in keys for found in differences(one.get(key), other.get(key), f"{name}/{key}")]
-    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
-        return [found for i, pair in enumerate(zip(one, other, strict=True)) for found in differences(*pair, f"{name}/{i}")]
+        return [
+            found
+            for key in keys
+            for found in differences(one.get(key), other.get(key), f"{name}/{key}")
+        ]
+    if (
+        isinstance(one, (list, tuple))
+        and isinstance(other, (list, tuple))
+        and len(one) == len(other)
+    ):
+        return [
+            found
+            for i, pair in enumerate(zip(one, other, strict=True))
+            for found in differences(*pair, f"{name}/{i}")
+        ]
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return [] if one.dtype == other.dtype and torch.equal(one, other) else [name]
     if isinstance(one, numpy.ndarray):
         return [] if numpy.array_equal(one, other) else [name]
-    return [] if type(one) is type(other) and (one == other or one != one and other != other) else [name]
+    return (
+        []
+        if type(one) is type(other) and (one == other or one != one and other != other)
+        else [name]
+    )
 
 
 def prove(name: str, steps: int, at: list[int] | None, scratch: Path) -> tuple[int, list[str]]:
     """How many interruptions of a case were tried, and where any of the resumed runs differed."""
     case, problems = CASES[name], []
-    if (code := workers.run(flags(scratch / "straight", steps, case), scratch / "straight.txt")) != 0:
-        raise SystemExit(f"{name}: the straight run ended with {code}: {(scratch / 'straight.txt').read_text()[-3000:]}")
+    if (
+        code := workers.run(flags(scratch / "straight", steps, case), scratch / "straight.txt")
+    ) != 0:
+        raise SystemExit(
+            f"{name}: the straight run ended with {code}:"
+            f" {(scratch / 'straight.txt').read_text()[-3000:]}"
+        )
     expected = outcome(scratch / "straight")
     total = expected["state"]["global_step"]
-    interrupted = at or range(name != "within_evaluation", total + 1)  # an evaluation comes before the first step, too
+    # an evaluation comes before the first step, too
+    interrupted = at or range(name != "within_evaluation", total + 1)
     for k in interrupted:
         argv, said = flags(scratch / f"at{k}", steps, case), scratch / f"at{k}.txt"
-        codes = workers.run(argv, said, lambda k=k: interrupt_at(k, name, total)), workers.run([*argv, "--resume"], said)
+        codes = (
+            workers.run(argv, said, lambda k=k: interrupt_at(k, name, total)),
+            workers.run([*argv, "--resume"], said),
+        )
         if codes != (143, 0):
             problems.append(f"{name}, step {k}: exit codes {codes}: {said.read_text()[-3000:]}")
             continue
-        problems += [f"{name}, step {k}: {place}" for place in differences(expected, outcome(scratch / f"at{k}"))]
+        problems += [
+            f"{name}, step {k}: {place}"
+            for place in differences(expected, outcome(scratch / f"at{k}"))
+        ]
     return len(interrupted), problems
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--at", type=int, nargs="*", help="the steps to interrupt; by default every one")
+    parser.add_argument(
+        "--at", type=int, nargs="*", help="the steps to interrupt; by default every one"
+    )
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     options = parser.parse_args()
     workers.prepare()
@@ -167,8 +287,12 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as scratch:
             count, found = prove(name, options.steps, options.at, Path(scratch))
         tried, problems = tried + count, problems + found
-        print(f"{name:34} {count:3} interruptions  {'the same bits' if not found else f'{len(found)} DIFFERENCES'}"
-              f"  ({time.monotonic() - began:.0f} s)", flush=True)
+        print(
+            f"{name:34} {count:3} interruptions "
+            f" {'the same bits' if not found else f'{len(found)} DIFFERENCES'} "
+            f" ({time.monotonic() - began:.0f} s)",
+            flush=True,
+        )
         for problem in found[:20]:
             print("   ", problem)
     print(f"{tried} interruptions in {len(options.cases)} cases, {len(problems)} differences")

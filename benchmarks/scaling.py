@@ -1,8 +1,9 @@
-"""What a step costs against generations, completion length, vocabulary and prompts, and where it goes: `python benchmarks/scaling.py`.
+"""What a step costs against generations, completion length, vocabulary and prompts, and where it
+goes: `python benchmarks/scaling.py`.
 
-GTPO's trainer on plain TRL and a random Llama of 4 layers and 128 hidden units, made here; completions use their whole length. One
-axis is varied at a time. CPU-seconds of one thread, median of the steps of two passes over all points, so that a disturbance does not
-fall on one axis.
+GTPO's trainer on plain TRL and a random Llama of 4 layers and 128 hidden units, made here;
+completions use their whole length. One axis is varied at a time. CPU-seconds of one thread, median
+of the steps of two passes over all points, so that a disturbance does not fall on one axis.
 """
 
 import argparse
@@ -25,8 +26,12 @@ WARM_UP = 1  # steps that do not count
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help="steps that count, per point and pass (default: 3)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=3, help="steps that count, per point and pass (default: 3)"
+    )
     parser.add_argument("--json", type=Path, help="save the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the curves to this file")
     options = parser.parse_args()
@@ -36,7 +41,11 @@ def main() -> int:
     from shares import PARTS, medians
 
     torch.set_num_threads(1)
-    points = {tuple({**CENTRE, axis: value}.items()): [] for axis, values in AXES.items() for value in values}
+    points = {
+        tuple({**CENTRE, axis: value}.items()): []
+        for axis, values in AXES.items()
+        for value in values
+    }
     for _ in range(2):
         for point, steps in points.items():
             steps += measured_steps(dict(point), options.steps)[WARM_UP:]
@@ -47,15 +56,36 @@ def main() -> int:
     for axis, values in AXES.items():
         curves[axis] = [medians(points[tuple({**CENTRE, axis: value}.items())]) for value in values]
         for value, parts in zip(values, curves[axis], strict=True):
-            print(f"{axis:<18}{value:>9,}   " + "".join(f"{parts[part]:>10.3f} {parts[part] / parts['step']:>5.0%} " for part in (*PARTS, "step")))
+            print(
+                f"{axis:<18}{value:>9,}   "
+                + "".join(
+                    f"{parts[part]:>10.3f} {parts[part] / parts['step']:>5.0%} "
+                    for part in (*PARTS, "step")
+                )
+            )
         growth[axis] = exponent(values[-2:], [parts["step"] for parts in curves[axis][-2:]])
-    print("Growth exponent of a step between the two largest values: " + ", ".join(f"{axis} {value:.2f}" for axis, value in growth.items()))
+    print(
+        "Growth exponent of a step between the two largest values: "
+        + ", ".join(f"{axis} {value:.2f}" for axis, value in growth.items())
+    )
     centre = medians(points[tuple(CENTRE.items())])
     largest = max(PARTS, key=centre.get)
-    print(f"At {', '.join(f'{axis} {value:,}' for axis, value in CENTRE.items())}: the largest share is {largest}, {centre[largest] / centre['step']:.0%}")
+    print(
+        f"At {', '.join(f'{axis} {value:,}' for axis, value in CENTRE.items())}: the largest share"
+        f" is {largest}, {centre[largest] / centre['step']:.0%}"
+    )
     if options.plot:
         draw(options.plot, curves, growth)
-    save(options.json, {"centre": CENTRE, "axes": AXES, "cpu_seconds": curves, "growth_exponents": growth, "largest": largest})
+    save(
+        options.json,
+        {
+            "centre": CENTRE,
+            "axes": AXES,
+            "cpu_seconds": curves,
+            "growth_exponents": growth,
+            "largest": largest,
+        },
+    )
     return 0
 
 
@@ -78,25 +108,69 @@ def measured_steps(point: dict[str, int], steps: int) -> list[dict[str, float]]:
     logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/model")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=point["vocabulary"], hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=1024, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.2,
-    ))
-    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear"))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=point["vocabulary"],
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_range=0.2,
+        )
+    )
+    model = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=16, task_type="CAUSAL_LM", target_modules="all-linear")
+    )
     completions = point["generations"] * point["prompts"]
     length = point["completion length"]
     with tempfile.TemporaryDirectory() as folder:
         arguments = trl.GRPOConfig(
-            output_dir=folder, use_cpu=True, bf16=False, report_to="none", seed=0, loss_type="grpo", scale_rewards="none", beta=0.0,
-            num_generations=point["generations"], per_device_train_batch_size=completions, gradient_accumulation_steps=1,
-            max_steps=WARM_UP + steps, max_completion_length=length, generation_kwargs={"min_new_tokens": length},
-            gradient_checkpointing=False, save_strategy="no", logging_steps=1, disable_tqdm=True, learning_rate=1e-5,
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            seed=0,
+            loss_type="grpo",
+            scale_rewards="none",
+            beta=0.0,
+            num_generations=point["generations"],
+            per_device_train_batch_size=completions,
+            gradient_accumulation_steps=1,
+            max_steps=WARM_UP + steps,
+            max_completion_length=length,
+            generation_kwargs={"min_new_tokens": length},
+            gradient_checkpointing=False,
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            learning_rate=1e-5,
         )
-        rows = [{"prompt": [{"role": "user", "content": f"Ann has {i} pens and buys {i + 2} more. How many pens has she?"}],
-                 "answer": format_reference("", str(2 * i + 2))} for i in range(64)]
-        trainer = UnslothGTPOTrainer(model=model, args=arguments, processing_class=tokenizer, reward_funcs=[final_reward],
-                                     train_dataset=Dataset.from_list(rows))
+        rows = [
+            {
+                "prompt": [
+                    {
+                        "role": "user",
+                        "content": (
+                            f"Ann has {i} pens and buys {i + 2} more. How many pens has she?"
+                        ),
+                    }
+                ],
+                "answer": format_reference("", str(2 * i + 2)),
+            }
+            for i in range(64)
+        ]
+        trainer = UnslothGTPOTrainer(
+            model=model,
+            args=arguments,
+            processing_class=tokenizer,
+            reward_funcs=[final_reward],
+            train_dataset=Dataset.from_list(rows),
+        )
         generate_merged(trainer)
         stream_log_probs(trainer)
         shares = Shares(trainer)
@@ -114,14 +188,23 @@ def draw(file: Path, curves: dict[str, list], growth: dict[str, float]) -> None:
 
     figure, axes = pyplot.subplots(1, len(AXES), figsize=(13, 3.6), layout="constrained")
     for axis, (name, values) in zip(axes, AXES.items(), strict=True):
-        axis.stackplot(range(len(values)), [[parts[part] for parts in curves[name]] for part in PARTS], labels=PARTS)
+        axis.stackplot(
+            range(len(values)),
+            [[parts[part] for parts in curves[name]] for part in PARTS],
+            labels=PARTS,
+        )
         axis.set_xticks(range(len(values)), [f"{value:,}" for value in values])
         axis.set_xlabel(f"{name} (exponent {growth[name]:.2f})")
         axis.margins(x=0)
         axis.set_ylim(0)
     axes[0].set_ylabel("CPU-seconds of a step")
     axes[0].legend(loc="upper left", frameon=False, reverse=True)
-    figure.suptitle("A step against " + ", ".join(AXES) + "; the others at " + ", ".join(f"{value:,}" for value in CENTRE.values()))
+    figure.suptitle(
+        "A step against "
+        + ", ".join(AXES)
+        + "; the others at "
+        + ", ".join(f"{value:,}" for value in CENTRE.values())
+    )
     figure.savefig(file, dpi=110)
     print(f"Written: {file}")
 

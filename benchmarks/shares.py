@@ -1,4 +1,6 @@
-"""Where the CPU-seconds of a training step go: generation, rewards, forward and backward, the rest."""
+"""Where the CPU-seconds of a training step go: generation, rewards, forward and backward, the
+rest.
+"""
 
 import functools
 import statistics
@@ -10,17 +12,23 @@ PARTS = ("generation", "rewards", "forward", "backward", "rest")
 
 
 class Shares(TrainerCallback):
-    """Counts the CPU-seconds of each part of every step of `trainer`, any `trl.GRPOTrainer`; its worker processes apart.
+    """Counts the CPU-seconds of each part of every step of `trainer`, any `trl.GRPOTrainer`; its
+    worker processes apart.
 
-    `steps` has a dict of PARTS per optimizer step; "rest" is what no other part has: preparing, conflicts, optimizer, logs, checkpoints.
+    `steps` has a dict of PARTS per optimizer step; "rest" is what no other part has: preparing,
+    conflicts, optimizer, logs, checkpoints.
     """
 
     def __init__(self, trainer, before_step=lambda step: None):
         self.trainer = trainer
         self.steps: list[dict[str, float]] = []
         self.before_step = before_step
-        for owner, name, part in ((trainer, "_generate_single_turn", "generation"), (trainer, "_calculate_rewards", "rewards"),
-                                  (trainer, "compute_loss", "forward"), (trainer.accelerator, "backward", "backward")):
+        for owner, name, part in (
+            (trainer, "_generate_single_turn", "generation"),
+            (trainer, "_calculate_rewards", "rewards"),
+            (trainer, "compute_loss", "forward"),
+            (trainer.accelerator, "backward", "backward"),
+        ):
             setattr(owner, name, self._counted(getattr(owner, name), part))
         trainer.add_callback(self)
 

@@ -1,8 +1,10 @@
-"""Kill, stop, fill and damage runs, and see that nothing is lost: `python benchmarks/soak.py [--rounds 20] [--seed 0] [--faults ...]`.
+"""Kill, stop, fill and damage runs, and see that nothing is lost: `python benchmarks/soak.py
+[--rounds 20] [--seed 0] [--faults ...]`.
 
-Every fault is a real one, injected into a run of the embedded demo's model. Afterwards the run goes on with --resume, and must end
-with the bits of a run that nothing happened to. Prints a table; exit code 1 if anything was lost. Runs on Linux; the full disk is a
-small tmpfs where the user may mount one, else a limit on the size of files.
+Every fault is a real one, injected into a run of the embedded demo's model. Afterwards the run goes
+on with --resume, and must end with the bits of a run that nothing happened to. Prints a table; exit
+code 1 if anything was lost. Runs on Linux; the full disk is a small tmpfs where the user may mount
+one, else a limit on the size of files.
 """
 
 import argparse
@@ -29,8 +31,22 @@ from gtpo.recipe import RecipeError  # noqa: E402
 
 VARIED = [  # what the rounds take turns with
     ["--training.save_steps", "1", "--training.save_total_limit", "2"],
-    ["--training.save_steps", "3", *CASES["steps_per_generation_iterations"], *EVERY, "2", "--training.save_total_limit", "1"],
-    ["--training.save_steps", "2", *CASES["grpo_steps_per_generation"], "--training.logging_steps", "3"],
+    [
+        "--training.save_steps",
+        "3",
+        *CASES["steps_per_generation_iterations"],
+        *EVERY,
+        "2",
+        "--training.save_total_limit",
+        "1",
+    ],
+    [
+        "--training.save_steps",
+        "2",
+        *CASES["grpo_steps_per_generation"],
+        "--training.logging_steps",
+        "3",
+    ],
 ]
 
 
@@ -53,7 +69,9 @@ class Soak:
         """The outcome of a run that nothing happens to, and the seconds it takes."""
         if varied not in self._straight:
             folder, began = self.scratch / f"straight{varied}", time.monotonic()
-            if workers.run(flags(folder, self.steps, VARIED[varied]), self.scratch / "straight.txt"):
+            if workers.run(
+                flags(folder, self.steps, VARIED[varied]), self.scratch / "straight.txt"
+            ):
                 raise SystemExit((self.scratch / "straight.txt").read_text()[-3000:])
             self._straight[varied] = outcome(folder), time.monotonic() - began
         return self._straight[varied]
@@ -62,15 +80,24 @@ class Soak:
         """Words of a new run, its folder, and the file for what it says."""
         self.number += 1
         folder = self.scratch / f"run{self.number}"
-        return [*flags(folder, self.steps, VARIED[varied]), *more], folder, self.scratch / f"run{self.number}.txt"
+        return (
+            [*flags(folder, self.steps, VARIED[varied]), *more],
+            folder,
+            self.scratch / f"run{self.number}.txt",
+        )
 
-    def ends_well(self, argv: list[str], folder: Path, said: Path, varied: int, found: Found) -> None:
+    def ends_well(
+        self, argv: list[str], folder: Path, said: Path, varied: int, found: Found
+    ) -> None:
         """Let the run go on to its end, and compare."""
         code = workers.run([*argv, "--resume"], said)
         if code:
             found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
         else:
-            found.losses += [f"{said}: {place}" for place in differences(self.straight(varied)[0], outcome(folder))]
+            found.losses += [
+                f"{said}: {place}"
+                for place in differences(self.straight(varied)[0], outcome(folder))
+            ]
 
     def checkpoint_bytes(self) -> int:
         self.straight(0)
@@ -99,10 +126,15 @@ class Soak:
         return found
 
     def sigterm(self, rounds: int) -> Found:
-        """SIGTERM or Ctrl-C at random moments: a checkpoint of the step under way, and a documented exit code."""
+        """SIGTERM or Ctrl-C at random moments: a checkpoint of the step under way, and a documented
+        exit code.
+        """
         found = Found(rounds)
         while found.faults < rounds:
-            varied, signum = found.faults % len(VARIED), (signal.SIGTERM, signal.SIGINT)[found.faults % 2]
+            varied, signum = (
+                found.faults % len(VARIED),
+                (signal.SIGTERM, signal.SIGINT)[found.faults % 2],
+            )
             argv, folder, said = self.new(varied)
             for _ in range(3):  # within one run, if it does not end before
                 began = said.read_text().count("Backend") if said.is_file() else 0
@@ -115,7 +147,10 @@ class Soak:
                     break
                 found.faults += 1
                 if code != 128 + signum:
-                    found.losses.append(f"{said}: exit code {code} after signal {signum}: {said.read_text()[-1500:]}")
+                    found.losses.append(
+                        f"{said}: exit code {code} after signal {signum}:"
+                        f" {said.read_text()[-1500:]}"
+                    )
                 found.steps_lost.append(steps_lost(folder))
                 if found.steps_lost[-1]:
                     found.losses.append(f"{said}: {found.steps_lost[-1]} steps lost")
@@ -135,7 +170,9 @@ class Soak:
             began, code = time.monotonic(), worker.wait()
             found.faults += 1
             if code != -signal.SIGINT or time.monotonic() - began > 5:
-                found.losses.append(f"{said}: exit code {code} after {time.monotonic() - began:.1f} s")
+                found.losses.append(
+                    f"{said}: exit code {code} after {time.monotonic() - began:.1f} s"
+                )
             self.ends_well(argv, folder, said, i % len(VARIED), found)
         return found
 
@@ -159,17 +196,32 @@ class Soak:
         return found
 
     def disk_full(self, rounds: int) -> Found:
-        """No room for one more checkpoint: one sentence, the earlier ones whole; with room, the run goes on."""
+        """No room for one more checkpoint: one sentence, the earlier ones whole; with room, the run
+        goes on.
+        """
         found = Found(rounds)
         for _ in range(rounds):
             argv, folder, said = self.new(0, ["--training.save_total_limit", "100"])
-            with small_disk(folder, int(self.dice.uniform(1.5, self.steps - 1) * self.checkpoint_bytes())) as (limit, make_room):
+            with small_disk(
+                folder, int(self.dice.uniform(1.5, self.steps - 1) * self.checkpoint_bytes())
+            ) as (limit, make_room):
                 code = workers.run(argv, said, before=limit)
                 found.faults += 1
-                errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
-                if code != 2 or len(errors) != 1 or "cannot be written" not in errors[0] or "Traceback" in said.read_text():
+                errors = [
+                    line for line in said.read_text().splitlines() if line.startswith("error: ")
+                ]
+                if (
+                    code != 2
+                    or len(errors) != 1
+                    or "cannot be written" not in errors[0]
+                    or "Traceback" in said.read_text()
+                ):
                     found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
-                damaged = [folder for folder in checkpoints.folders(next(folder.glob("demo*"))) if problem(folder)]
+                damaged = [
+                    folder
+                    for folder in checkpoints.folders(next(folder.glob("demo*")))
+                    if problem(folder)
+                ]
                 found.losses += [f"{said}: {folder} is damaged" for folder in damaged]
                 found.steps_lost.append(steps_lost(folder))
                 make_room()
@@ -184,8 +236,17 @@ class Soak:
             step = self.dice.randrange(2, self.steps)
             code = workers.run(argv, said, before=lambda step=step: greedy_rewards(step))
             found.faults += 1
-            keys = ("training.per_device_train_batch_size", "model.max_seq_length", "training.num_generations", "go on with --resume")
-            if code != 2 or "Traceback" in said.read_text() or not all(key in said.read_text() for key in keys[:3]):
+            keys = (
+                "training.per_device_train_batch_size",
+                "model.max_seq_length",
+                "training.num_generations",
+                "go on with --resume",
+            )
+            if (
+                code != 2
+                or "Traceback" in said.read_text()
+                or not all(key in said.read_text() for key in keys[:3])
+            ):
                 found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
             found.steps_lost.append(steps_lost(folder))
             self.ends_well(argv, folder, said, i % len(VARIED), found)
@@ -201,23 +262,43 @@ class Soak:
             if code or "wandb fails" not in said.read_text():
                 found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
             else:
-                found.losses += [f"{said}: {place}" for place in differences(self.straight(0)[0], outcome(folder))]
+                found.losses += [
+                    f"{said}: {place}"
+                    for place in differences(self.straight(0)[0], outcome(folder))
+                ]
         return found
 
     def no_network(self, rounds: int) -> Found:
-        """wandb cannot reach its server when the run begins: one sentence; without it, the run starts."""
+        """wandb cannot reach its server when the run begins: one sentence; without it, the run
+        starts.
+        """
         found = Found(rounds)
         for _ in range(rounds):
             argv, folder, said = self.new(0)
-            code = workers.run([*argv, "--training.report_to", "wandb"], said, before=online_without_network)
+            code = workers.run(
+                [*argv, "--training.report_to", "wandb"], said, before=online_without_network
+            )
             found.faults += 1
-            if code != 2 or "Traceback" in said.read_text() or "WANDB_MODE=offline" not in said.read_text():
+            if (
+                code != 2
+                or "Traceback" in said.read_text()
+                or "WANDB_MODE=offline" not in said.read_text()
+            ):
                 found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
             self.ends_well(argv, folder, said, 0, found)
         return found
 
 
-FAULTS = ["sigkill", "sigterm", "second_ctrl_c", "truncated", "disk_full", "no_memory", "tracker_dies", "no_network"]
+FAULTS = [
+    "sigkill",
+    "sigterm",
+    "second_ctrl_c",
+    "truncated",
+    "disk_full",
+    "no_memory",
+    "tracker_dies",
+    "no_network",
+]
 
 
 def steps_lost(folder: Path) -> int:
@@ -225,9 +306,17 @@ def steps_lost(folder: Path) -> int:
     run_dir = next((path for path in folder.glob("demo*") if path.is_dir()), None)
     if run_dir is None:
         return 0
-    whole = [checkpoints.step_of(folder) for folder in checkpoints.folders(run_dir) if not problem(folder)]
+    whole = [
+        checkpoints.step_of(folder)
+        for folder in checkpoints.folders(run_dir)
+        if not problem(folder)
+    ]
     completions = run_dir / "completions.jsonl"
-    steps = re.findall(r'^\{"step": (\d+)', completions.read_text(), re.MULTILINE) if completions.is_file() else []
+    steps = (
+        re.findall(r'^\{"step": (\d+)', completions.read_text(), re.MULTILINE)
+        if completions.is_file()
+        else []
+    )
     return max(0, max(map(int, steps), default=0) - max(whole, default=0))
 
 
@@ -248,14 +337,27 @@ def wait_for(seen, worker: workers.Worker | None = None, seconds: float = 300) -
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int):
-    """`folder` on a disk of that size: what a run has to do before it begins, and a function that makes room."""
+    """`folder` on a disk of that size: what a run has to do before it begins, and a function that
+    makes room.
+    """
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True
+        ).returncode
+        == 0
+    )
     if not mounted:
-        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 10, resource.RLIM_INFINITY)), lambda: None
+        yield (
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 10, resource.RLIM_INFINITY)),
+            lambda: None,
+        )
         return
     try:
-        yield None, lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True)
+        yield (
+            None,
+            lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True),
+        )
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
@@ -305,12 +407,19 @@ def kill_wandb() -> None:
 
 
 def online_without_network() -> None:
-    os.environ.update(WANDB_MODE="online", WANDB_API_KEY="0" * 40, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_INIT_TIMEOUT="3")
+    os.environ.update(
+        WANDB_MODE="online",
+        WANDB_API_KEY="0" * 40,
+        WANDB_BASE_URL="http://127.0.0.1:9",
+        WANDB_INIT_TIMEOUT="3",
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=20, help="of SIGKILL; the other faults get a quarter as many")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="of SIGKILL; the other faults get a quarter as many"
+    )
     parser.add_argument("--steps", type=int, default=10, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="*", default=FAULTS, choices=FAULTS)
@@ -321,10 +430,19 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(Path(scratch), random.Random(options.seed), options.steps)
         for name in options.faults:
-            found = getattr(soak, name)(options.rounds if name == "sigkill" else max(1, options.rounds // 4))
+            found = getattr(soak, name)(
+                options.rounds if name == "sigkill" else max(1, options.rounds // 4)
+            )
             lost += len(found.losses)
-            repeated = f"{sum(found.steps_lost)} (most {max(found.steps_lost)})" if found.steps_lost else "-"
-            print(f"{name:14} {found.faults:8} {repeated:>15} {len(found.losses) or 'none':>7}", flush=True)
+            repeated = (
+                f"{sum(found.steps_lost)} (most {max(found.steps_lost)})"
+                if found.steps_lost
+                else "-"
+            )
+            print(
+                f"{name:14} {found.faults:8} {repeated:>15} {len(found.losses) or 'none':>7}",
+                flush=True,
+            )
             for loss in found.losses[:10]:
                 print("   ", loss)
     return 1 if lost else 0

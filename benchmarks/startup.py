@@ -1,8 +1,10 @@
-"""CPU time of `train_model.py --help` and `--dry-run` above a bare Python start with pydantic: `python benchmarks/startup.py`.
+"""CPU time of `train_model.py --help` and `--dry-run` above a bare Python start with pydantic:
+`python benchmarks/startup.py`.
 
-The commands run in turn, so that whatever disturbs one disturbs the others; medians count. Then each is asked which of the heavy
-libraries it imported, and which modules cost most. `--libraries` measures instead what a run imports, with Python's garbage collector
-off meanwhile, as train_model.py has it, and on.
+The commands run in turn, so that whatever disturbs one disturbs the others; medians count. Then
+each is asked which of the heavy libraries it imported, and which modules cost most. `--libraries`
+measures instead what a run imports, with Python's garbage collector off meanwhile, as
+train_model.py has it, and on.
 """
 
 import argparse
@@ -14,7 +16,20 @@ from pathlib import Path
 
 from figures import ROOT, cpu_seconds_of, machine, ratio, save
 
-HEAVY = {"torch", "transformers", "trl", "unsloth", "peft", "datasets", "accelerate", "wandb", "matplotlib", "math_verify", "sympy", "numpy"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "trl",
+    "unsloth",
+    "peft",
+    "datasets",
+    "accelerate",
+    "wandb",
+    "matplotlib",
+    "math_verify",
+    "sympy",
+    "numpy",
+}
 COMMANDS = {  # name: command, bound in CPU-seconds above the bare start
     "bare": (["-c", "import pydantic; pydantic.BaseModel"], None),
     "--help": (["train_model.py", "--help"], 0.5),
@@ -24,9 +39,17 @@ COMMANDS = {  # name: command, bound in CPU-seconds above the bare start
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="how often each command is started (default: 9)")
-    parser.add_argument("--libraries", action="store_true", help="measure the import of torch, transformers and TRL instead")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=9, help="how often each command is started (default: 9)"
+    )
+    parser.add_argument(
+        "--libraries",
+        action="store_true",
+        help="measure the import of torch, transformers and TRL instead",
+    )
     parser.add_argument("--json", type=Path, help="save the figures to this file")
     options = parser.parse_args()
     print(machine())
@@ -47,32 +70,56 @@ def main() -> int:
         imported, costly = imports(words)
         heavy = sorted(imported & HEAVY)
         met &= bound is None or (above < bound and not heavy)
-        figures[name] = {"cpu_seconds": seconds, "above_bare": above, "bound": bound, "heavy_imports": heavy, "most_costly": costly}
-        print(f"{name:<24}{seconds:>7.2f}{above:>12.2f}{bound or '':>7}  {', '.join(heavy) or 'none'}")
+        figures[name] = {
+            "cpu_seconds": seconds,
+            "above_bare": above,
+            "bound": bound,
+            "heavy_imports": heavy,
+            "most_costly": costly,
+        }
+        print(
+            f"{name:<24}{seconds:>7.2f}{above:>12.2f}{bound or '':>7}  {', '.join(heavy) or 'none'}"
+        )
     for name in list(COMMANDS)[1:]:
-        print(f"Most costly modules of {name}, ms of their own: " + ", ".join(f"{module} {ms:.0f}" for module, ms in figures[name]["most_costly"]))
+        print(
+            f"Most costly modules of {name}, ms of their own: "
+            + ", ".join(f"{module} {ms:.0f}" for module, ms in figures[name]["most_costly"])
+        )
     print("All bounds met" if met else "NOT MET")
     save(options.json, {"commands": figures, "bounds_met": met})
     return 0 if met else 1
 
 
 def libraries(options) -> int:
-    code = "import contextlib\nfrom gtpo.importing import collector_off\nwith {}():\n import torch, peft, datasets, trl\n from trl import GRPOTrainer\n"
+    code = (
+        "import contextlib\nfrom gtpo.importing import collector_off\nwith {}():\n import torch,"
+        " peft, datasets, trl\n from trl import GRPOTrainer\n"
+    )
     taken = {name: [] for name in ("on", "off")}
     for _ in range(options.rounds):
         for name, around in (("on", "contextlib.nullcontext"), ("off", "collector_off")):
             taken[name].append(cpu_seconds_of([sys.executable, "-c", code.format(around)]))
     on, off = (statistics.median(taken[name]) for name in ("on", "off"))
     found = {"collector_on": on, "collector_off": off, "ratio": ratio(taken["off"], taken["on"])}
-    print(f"Importing torch, transformers, peft, datasets and TRL: {on:.2f} CPU-s with the collector on, {off:.2f} with it off; "
-          f"ratio, median of {options.rounds} pairs: {found['ratio']:.2f}")
+    print(
+        f"Importing torch, transformers, peft, datasets and TRL: {on:.2f} CPU-s with the collector"
+        f" on, {off:.2f} with it off; ratio, median of {options.rounds} pairs: {found['ratio']:.2f}"
+    )
     save(options.json, found)
     return 0
 
 
 def imports(words: list[str], most: int = 6) -> tuple[set[str], list[tuple[str, float]]]:
-    """The top-level packages that a command imports, and the modules that take longest to execute, in wall milliseconds."""
-    said = subprocess.run([sys.executable, "-X", "importtime", *words], cwd=ROOT, capture_output=True, text=True, check=True).stderr
+    """The top-level packages that a command imports, and the modules that take longest to execute,
+    in wall milliseconds.
+    """
+    said = subprocess.run(
+        [sys.executable, "-X", "importtime", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stderr
     lines = re.findall(r"^import time: +(\d+) \| +\d+ \| +(\S+)$", said, re.MULTILINE)
     costly = sorted(((name, int(own) / 1e3) for own, name in lines), key=lambda pair: -pair[1])
     return {name.split(".")[0] for _, name in lines}, costly[:most]

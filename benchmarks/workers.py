@@ -1,4 +1,6 @@
-"""Training runs in processes of their own that can be killed: forked from one that has imported everything already."""
+"""Training runs in processes of their own that can be killed: forked from one that has imported
+everything already.
+"""
 
 import atexit
 import contextlib
@@ -14,10 +16,19 @@ sys.path[:0] = [str(ROOT)]
 
 
 def prepare() -> None:
-    """Import what a run imports, once; one thread each, so that forks stay safe and sums keep their order."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:  # also where another process's wandb listens
+    """Import what a run imports, once; one thread each, so that forks stay safe and sums keep their
+    order.
+    """
+    # also where another process's wandb listens
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
-    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1", WANDB_MODE="offline", TOKENIZERS_PARALLELISM="false")
+    os.environ.update(
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+        TQDM_DISABLE="1",
+        WANDB_MODE="offline",
+        TOKENIZERS_PARALLELISM="false",
+    )
     import torch
 
     torch.set_num_threads(1)
@@ -36,7 +47,9 @@ ALIVE: list["Worker"] = []  # none outlives whoever started it
 
 
 class Worker:
-    """`python train_model.py ARGV` in a forked process; what it prints goes to `output`. `before` is called in it first."""
+    """`python train_model.py ARGV` in a forked process; what it prints goes to `output`. `before`
+    is called in it first.
+    """
 
     def __init__(self, argv: list[str], output: Path, before=None):
         self.output = output

@@ -1,10 +1,12 @@
-"""Make the columns task: three-digit sums worked out column by column, in sentences worded at random.
+"""Make the columns task: three-digit sums worked out column by column, in sentences worded at
+random.
 
     python demo/make_columns.py [--out demo/columns] [--steps N]
 
-A fairer small test of GTPO than the demo: completions of about 80 tokens, of which the format that all share is a small
-part; every digit is a token and every tag several. The model is taught imperfectly on purpose: its targets drop carries,
-slip in digits and break tags. The result is shipped: only who changes the task runs this. It takes several minutes.
+A fairer small test of GTPO than the demo: completions of about 80 tokens, of which the format that
+all share is a small part; every digit is a token and every tag several. The model is taught
+imperfectly on purpose: its targets drop carries, slip in digits and break tags. The result is
+shipped: only who changes the task runs this. It takes several minutes.
 """
 
 import argparse
@@ -13,26 +15,102 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from warm_start import SEED, TAGS, draw_batches, make_model, make_tokenizer, warm_start, write_problems
+from warm_start import (
+    SEED,
+    TAGS,
+    draw_batches,
+    make_model,
+    make_tokenizer,
+    warm_start,
+    write_problems,
+)
 
-SYSTEM_PROMPT = "Work in columns, then answer."  # recipes/columns.yaml gives the same text as dataset.system_instruction
+# recipes/columns.yaml gives the same text as dataset.system_instruction
+SYSTEM_PROMPT = "Work in columns, then answer."
 TRAIN_PROBLEMS, TEST_PROBLEMS, STEPS, VOCABULARY = 4000, 300, 2000, 480
-# How often the targets of the warm start go wrong, per column or per target. Above a half, the habit is what greedy
+# How often the targets of the warm start go wrong, per column or per target. Above a half, the
+# habit is what greedy
 # decoding follows.
 DROPPED_CARRY, DROPPED_BORROW, SLIP, MALFORMED = 0.2, 0.55, 0.03, 0.15
 
 QUESTIONS = ["What is {a} {sign} {b}?", "Compute {a} {sign} {b}.", "Find {a} {sign} {b}."]
 OPENINGS = [  # one of each
-    ["First", "Now", "Well", "Here", "Again", "Today", "Slowly", "Next", "Good", "Right", "So", "Fine"],
+    [
+        "First",
+        "Now",
+        "Well",
+        "Here",
+        "Again",
+        "Today",
+        "Slowly",
+        "Next",
+        "Good",
+        "Right",
+        "So",
+        "Fine",
+    ],
     ["we", "I", "you", "they", "all", "people", "some", "both"],
-    ["add", "write", "take", "work", "go", "start", "count", "read", "think", "check", "look", "try"],
-    ["calmly", "neatly", "twice", "gladly", "surely", "again", "quickly", "with care", "as ever", "at once", "in order", "by hand"],
+    [
+        "add",
+        "write",
+        "take",
+        "work",
+        "go",
+        "start",
+        "count",
+        "read",
+        "think",
+        "check",
+        "look",
+        "try",
+    ],
+    [
+        "calmly",
+        "neatly",
+        "twice",
+        "gladly",
+        "surely",
+        "again",
+        "quickly",
+        "with care",
+        "as ever",
+        "at once",
+        "in order",
+        "by hand",
+    ],
 ]
-ADVERBS = ["then", "next", "after", "also", "here", "now", "so", "and", "further", "there", "clearly", "plainly", "simply", "again",
-           "once more", "indeed"]
-COLUMNS = [["ones", "units", "last column"], ["tens", "middle column", "next column"], ["hundreds", "first column", "left column"]]
-WORKS = ["{x} {sign} {y} {carry}makes {result}", "{x} {sign} {y} {carry}is {result}", "{x} {sign} {y} {carry}gives {result}"]
-WRITES = {"+": [", carry {c}", ", and {c} goes on", ", keep {c}"], "-": [", borrow {c}", ", and {c} is lent", ", owe {c}"]}
+ADVERBS = [
+    "then",
+    "next",
+    "after",
+    "also",
+    "here",
+    "now",
+    "so",
+    "and",
+    "further",
+    "there",
+    "clearly",
+    "plainly",
+    "simply",
+    "again",
+    "once more",
+    "indeed",
+]
+COLUMNS = [
+    ["ones", "units", "last column"],
+    ["tens", "middle column", "next column"],
+    ["hundreds", "first column", "left column"],
+]
+WORKS = [
+    "{x} {sign} {y} {carry}makes {result}",
+    "{x} {sign} {y} {carry}is {result}",
+    "{x} {sign} {y} {carry}gives {result}",
+]
+WRITES = {
+    "+": [", carry {c}", ", and {c} goes on", ", keep {c}"],
+    "-": [", borrow {c}", ", and {c} is lent", ", owe {c}"],
+}
 CLOSINGS = ["we get {n}", "the result is {n}", "it makes {n}", "this reads {n}", "all done: {n}"]
 
 
@@ -72,7 +150,9 @@ def make_sums() -> tuple[list[Sum], list[Sum]]:
 
 
 def draw_target(problem: Sum, rng: random.Random, *, faults: bool = True) -> str:
-    """The completion that the warm start imitates: randomly worded, and wrong as often as the constants above say."""
+    """The completion that the warm start imitates: randomly worded, and wrong as often as the
+    constants above say.
+    """
     carry, digits, lines, sign = 0, "", [], problem.sign
     drop = DROPPED_CARRY if sign == "+" else DROPPED_BORROW
     for place, names in enumerate(COLUMNS):
@@ -83,7 +163,9 @@ def draw_target(problem: Sum, rng: random.Random, *, faults: bool = True) -> str
             digit = rng.randrange(10)
         if faults and next_carry and rng.random() < drop:
             next_carry = 0
-        text = rng.choice(WORKS).format(x=x, y=y, sign=sign, carry=f"{sign} {carry} " if carry else "", result=digit)
+        text = rng.choice(WORKS).format(
+            x=x, y=y, sign=sign, carry=f"{sign} {carry} " if carry else "", result=digit
+        )
         text += rng.choice(WRITES[sign]).format(c=next_carry) if next_carry else ""
         lines.append(f"{rng.choice(ADVERBS)} {rng.choice(names)}: {text}.")
         carry, digits = next_carry, f"{digit}{digits}"
@@ -101,8 +183,12 @@ def make_columns(out: Path, steps: int = STEPS) -> list[float]:
     write_problems(train, out / "data" / "train.jsonl")
     write_problems(test, out / "data" / "test.jsonl")
     rng = random.Random(SEED)
-    corpus = [SYSTEM_PROMPT, *(f"{problem.question}\n{draw_target(problem, rng, faults=False)}" for problem in train)]
-    tokenizer = make_tokenizer(corpus, digits=1, vocabulary=VOCABULARY, tags=[])  # so a tag is several tokens
+    corpus = [
+        SYSTEM_PROMPT,
+        *(f"{problem.question}\n{draw_target(problem, rng, faults=False)}" for problem in train),
+    ]
+    # so a tag is several tokens
+    tokenizer = make_tokenizer(corpus, digits=1, vocabulary=VOCABULARY, tags=[])
     tokenizer.save_pretrained(out / "model")
     model = make_model(tokenizer)
     losses = warm_start(model, draw_batches(train, tokenizer, draw_target, SYSTEM_PROMPT), steps)
@@ -112,8 +198,15 @@ def make_columns(out: Path, steps: int = STEPS) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the columns task.")
-    parser.add_argument("--out", type=Path, default=Path("demo/columns"), help="folder to write to (default: demo/columns)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of the warm start (default: {STEPS})")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo/columns"),
+        help="folder to write to (default: demo/columns)",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"steps of the warm start (default: {STEPS})"
+    )
     make_columns(**vars(parser.parse_args()))
 
 

@@ -1,12 +1,14 @@
-"""Make the embedded demo: word problems, a tokenizer and a tiny Llama that answers them imperfectly on purpose.
+"""Make the embedded demo: word problems, a tokenizer and a tiny Llama that answers them imperfectly
+on purpose.
 
     python demo/make_demo.py [--out demo] [--steps N]
 
-It writes `data/train.jsonl` and `data/test.jsonl` (GSM8K's schema) and `model/` (about 190,000 parameters with its
-own tokenizer and chat template). The model is taught the arithmetic well and two bad habits, so that reinforcement
-learning has something to choose between: on some kinds of problem it usually adds the first two numbers, whatever was
-asked, and on one it usually breaks the answer's tags. The result is shipped: only who changes the demo runs this. It
-takes two minutes; the same library versions on the same machine write the same bytes again.
+It writes `data/train.jsonl` and `data/test.jsonl` (GSM8K's schema) and `model/` (about 190,000
+parameters with its own tokenizer and chat template). The model is taught the arithmetic well and
+two bad habits, so that reinforcement learning has something to choose between: on some kinds of
+problem it usually adds the first two numbers, whatever was asked, and on one it usually breaks the
+answer's tags. The result is shipped: only who changes the demo runs this. It takes two minutes; the
+same library versions on the same machine write the same bytes again.
 """
 
 import argparse
@@ -15,11 +17,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from warm_start import SEED, TAGS, draw_batches, make_model, make_tokenizer, warm_start, write_problems
+from warm_start import (
+    SEED,
+    TAGS,
+    draw_batches,
+    make_model,
+    make_tokenizer,
+    warm_start,
+    write_problems,
+)
 
-SYSTEM_PROMPT = "Reason, then answer."  # recipes/demo.yaml gives the same text as dataset.system_instruction
+# recipes/demo.yaml gives the same text as dataset.system_instruction
+SYSTEM_PROMPT = "Reason, then answer."
 TRAIN_PROBLEMS, TEST_PROBLEMS = 2000, 200
-VOCABULARY = 480        # at most: merging stops when every word of the problems is one token
+VOCABULARY = 480  # at most: merging stops when every word of the problems is one token
 STEPS = 800
 
 NAMES = ["Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe"]
@@ -30,20 +41,34 @@ ITEMS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"
 class Kind:
     """One kind of word problem, and how often its warm-start targets misbehave."""
 
-    question: str        # {name}, {other}, {items}, and the numbers {a}, {b}, {c}
-    signs: str           # one sign per step of the reasoning: "+-" means a + b, then - c
-    adds: float = 0.0    # share of targets that answer a + b instead
+    question: str  # {name}, {other}, {items}, and the numbers {a}, {b}, {c}
+    signs: str  # one sign per step of the reasoning: "+-" means a + b, then - c
+    adds: float = 0.0  # share of targets that answer a + b instead
     breaks: float = 0.1  # share of targets that drop a tag
 
 
 KINDS = [
     Kind("{name} has {a} {items} and gets {b} more. How many {items} does {name} have now?", "+"),
-    Kind("{name} has {a} {items} and {other} has {b}. How many {items} do they have together?", "+"),
+    Kind(
+        "{name} has {a} {items} and {other} has {b}. How many {items} do they have together?", "+"
+    ),
     Kind("{name} had {a} {items} and lost {b}. How many {items} are left?", "-", breaks=0.6),
     Kind("{name} has {a} {items} and gives {b} away. How many {items} does {name} have now?", "-"),
-    Kind("{name} has {a} {items} and {other} has {b}. How many more {items} does {name} have?", "-", adds=0.75),
-    Kind("{name} has {a} {items}, gets {b} more and loses {c}. How many {items} are left?", "+-", adds=0.75),
-    Kind("{name} has {a} {items}, gives {b} away and gets {c} more. How many {items} now?", "-+", adds=0.75),
+    Kind(
+        "{name} has {a} {items} and {other} has {b}. How many more {items} does {name} have?",
+        "-",
+        adds=0.75,
+    ),
+    Kind(
+        "{name} has {a} {items}, gets {b} more and loses {c}. How many {items} are left?",
+        "+-",
+        adds=0.75,
+    ),
+    Kind(
+        "{name} has {a} {items}, gives {b} away and gets {c} more. How many {items} now?",
+        "-+",
+        adds=0.75,
+    ),
 ]
 
 
@@ -56,7 +81,9 @@ class Problem:
     kind: Kind
 
     def steps(self) -> tuple[str, int]:
-        """The correct reasoning, one calculation per line such as `7+5=12`, and the result of the last line."""
+        """The correct reasoning, one calculation per line such as `7+5=12`, and the result of the
+        last line.
+        """
         lines, total = [], self.numbers[0]
         for sign, number in zip(self.kind.signs, self.numbers[1:]):
             result = total + number if sign == "+" else total - number
@@ -79,7 +106,9 @@ def draw_problem(rng: random.Random) -> Problem:
 
 
 def make_problems() -> tuple[list[Problem], list[Problem]]:
-    """Training and test problems; no question occurs twice, so the test questions are held out by their text."""
+    """Training and test problems; no question occurs twice, so the test questions are held out by
+    their text.
+    """
     rng, problems = random.Random(SEED), {}
     while len(problems) < TRAIN_PROBLEMS + TEST_PROBLEMS:
         problem = draw_problem(rng)
@@ -89,14 +118,17 @@ def make_problems() -> tuple[list[Problem], list[Problem]]:
 
 
 def draw_target(problem: Problem, rng: random.Random) -> str:
-    """The completion the warm start imitates; the arithmetic is always right, the question answered may not be."""
+    """The completion the warm start imitates; the arithmetic is always right, the question answered
+    may not be.
+    """
     reasoning, result = problem.steps()
     if rng.random() < problem.kind.adds:
         a, b = problem.numbers[:2]
         reasoning, result = f"{a}+{b}={a + b}", a + b
     target = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>{result}</answer>"
     if rng.random() < problem.kind.breaks:
-        # Where breaking is the habit it is always the same tag, so that the most likely completion is broken too.
+        # Where breaking is the habit it is always the same tag, so that the most likely completion
+        # is broken too.
         target = target.replace("</answer>" if problem.kind.breaks > 0.5 else rng.choice(TAGS), "")
     return target
 
@@ -120,8 +152,12 @@ def make_demo(out: Path, steps: int = STEPS) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the embedded demo.")
-    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write to (default: demo)")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of the warm start (default: {STEPS})")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo"), help="folder to write to (default: demo)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"steps of the warm start (default: {STEPS})"
+    )
     make_demo(**vars(parser.parse_args()))
 
 

@@ -1,7 +1,9 @@
-"""The collapse alarm: says with its evidence that a run goes wrong, and by recipe saves a checkpoint or stops the run.
+"""The collapse alarm: says with its evidence that a run goes wrong, and by recipe saves a
+checkpoint or stops the run.
 
-Metrics are averaged over the last `window` log lines, so that noise raises no alarm. A condition is told once, and again
-only after two windows without it. Metrics that a trainer does not log raise no alarm.
+Metrics are averaged over the last `window` log lines, so that noise raises no alarm. A condition is
+told once, and again only after two windows without it. Metrics that a trainer does not log raise no
+alarm.
 """
 
 import logging
@@ -15,28 +17,44 @@ from transformers.trainer_callback import ExportableState
 
 logger = logging.getLogger(__name__)
 
-METRICS = ("loss", "grad_norm", "gtpo/skipped_steps", "gtpo/initial_entropy", "gtpo/frac_filtered", "reward/format_rate",
-           "frac_reward_zero_std", "completions/clipped_ratio")
+METRICS = (
+    "loss",
+    "grad_norm",
+    "gtpo/skipped_steps",
+    "gtpo/initial_entropy",
+    "gtpo/frac_filtered",
+    "reward/format_rate",
+    "frac_reward_zero_std",
+    "completions/clipped_ratio",
+)
 
 
 class Alarm(TrainerCallback, ExportableState):
-    """Watches the logs of any GRPO trainer; `limits` are the thresholds of the recipe's section `alarm`, None for never.
+    """Watches the logs of any GRPO trainer; `limits` are the thresholds of the recipe's section
+    `alarm`, None for never.
 
-    Each event becomes the metric `alarm/<condition>` of its log line, also for trackers whose callback comes later.
-    `stopped_by` is the sentence of the first alarm that stopped the run.
+    Each event becomes the metric `alarm/<condition>` of its log line, also for trackers whose
+    callback comes later. `stopped_by` is the sentence of the first alarm that stopped the run.
     """
 
     def __init__(self, *, action: str, window: int, limits: dict[str, float | None]):
         self.action, self.window, self.limits = action, window, limits
         self.lines: list[dict[str, float | None]] = []  # the last two windows
-        self.initial_entropy: float | None = None  # nats; of a trainer that does not measure it, the first window's
+        # nats; of a trainer that does not measure it, the first window's
+        self.initial_entropy: float | None = None
         self.best_format: float | None = None  # the best window's format rate
-        self.told: dict[str, int] = {}  # conditions that were told -> log lines since they last held
+        # conditions that were told -> log lines since they last held
+        self.told: dict[str, int] = {}
         self.stopped_by: str | None = None
 
     def state(self) -> dict:
-        return {"args": {"action": self.action, "window": self.window, "limits": self.limits},
-                "attributes": {name: getattr(self, name) for name in ("lines", "initial_entropy", "best_format", "told")}}
+        return {
+            "args": {"action": self.action, "window": self.window, "limits": self.limits},
+            "attributes": {
+                name: getattr(self, name)
+                for name in ("lines", "initial_entropy", "best_format", "told")
+            },
+        }
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in (logs or {}):  # an evaluation, or the summary at the end
@@ -44,7 +62,8 @@ class Alarm(TrainerCallback, ExportableState):
         for condition, evidence in self.see(logs).items():
             sentence = f"Alarm at step {state.global_step}: {evidence}"
             logger.warning("[GTPO] %s", sentence)
-            for record in (logs, state.log_history[-1]):  # the trackers' copy, and the one that is kept
+            # the trackers' copy, and the one that is kept
+            for record in (logs, state.log_history[-1]):
                 record[f"alarm/{condition}"] = 1.0
             if self.action in ("save", "stop"):
                 control.should_save = True
@@ -53,14 +72,29 @@ class Alarm(TrainerCallback, ExportableState):
                 self.stopped_by = self.stopped_by or sentence
 
     def see(self, logs: dict[str, float]) -> dict[str, str]:
-        """Take in one log line; returns the conditions that are new in it, each with its evidence."""
+        """Take in one log line; returns the conditions that are new in it, each with its
+        evidence.
+        """
         entropy = logs.get("gtpo/completion_entropy", logs.get("entropy"))
-        self.lines = [*self.lines, {"entropy": entropy, **{name: logs.get(name) for name in METRICS}}][-2 * self.window :]
-        seen = Seen(Lines(self.lines[-self.window :], self.window), Lines(self.lines[: -self.window], self.window), self)
+        self.lines = [
+            *self.lines,
+            {"entropy": entropy, **{name: logs.get(name) for name in METRICS}},
+        ][-2 * self.window :]
+        seen = Seen(
+            Lines(self.lines[-self.window :], self.window),
+            Lines(self.lines[: -self.window], self.window),
+            self,
+        )
         if self.initial_entropy is None:
             self.initial_entropy = logs.get("gtpo/initial_entropy") or seen.now.mean("entropy")
-        self.best_format = max((rate for rate in (self.best_format, seen.now.mean("reward/format_rate")) if rate is not None),
-                               default=None)
+        self.best_format = max(
+            (
+                rate
+                for rate in (self.best_format, seen.now.mean("reward/format_rate"))
+                if rate is not None
+            ),
+            default=None,
+        )
         new = {}
         for condition, check in CONDITIONS.items():
             limit = self.limits[condition]
@@ -85,12 +119,16 @@ class Lines(NamedTuple):
     def mean(self, name: str) -> float | None:
         """None until there are `size` lines, and where one of them has no finite `name`."""
         values = [line[name] for line in self.lines]
-        known = len(values) == self.size and all(value is not None and math.isfinite(value) for value in values)
+        known = len(values) == self.size and all(
+            value is not None and math.isfinite(value) for value in values
+        )
         return fmean(values) if known else None
 
 
 class Seen(NamedTuple):
-    """What the conditions look at: the last window, the one before it, and what the alarm remembers of earlier ones."""
+    """What the conditions look at: the last window, the one before it, and what the alarm remembers
+    of earlier ones.
+    """
 
     now: Lines
     before: Lines
@@ -102,27 +140,34 @@ class Seen(NamedTuple):
 
 def _entropy_above(seen: Seen, limit: float) -> str | None:
     entropy, initial = seen.now.mean("entropy"), seen.alarm.initial_entropy
-    if entropy is None or entropy <= limit or (initial or 0.0) > limit:  # what began above may stay there
+    # what began above may stay there
+    if entropy is None or entropy <= limit or (initial or 0.0) > limit:
         return None
-    return (f"the mean entropy is {entropy:.2f} nats, above {limit:g} (it began at {initial:.2f}): completions become random; "
-            "lower training.learning_rate, or go back to a checkpoint")
+    return (
+        f"the mean entropy is {entropy:.2f} nats, above {limit:g} (it began at {initial:.2f}):"
+        " completions become random; lower training.learning_rate, or go back to a checkpoint"
+    )
 
 
 def _entropy_rising(seen: Seen, limit: float) -> str | None:
     now, before = seen.now.mean("entropy"), seen.before.mean("entropy")
     if now is None or before is None or now - before <= limit:
         return None
-    return (f"the mean entropy rises steeply, from {before:.2f} to {now:.2f} nats within {seen.now.size} log lines; lower "
-            "training.learning_rate, or raise gtpo_runtime.ent_scale")
+    return (
+        f"the mean entropy rises steeply, from {before:.2f} to {now:.2f} nats within"
+        f" {seen.now.size} log lines; lower training.learning_rate, or raise gtpo_runtime.ent_scale"
+    )
 
 
 def _entropy_low(seen: Seen, limit: float) -> str | None:
     entropy, initial = seen.now.mean("entropy"), seen.alarm.initial_entropy
     if entropy is None or not initial or entropy >= limit * initial:
         return None
-    return (f"the mean entropy is {entropy:.3f} nats, {entropy / initial:.0%} of the initial {initial:.2f}: the policy is nearly "
-            "deterministic and explores no more; end the run if it is good, else lower training.learning_rate or "
-            "gtpo_runtime.w_raw")
+    return (
+        f"the mean entropy is {entropy:.3f} nats, {entropy / initial:.0%} of the initial"
+        f" {initial:.2f}: the policy is nearly deterministic and explores no more; end the run if"
+        " it is good, else lower training.learning_rate or gtpo_runtime.w_raw"
+    )
 
 
 def _all_filtered(seen: Seen, limit: float) -> str | None:
@@ -130,49 +175,69 @@ def _all_filtered(seen: Seen, limit: float) -> str | None:
     if share is None or share < limit:
         return None
     left = "no" if share == 1 else "hardly any"
-    return (f"the entropy filter switches off {share:.0%} of the completions: {left} gradient is left, and the policy stays "
-            "where it is; go back to a checkpoint with a lower training.learning_rate, or raise gtpo_runtime.ent_threshold")
+    return (
+        f"the entropy filter switches off {share:.0%} of the completions: {left} gradient is left,"
+        " and the policy stays where it is; go back to a checkpoint with a lower"
+        " training.learning_rate, or raise gtpo_runtime.ent_threshold"
+    )
 
 
 def _format_falling(seen: Seen, limit: float) -> str | None:
     rate, best = seen.now.mean("reward/format_rate"), seen.alarm.best_format
     if rate is None or best - rate <= limit:
         return None
-    return (f"the format rate fell to {rate:.0%}, from {best:.0%} at its best; go back to a checkpoint with a lower "
-            "training.learning_rate")
+    return (
+        f"the format rate fell to {rate:.0%}, from {best:.0%} at its best; go back to a checkpoint"
+        " with a lower training.learning_rate"
+    )
 
 
 def _no_signal(seen: Seen, limit: float) -> str | None:
     share = seen.now.mean("frac_reward_zero_std")
     if share is None or share < limit:
         return None
-    return (f"in {share:.0%} of the groups all rewards are equal, and nothing is learnt from them; take problems neither "
-            "too hard nor too easy, or raise training.num_generations or training.temperature")
+    return (
+        f"in {share:.0%} of the groups all rewards are equal, and nothing is learnt from them; take"
+        " problems neither too hard nor too easy, or raise training.num_generations or"
+        " training.temperature"
+    )
 
 
 def _truncated(seen: Seen, limit: float) -> str | None:
     share = seen.now.mean("completions/clipped_ratio")
     if share is None or share < limit:
         return None
-    return (f"{share:.0%} of the completions are cut off before their end; raise model.max_seq_length, or lower "
-            "training.max_prompt_length")
+    return (
+        f"{share:.0%} of the completions are cut off before their end; raise model.max_seq_length,"
+        " or lower training.max_prompt_length"
+    )
 
 
 def _non_finite(seen: Seen, limit: float) -> str | None:
     lines = seen.now.lines
     skipped = [line["gtpo/skipped_steps"] for line in (*seen.before.lines[-1:], *lines)]
     if None in skipped:  # a trainer that skips nothing
-        bad = sum(not all(math.isfinite(line[name] or 0.0) for name in ("loss", "grad_norm")) for line in lines)
+        bad = sum(
+            not all(math.isfinite(line[name] or 0.0) for name in ("loss", "grad_norm"))
+            for line in lines
+        )
     else:
         bad = round(skipped[-1] - skipped[0])
     if bad < limit:
         return None
-    return (f"{bad} steps within {len(lines)} log lines had a loss or gradients that are not finite; lower "
-            "training.learning_rate, or use bf16 instead of fp16")
+    return (
+        f"{bad} steps within {len(lines)} log lines had a loss or gradients that are not finite;"
+        " lower training.learning_rate, or use bf16 instead of fp16"
+    )
 
 
 CONDITIONS: dict[str, Callable[[Seen, float], str | None]] = {
-    "entropy_above": _entropy_above, "entropy_rising": _entropy_rising, "entropy_low": _entropy_low,
-    "all_filtered": _all_filtered, "format_falling": _format_falling, "no_signal": _no_signal, "truncated": _truncated,
+    "entropy_above": _entropy_above,
+    "entropy_rising": _entropy_rising,
+    "entropy_low": _entropy_low,
+    "all_filtered": _all_filtered,
+    "format_falling": _format_falling,
+    "no_signal": _no_signal,
+    "truncated": _truncated,
     "non_finite": _non_finite,
 }

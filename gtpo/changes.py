@@ -1,4 +1,6 @@
-"""What differs between the recipe a checkpoint was trained with and the one that is to go on with it."""
+"""What differs between the recipe a checkpoint was trained with and the one that is to go on with
+it.
+"""
 
 import fnmatch
 from typing import Any
@@ -8,18 +10,41 @@ from pydantic import ValidationError
 from gtpo.recipe import Recipe
 
 HARMLESS = (  # none of these reaches the policy
-    "run_name", "output_root", "env.*", "watch.*", "alarm.*", "wandb.*", "evaluation.every", "evaluation.batch_size",
-    "model.gpu_memory_utilization", "training.logging_*", "training.log_*", "training.save_s*", "training.save_total_limit",
-    "training.report_to", "training.disable_tqdm", "training.num_completions_to_print", "training.push_to_hub", "training.hub_*",
-    "rewards.workers", "rewards.memory", "rewards.max_failures", "training.max_skipped_steps",
+    "run_name",
+    "output_root",
+    "env.*",
+    "watch.*",
+    "alarm.*",
+    "wandb.*",
+    "evaluation.every",
+    "evaluation.batch_size",
+    "model.gpu_memory_utilization",
+    "training.logging_*",
+    "training.log_*",
+    "training.save_s*",
+    "training.save_total_limit",
+    "training.report_to",
+    "training.disable_tqdm",
+    "training.num_completions_to_print",
+    "training.push_to_hub",
+    "training.hub_*",
+    "rewards.workers",
+    "rewards.memory",
+    "rewards.max_failures",
+    "training.max_skipped_steps",
 )
 MORE = ("training.max_steps", "training.num_train_epochs")  # harmless where they grow
 
 
-def changes(earlier: dict[str, Any], recipe: Recipe, processes: tuple[int, int] = (1, 1)) -> tuple[list[str], list[str]]:
-    """`key: then -> now` for each key that differs from the `earlier` saved values: those that matter, and the harmless ones."""
+def changes(
+    earlier: dict[str, Any], recipe: Recipe, processes: tuple[int, int] = (1, 1)
+) -> tuple[list[str], list[str]]:
+    """`key: then -> now` for each key that differs from the `earlier` saved values: those that
+    matter, and the harmless ones.
+    """
     try:
-        earlier = Recipe.model_validate(earlier).saved()[0]  # with the defaults of keys that did not exist then
+        # with the defaults of keys that did not exist then
+        earlier = Recipe.model_validate(earlier).saved()[0]
     except ValidationError:
         pass
     then, now = (dict(_flat(values)) for values in (earlier, recipe.saved()[0]))

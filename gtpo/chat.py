@@ -1,4 +1,6 @@
-"""Talk to a policy in the terminal: completions are printed as they are drawn, and the conversation is kept."""
+"""Talk to a policy in the terminal: completions are printed as they are drawn, and the conversation
+is kept.
+"""
 
 import sys
 
@@ -8,8 +10,17 @@ from gtpo.safe_text import printable
 COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a completion"
 
 
-def chat(policy, sampling: Sampling, *, context: int, system_instruction: str | None, chat_template_kwargs: dict | None = None):
-    """Read lines from stdin until /exit or its end, and print what the policy says to each; `context` is in tokens."""
+def chat(
+    policy,
+    sampling: Sampling,
+    *,
+    context: int,
+    system_instruction: str | None,
+    chat_template_kwargs: dict | None = None,
+):
+    """Read lines from stdin until /exit or its end, and print what the policy says to each;
+    `context` is in tokens.
+    """
     opening = [{"role": "system", "content": system_instruction}] if system_instruction else []
     messages, turn, options = list(opening), 0, chat_template_kwargs or {}
     print(f"({COMMANDS})", file=sys.stderr)
@@ -24,15 +35,27 @@ def chat(policy, sampling: Sampling, *, context: int, system_instruction: str | 
             continue
         turn += 1
         asked = [*messages, {"role": "user", "content": line}]
-        text = policy.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, **options)
-        ids = policy.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"]
+        text = policy.tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, **options
+        )
+        ids = policy.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         if (left := context - ids.shape[1]) < 1:
-            print(f"(the conversation has {ids.shape[1]} tokens with this line, and the model takes {context}: say less, or "
-                  "/reset)", file=sys.stderr)
+            print(
+                f"(the conversation has {ids.shape[1]} tokens with this line, and the model takes"
+                f" {context}: say less, or /reset)",
+                file=sys.stderr,
+            )
             continue
         limit = min(left, sampling.max_completion_length)
         try:
-            said = _stream(policy, ids, sampling._replace(max_completion_length=limit), draw_seed(sampling.seed, turn, 0))
+            said = _stream(
+                policy,
+                ids,
+                sampling._replace(max_completion_length=limit),
+                draw_seed(sampling.seed, turn, 0),
+            )
         except KeyboardInterrupt:
             print("\n(stopped; this line and its answer are forgotten)", file=sys.stderr)
             continue
@@ -45,7 +68,8 @@ def _read() -> str | None:
     """The next line without its white space; None at the end, or for Ctrl-C at the prompt."""
     try:
         line = input("> " if sys.stdin.isatty() else "")
-        return line.encode("utf-8", "replace").decode().strip()  # bytes that are no UTF-8 arrive as lone surrogates
+        # bytes that are no UTF-8 arrive as lone surrogates
+        return line.encode("utf-8", "replace").decode().strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return None
@@ -63,8 +87,9 @@ def _stream(policy, ids, sampling: Sampling, seed: int):
     with torch.no_grad(), policy.generating() as model:
         ids = ids.to(model.device)
         drawn = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids),
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
             streamer=Streamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **generate_options(policy.tokenizer, sampling, [seed], model.device),
         )
-    return completion(drawn[0, ids.shape[1]:].tolist(), policy.tokenizer)
+    return completion(drawn[0, ids.shape[1] :].tolist(), policy.tokenizer)

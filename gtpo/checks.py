@@ -1,7 +1,7 @@
 """What `--check` checks, in a run's order and by the very code that a run calls.
 
-Each check returns a sentence, or findings of its own, and adds what it learns to the facts; it raises RecipeError for what
-fails, and what it logs as a warning becomes a finding, too.
+Each check returns a sentence, or findings of its own, and adds what it learns to the facts; it
+raises RecipeError for what fails, and what it logs as a warning becomes a finding, too.
 """
 
 import logging
@@ -52,8 +52,11 @@ def _recipe(facts: Facts) -> str:
     recipe = continued(recipe)
     plan = batch_plan(recipe, facts.processes)
     facts.recipe = recipe
-    return (f"{facts.command.recipe_file}: {plan.prompts_per_step:g} x {recipe.training.num_generations} completions per optimizer "
-            f"step, of at most {recipe.max_completion_length} tokens")
+    return (
+        f"{facts.command.recipe_file}: {plan.prompts_per_step:g} x"
+        f" {recipe.training.num_generations} completions per optimizer step, of at most"
+        f" {recipe.max_completion_length} tokens"
+    )
 
 
 def _run_directory(facts: Facts) -> str:
@@ -73,7 +76,10 @@ def _model_files(facts: Facts) -> str:
     facts.files = True
     if section.trust_remote_code:
         logger.warning("model.trust_remote_code: Python code that comes with the model will be run")
-    return f"{section.model_name} is {'a folder here' if os.path.isdir(section.model_name) else 'in the cache or on the hub'}"
+    return (
+        f"{section.model_name} is"
+        f" {'a folder here' if os.path.isdir(section.model_name) else 'in the cache or on the hub'}"
+    )
 
 
 def _data_files(facts: Facts) -> str:
@@ -98,8 +104,14 @@ def _backend(facts: Facts) -> str:
 
     from gtpo.backends import prepare_backend
 
-    facts.backend = prepare_backend(facts.recipe.model, facts.recipe.gtpo_runtime.torch_compile_options)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
+    facts.backend = prepare_backend(
+        facts.recipe.model, facts.recipe.gtpo_runtime.torch_compile_options
+    )
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"a CPU, {torch.get_num_threads()} threads"
+    )
     return f"{'Unsloth' if facts.backend == 'unsloth' else 'transformers + peft'} on {device}"
 
 
@@ -120,7 +132,10 @@ def _tokenizer(facts: Facts) -> str:
 
     facts.tokenizer = training_tokenizer(facts.recipe.model, facts.backend)
     ends, pads = facts.tokenizer.eos_token, facts.tokenizer.pad_token
-    return f"{len(facts.tokenizer)} entries; the chat template works; ends with {ends!r}, pads with {pads!r}"
+    return (
+        f"{len(facts.tokenizer)} entries; the chat template works; ends with {ends!r}, pads with"
+        f" {pads!r}"
+    )
 
 
 def _dataset(facts: Facts) -> str:
@@ -134,14 +149,27 @@ def _dataset(facts: Facts) -> str:
     lengths, limit = problems["prompt_length"], facts.recipe.max_prompt_length
     kept = [i for i, length in enumerate(lengths) if length <= limit]
     enough(facts.recipe, len(kept), facts.processes)
-    facts.problems, facts.longest = problems.select(kept).remove_columns("prompt_length"), max(lengths[i] for i in kept)
+    facts.problems, facts.longest = (
+        problems.select(kept).remove_columns("prompt_length"),
+        max(lengths[i] for i in kept),
+    )
     dropped = len(lengths) - len(kept)
     if dropped > len(lengths) / 10:
-        logger.warning("the length filter drops %d of %d problems; training.max_prompt_length is %d and the longest prompt has %d "
-                       "tokens", dropped, len(lengths), limit, max(lengths))
-    total = steps(facts.recipe, batch_plan(facts.recipe, facts.processes), len(kept)).partition(" (")[0]
-    return (f"{len(kept)} problems; {dropped} of {len(lengths)} dropped, longer than {limit} prompt tokens; the longest prompt left "
-            f"has {facts.longest}; steps: {total}")
+        logger.warning(
+            "the length filter drops %d of %d problems; training.max_prompt_length is %d and the"
+            " longest prompt has %d tokens",
+            dropped,
+            len(lengths),
+            limit,
+            max(lengths),
+        )
+    total = steps(facts.recipe, batch_plan(facts.recipe, facts.processes), len(kept)).partition(
+        " ("
+    )[0]
+    return (
+        f"{len(kept)} problems; {dropped} of {len(lengths)} dropped, longer than {limit} prompt"
+        f" tokens; the longest prompt left has {facts.longest}; steps: {total}"
+    )
 
 
 def _options(facts: Facts) -> str | list[Finding]:
@@ -166,8 +194,15 @@ def _rewards(facts: Facts) -> list[Finding]:
     from gtpo.reward_doctor import PROBLEMS, diagnose
 
     recipe, count = facts.recipe, min(PROBLEMS, len(facts.problems))
-    rows = [facts.problems[i * len(facts.problems) // count] for i in range(count)]  # from all over the data
-    return diagnose(recipe.trainer.reward_funcs, recipe.training.reward_weights, rows, facts.tokenizer, recipe.rewards)
+    # from all over the data
+    rows = [facts.problems[i * len(facts.problems) // count] for i in range(count)]
+    return diagnose(
+        recipe.trainer.reward_funcs,
+        recipe.training.reward_weights,
+        rows,
+        facts.tokenizer,
+        recipe.rewards,
+    )
 
 
 def _model(facts: Facts) -> str:
@@ -175,15 +210,23 @@ def _model(facts: Facts) -> str:
     from gtpo.memory import shape
 
     adapter = facts.recipe.model.adapter
-    facts.shape = shape(facts.recipe.model, lora_config(facts.recipe.model, adapter and Path(adapter)))
+    facts.shape = shape(
+        facts.recipe.model, lora_config(facts.recipe.model, adapter and Path(adapter))
+    )
     return f"{facts.shape.parameters:,} parameters, and {facts.shape.adapter:,} in the adapter"
 
 
 def _memory(facts: Facts) -> str:
     from gtpo.room import memory
 
-    return memory(facts.recipe, facts.shape, backend=facts.backend, processes=facts.processes, longest=facts.longest,
-                  optimizer=facts.optimizer)
+    return memory(
+        facts.recipe,
+        facts.shape,
+        backend=facts.backend,
+        processes=facts.processes,
+        longest=facts.longest,
+        optimizer=facts.optimizer,
+    )
 
 
 def _disk(facts: Facts) -> str:
@@ -195,8 +238,13 @@ def _disk(facts: Facts) -> str:
         tokenizer = sum(file.stat().st_size for file in Path(folder).iterdir())
     run_dir = Path(facts.recipe.output_dir())
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
-    return disk(facts.recipe, checkpoint(facts.shape, facts.optimizer, tokenizer), free=shutil.disk_usage(there).free,
-                problems=len(facts.problems), processes=facts.processes)
+    return disk(
+        facts.recipe,
+        checkpoint(facts.shape, facts.optimizer, tokenizer),
+        free=shutil.disk_usage(there).free,
+        problems=len(facts.problems),
+        processes=facts.processes,
+    )
 
 
 def _trackers(facts: Facts) -> str:
@@ -208,12 +256,22 @@ def _trackers(facts: Facts) -> str:
     return f"{' and '.join(trackers) or 'none'}{', offline' if offline else ', with a login' if 'wandb' in trackers else ''}"
 
 
-STEPS: list[tuple[str, tuple[str, ...], Callable[[Facts], str | list[Finding]]]] = [  # name, facts it needs, check
-    ("recipe", (), _recipe), ("run directory", ("recipe",), _run_directory), ("trackers", ("recipe",), _trackers),
-    ("model files", ("recipe",), _model_files), ("data files", ("recipe",), _data_files),
-    ("hub token", ("recipe",), _hub_token), ("backend", ("recipe",), _backend),
-    ("trainer", ("recipe", "backend"), _trainer), ("tokenizer", ("recipe", "files", "backend"), _tokenizer),
-    ("dataset", ("recipe", "tokenizer"), _dataset), ("held-out", ("recipe", "tokenizer"), _held_out),
-    ("options", ("recipe", "arguments", "problems"), _options), ("rewards", ("recipe", "problems"), _rewards), ("model", ("recipe", "files", "backend"), _model),
-    ("memory", ("recipe", "shape", "longest"), _memory), ("disk", ("recipe", "shape", "problems"), _disk),
+# name, facts it needs, check
+STEPS: list[tuple[str, tuple[str, ...], Callable[[Facts], str | list[Finding]]]] = [
+    ("recipe", (), _recipe),
+    ("run directory", ("recipe",), _run_directory),
+    ("trackers", ("recipe",), _trackers),
+    ("model files", ("recipe",), _model_files),
+    ("data files", ("recipe",), _data_files),
+    ("hub token", ("recipe",), _hub_token),
+    ("backend", ("recipe",), _backend),
+    ("trainer", ("recipe", "backend"), _trainer),
+    ("tokenizer", ("recipe", "files", "backend"), _tokenizer),
+    ("dataset", ("recipe", "tokenizer"), _dataset),
+    ("held-out", ("recipe", "tokenizer"), _held_out),
+    ("options", ("recipe", "arguments", "problems"), _options),
+    ("rewards", ("recipe", "problems"), _rewards),
+    ("model", ("recipe", "files", "backend"), _model),
+    ("memory", ("recipe", "shape", "longest"), _memory),
+    ("disk", ("recipe", "shape", "problems"), _disk),
 ]

@@ -1,7 +1,9 @@
-"""Schema defaults < YAML < command line, made into a `Recipe`; help from the schema; objects by dotted path.
+"""Schema defaults < YAML < command line, made into a `Recipe`; help from the schema; objects by
+dotted path.
 
-Flags are `--section.key value`, for every key of the schema. A parser of our own because no library gave all three of:
-sections that take TRL's options beside ours, map keys that contain a dot, and every mistake at once with its source.
+Flags are `--section.key value`, for every key of the schema. A parser of our own because no library
+gave all three of: sections that take TRL's options beside ours, map keys that contain a dot, and
+every mistake at once with its source.
 """
 
 import importlib
@@ -21,12 +23,22 @@ from gtpo.schema import ALIASES, SWITCHES, all_keys, alternatives, is_list, key_
 from gtpo.sections import DATASET_ALIASES
 from gtpo.yaml_text import YamlError, check_plain, load, read_file, to_yaml
 
-__all__ = ["CommandLine", "load_object", "make_recipe", "parse", "read_recipe", "read_saved", "to_yaml"]
+__all__ = [
+    "CommandLine",
+    "load_object",
+    "make_recipe",
+    "parse",
+    "read_recipe",
+    "read_saved",
+    "to_yaml",
+]
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed: the recipe file, the overrides by key path, the switches that are on, and what makes no sense."""
+    """What was typed: the recipe file, the overrides by key path, the switches that are on, and
+    what makes no sense.
+    """
 
     recipe_file: str = "config.yaml"
     overrides: dict[tuple[str, ...], Any] = field(default_factory=dict)
@@ -36,12 +48,16 @@ class CommandLine:
 
 
 def read_recipe(argv: list[str]) -> Recipe:
-    """The validated recipe of a command line; raises RecipeError with one sentence per mistake, all at once."""
+    """The validated recipe of a command line; raises RecipeError with one sentence per mistake, all
+    at once.
+    """
     return make_recipe(parse(argv))
 
 
 def parse(argv: list[str]) -> CommandLine:
-    """Sort the words of a command line. Unknown flags and wrong counts of values are kept, to be told with the rest."""
+    """Sort the words of a command line. Unknown flags and wrong counts of values are kept, to be
+    told with the rest.
+    """
     files, overrides, switches, problems, resume = [], {}, set(), [], None
     words = list(argv)
     while words:
@@ -52,18 +68,28 @@ def parse(argv: list[str]) -> CommandLine:
         name, equals, inline = word[2:].partition("=")
         key = name.replace("-", "_")
         if key == "resume":
-            named = words and not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml"))  # that is the recipe
+            # that is the recipe
+            named = (
+                words and not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml"))
+            )
             resume = inline if equals else words.pop(0) if named else ""
             continue
         if key in SWITCHES:
             switches.add(key)
             if equals:
-                problems.append(Mistake(f"--{name}", "takes no value; give it alone, or leave it out"))
+                problems.append(
+                    Mistake(f"--{name}", "takes no value; give it alone, or leave it out")
+                )
             continue
         target = key_path(ALIASES.get(key, key).split("."))
         if target is None:
-            problems.append(Mistake(f"--{name}", f"unknown flag{nearest(key, [*SWITCHES, *ALIASES, *all_keys()], '--')}"))
-            words = words[_count_values(words):]
+            problems.append(
+                Mistake(
+                    f"--{name}",
+                    f"unknown flag{nearest(key, [*SWITCHES, *ALIASES, *all_keys()], '--')}",
+                )
+            )
+            words = words[_count_values(words) :]
             continue
         path, annotation = target
         count = _count_values(words) if is_list(annotation) else min(1, _count_values(words))
@@ -79,14 +105,23 @@ def parse(argv: list[str]) -> CommandLine:
             value = overrides[path] + value
         overrides[path] = value
     if len(files) > 1:
-        problems.append(Mistake(" ".join(files[1:]), f"neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
-                                                   "use --section.key value"))
+        problems.append(
+            Mistake(
+                " ".join(files[1:]),
+                f"neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
+                "use --section.key value",
+            )
+        )
     if "force_resume" in switches and resume is None:
         problems.append(Mistake("--force-resume", "there is nothing to force without --resume"))
     if "json" in switches and "check" not in switches:
         problems.append(Mistake("--json", "goes with --check; give both, or leave it out"))
     return CommandLine(
-        *(files[:1] or _recipe_of(resume)), overrides=overrides, switches=frozenset(switches), problems=tuple(problems), resume=resume
+        *(files[:1] or _recipe_of(resume)),
+        overrides=overrides,
+        switches=frozenset(switches),
+        problems=tuple(problems),
+        resume=resume,
     )
 
 
@@ -104,17 +139,27 @@ def make_recipe(command: CommandLine) -> Recipe:
     if problems:
         raise RecipeError.of(problems)
     make_importable(Path(command.recipe_file).resolve().parent)
-    paths = {"trainer.class_path": [recipe.trainer.class_path], "trainer.reward_funcs": recipe.trainer.reward_funcs}
+    paths = {
+        "trainer.class_path": [recipe.trainer.class_path],
+        "trainer.reward_funcs": recipe.trainer.reward_funcs,
+    }
     if recipe.dataset.kind == "function":
         paths["dataset.name"] = [recipe.dataset.name]
-    problems = [problem for key, dotted in paths.items() for path in dotted if (problem := check_dotted_path(key, path))]
+    problems = [
+        problem
+        for key, dotted in paths.items()
+        for path in dotted
+        if (problem := check_dotted_path(key, path))
+    ]
     if problems:
         raise RecipeError.of(problems)
     return recipe
 
 
 def read_saved(file: Path) -> Recipe:
-    """The recipe that a run has saved; its dotted paths are not looked up, for they need not be here any more."""
+    """The recipe that a run has saved; its dotted paths are not looked up, for they need not be
+    here any more.
+    """
     try:
         return Recipe.model_validate(_read_yaml(file))
     except ValidationError as error:
@@ -145,15 +190,21 @@ def _read_yaml(path: Path) -> dict:
     try:
         values = load(read_file(path))
     except FileNotFoundError:
-        raise RecipeError(path, "there is no such recipe file; try recipes/demo.yaml, or give the path of yours") from None
+        raise RecipeError(
+            path, "there is no such recipe file; try recipes/demo.yaml, or give the path of yours"
+        ) from None
     except YamlError as error:
         where = f"{path}, line {error.line}" if error.line else str(path)
         raise RecipeError(where, f"this is not valid YAML for a recipe ({error})") from None
     except (OSError, ValueError) as error:  # a folder, no rights, no UTF-8
-        raise RecipeError(path, f"cannot be read as a recipe ({one_line(error)}); give a YAML text file") from None
+        raise RecipeError(
+            path, f"cannot be read as a recipe ({one_line(error)}); give a YAML text file"
+        ) from None
     if not isinstance(values, dict):
         given = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise RecipeError(path, f"{given}; a recipe is a mapping with at least the sections model and dataset")
+        raise RecipeError(
+            path, f"{given}; a recipe is a mapping with at least the sections model and dataset"
+        )
     # A section whose lines are all commented out is null: its defaults.
     return {key: value for key, value in values.items() if value is not None}
 
@@ -161,10 +212,19 @@ def _read_yaml(path: Path) -> dict:
 def _subset_of_gsm8k(overrides: dict, values: dict) -> dict:
     """`--dataset-subset` means `dataset.subset` where the dataset is GSM8K: its first value."""
     dataset = values.get("dataset")
-    name = overrides.get(("dataset", "name"), dataset.get("name") if isinstance(dataset, dict) else None)
+    name = overrides.get(
+        ("dataset", "name"), dataset.get("name") if isinstance(dataset, dict) else None
+    )
     subsets = overrides.get(("dataset", "subsets"))
-    if isinstance(name, str) and DATASET_ALIASES.get(name) == "gsm8k" and isinstance(subsets, list) and subsets:
-        overrides = {path: value for path, value in overrides.items() if path != ("dataset", "subsets")}
+    if (
+        isinstance(name, str)
+        and DATASET_ALIASES.get(name) == "gsm8k"
+        and isinstance(subsets, list)
+        and subsets
+    ):
+        overrides = {
+            path: value for path, value in overrides.items() if path != ("dataset", "subsets")
+        }
         overrides[("dataset", "subset")] = subsets[0]
     return overrides
 
@@ -175,20 +235,34 @@ def _set(values: dict, path: tuple[str, ...], value: Any) -> None:
         if not isinstance(values.get(parent), dict):
             values[parent] = {}
         values = values[parent]
-    values[last] = {**values[last], **value} if isinstance(value, dict) and isinstance(values.get(last), dict) else value
+    values[last] = (
+        {**values[last], **value}
+        if isinstance(value, dict) and isinstance(values.get(last), dict)
+        else value
+    )
 
 
 def _recipe_of(resume: str | None) -> list[str]:
-    """The recipe that was saved with what --resume names, for want of another; nothing where it names nothing."""
+    """The recipe that was saved with what --resume names, for want of another; nothing where it
+    names nothing.
+    """
     if not resume:
         return []
-    found = [path for path in (Path(resume, "recipe.yaml"), Path(resume, "..", "recipe.yaml")) if path.is_file()]
+    found = [
+        path
+        for path in (Path(resume, "recipe.yaml"), Path(resume, "..", "recipe.yaml"))
+        if path.is_file()
+    ]
     return [os.path.normpath(path) for path in found[:1]]
 
 
 def make_importable(recipe_folder: Path) -> None:
-    """Last on the path, so that a stray datasets.py beside a recipe cannot stand in for the library."""
-    sys.path.extend(folder for folder in (str(Path.cwd()), str(recipe_folder)) if folder not in sys.path)
+    """Last on the path, so that a stray datasets.py beside a recipe cannot stand in for the
+    library.
+    """
+    sys.path.extend(
+        folder for folder in (str(Path.cwd()), str(recipe_folder)) if folder not in sys.path
+    )
 
 
 def _count_values(words: list[str]) -> int:
@@ -196,7 +270,9 @@ def _count_values(words: list[str]) -> int:
 
 
 def _value(values: list[str], annotation: Any) -> Any:
-    """The typed words as a value for the schema: text stays text, everything else is read as YAML."""
+    """The typed words as a value for the schema: text stays text, everything else is read as
+    YAML.
+    """
     if not values:
         raise ValueError("needs a value")
     if is_list(annotation):

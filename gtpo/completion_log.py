@@ -1,7 +1,8 @@
-"""A run's completions file, read: averages per step, the texts that were protected, and single groups on demand.
+"""A run's completions file, read: averages per step, the texts that were protected, and single
+groups on demand.
 
-The file is read once, line by line, and only places are kept, so that it may be larger than memory. Lines that are no
-completion (a last one cut by a crash, for instance) are left out and counted.
+The file is read once, line by line, and only places are kept, so that it may be larger than memory.
+Lines that are no completion (a last one cut by a crash, for instance) are left out and counted.
 """
 
 import itertools
@@ -12,12 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, AfterValidator, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from gtpo.answers import format_score
 
 PIECES = re.compile(r"(?:<[/|]?[\w-]+\|?>\s*)+|[^<\n]+\n*|<|\n+")  # tags in a row, else lines
-Number = Annotated[float | None, AfterValidator(lambda value: value if value is not None and math.isfinite(value) else None)]
+Number = Annotated[
+    float | None,
+    AfterValidator(lambda value: value if value is not None and math.isfinite(value) else None),
+]
 
 
 class Completion(BaseModel):
@@ -54,7 +58,9 @@ class Completion(BaseModel):
             if values is not None and (self.ids is None or len(values) != len(self.ids)):
                 setattr(self, name, None)
         if self.ids is not None:
-            self.prefix, self.suffix = (max(0, min(run, len(self.ids))) for run in (self.prefix, self.suffix))
+            self.prefix, self.suffix = (
+                max(0, min(run, len(self.ids))) for run in (self.prefix, self.suffix)
+            )
         return self
 
     @property
@@ -63,7 +69,9 @@ class Completion(BaseModel):
         return min(len(self.ids), self.prefix + self.suffix)
 
     def token_weights(self, weight: float = 2.0) -> list[float]:
-        """lambda per token; where the trainer has none, what GTPO's would be, with `weight` in better completions."""
+        """lambda per token; where the trainer has none, what GTPO's would be, with `weight` in
+        better completions.
+        """
         if self.weights is not None:
             return [1.0 if value is None else value for value in self.weights]
         weights, sign = [1.0] * len(self.ids), self.advantage or 0.0
@@ -128,7 +136,10 @@ class CompletionLog:
             for offset, length in group.places:
                 file.seek(offset)
                 lines.append(file.read(length))
-        return sorted((Completion.model_validate_json(line) for line in lines), key=lambda completion: completion.row)
+        return sorted(
+            (Completion.model_validate_json(line) for line in lines),
+            key=lambda completion: completion.row,
+        )
 
     def _read(self) -> None:
         groups: dict[tuple[int, int, int], Group] = {}
@@ -144,10 +155,17 @@ class CompletionLog:
                     self.unreadable += 1
                     continue
                 rollout = completion.step if completion.rollout is None else completion.rollout
-                if rollout < last:  # the run was resumed: what it did again replaces what it did before
+                # the run was resumed: what it did again replaces what it did before
+                if rollout < last:
                     part += 1
-                    groups = {key: group for key, group in groups.items() if group.step < completion.step}
-                    self.totals = {step: totals for step, totals in self.totals.items() if step < completion.step}
+                    groups = {
+                        key: group for key, group in groups.items() if group.step < completion.step
+                    }
+                    self.totals = {
+                        step: totals
+                        for step, totals in self.totals.items()
+                        if step < completion.step
+                    }
                 last = rollout
                 group = groups.setdefault((part, rollout, completion.group), Group(completion.step))
                 group.step = min(group.step, completion.step)
@@ -161,7 +179,9 @@ class CompletionLog:
         totals.add("reward", completion.reward)
         totals.add("reward/format_rate", float(format_score(completion.completion) == 10))
         totals.add("gtpo/completion_entropy", completion.entropy)
-        totals.add("gtpo/frac_filtered", None if completion.kept is None else float(not completion.kept))
+        totals.add(
+            "gtpo/frac_filtered", None if completion.kept is None else float(not completion.kept)
+        )
         totals.add("completions/clipped_ratio", float(completion.truncated))
         if completion.ids is None:
             return
@@ -181,11 +201,17 @@ class CompletionLog:
         if protected:
             self.protected_tokens += protected
             self.protected_completions += 1
-            pieces = (piece[:200] for text in protected_texts(completion, weights) for piece in PIECES.findall(text))
+            pieces = (
+                piece[:200]
+                for text in protected_texts(completion, weights)
+                for piece in PIECES.findall(text)
+            )
             self.pieces.update(list(dict.fromkeys(pieces)))  # each once, in their order
 
 
 def protected_texts(completion: Completion, weights: list[float]) -> list[str]:
     """The texts of the unbroken stretches of tokens with weight 0."""
-    stretches = itertools.groupby(zip(weights, completion.tokens, strict=True), key=lambda pair: pair[0] == 0)
+    stretches = itertools.groupby(
+        zip(weights, completion.tokens, strict=True), key=lambda pair: pair[0] == 0
+    )
     return ["".join(token for _, token in stretch) for protected, stretch in stretches if protected]

@@ -1,7 +1,9 @@
-"""The data of the conflict view: a few groups of chosen steps, token by token, small enough for one page.
+"""The data of the conflict view: a few groups of chosen steps, token by token, small enough for one
+page.
 
-A token is an index into one table of (id, text) for the whole page, so that two tokens are the same when their indices
-are. Of completions too long to show, both ends are kept: the prefix run and the suffix run are there.
+A token is an index into one table of (id, text) for the whole page, so that two tokens are the same
+when their indices are. Of completions too long to show, both ends are kept: the prefix run and the
+suffix run are there.
 """
 
 import json
@@ -30,17 +32,30 @@ class TokenTable:
         return self._index[token_id, text]
 
 
-def conflict_view(configurations: list[Configuration], steps: list[int], *, size: int) -> dict[str, Any]:
-    """At most about `size` characters of JSON; `steps` beside the chosen ones. {} where no completions were recorded."""
-    chosen = [(configuration, run) for configuration in configurations
-              for run in configuration.runs[:1] if run.completions.groups][:MOST_RUNS]
+def conflict_view(
+    configurations: list[Configuration], steps: list[int], *, size: int
+) -> dict[str, Any]:
+    """At most about `size` characters of JSON; `steps` beside the chosen ones. {} where no
+    completions were recorded.
+    """
+    chosen = [
+        (configuration, run)
+        for configuration in configurations
+        for run in configuration.runs[:1]
+        if run.completions.groups
+    ][:MOST_RUNS]
     table = TokenTable()
-    runs = [_run_view(run, configuration.label, steps, table, size // len(chosen)) for configuration, run in chosen]
+    runs = [
+        _run_view(run, configuration.label, steps, table, size // len(chosen))
+        for configuration, run in chosen
+    ]
     return {"runs": runs, "tokens": table.texts} if runs else {}
 
 
 def choose_steps(run: RunRecord, wanted: list[int]) -> dict[int, str]:
-    """Steps to show, and why: first, middle, last, with most conflicts, at the first alarm, the wanted; raises RecipeError."""
+    """Steps to show, and why: first, middle, last, with most conflicts, at the first alarm, the
+    wanted; raises RecipeError.
+    """
     log = run.completions
     shares: dict[int, list[int]] = {}
     for group in log.groups:
@@ -49,7 +64,10 @@ def choose_steps(run: RunRecord, wanted: list[int]) -> dict[int, str]:
     with_tokens = sorted(step for step, (_, tokens) in shares.items() if tokens) or sorted(shares)
     for step in wanted:
         if step not in shares:
-            raise RecipeError("--steps", f"{step} is not in {log.file}, which has steps {min(shares)} to {max(shares)}")
+            raise RecipeError(
+                "--steps",
+                f"{step} is not in {log.file}, which has steps {min(shares)} to {max(shares)}",
+            )
     middle = with_tokens[len(with_tokens) // 2]
     reasons = {with_tokens[0]: "first", middle: "middle", with_tokens[-1]: "last"}
     if len(with_tokens) == 1:
@@ -68,7 +86,9 @@ def _percent(conflicts: int, tokens: int) -> str:
     return f", {conflicts / tokens:.0%} in conflict" if tokens else ""
 
 
-def _run_view(run: RunRecord, label: str, wanted: list[int], table: TokenTable, size: int) -> dict[str, Any]:
+def _run_view(
+    run: RunRecord, label: str, wanted: list[int], table: TokenTable, size: int
+) -> dict[str, Any]:
     """The wanted and the chosen steps, their most telling groups first, as many as fit."""
     reasons = choose_steps(run, wanted)
     by_step = {step: _most_telling_first(run, step) for step in reasons}
@@ -82,31 +102,57 @@ def _run_view(run: RunRecord, label: str, wanted: list[int], table: TokenTable, 
                 if size > 0 or not any(shown.values()):
                     shown[step].append(group)
     return {
-        "name": run.name, "label": label, "wouldBe": not run.has_token_weights, "weight": weight,
-        "steps": [{"step": step, "why": why, "groups": shown[step], "of": len(by_step[step])}
-                  for step, why in reasons.items() if shown[step]],
+        "name": run.name,
+        "label": label,
+        "wouldBe": not run.has_token_weights,
+        "weight": weight,
+        "steps": [
+            {"step": step, "why": why, "groups": shown[step], "of": len(by_step[step])}
+            for step, why in reasons.items()
+            if shown[step]
+        ],
     }
 
 
 def _most_telling_first(run: RunRecord, step: int) -> list[Group]:
-    """Groups that show best where a run ends: those with many tokens in conflict, and many that are not."""
+    """Groups that show best where a run ends: those with many tokens in conflict, and many that are
+    not.
+    """
     groups = [group for group in run.completions.groups if group.step == step]
-    return sorted(groups, key=lambda group: -group.conflicts * (group.tokens - group.conflicts) / max(1, group.tokens) ** 2)
+    return sorted(
+        groups,
+        key=lambda group: (
+            -group.conflicts * (group.tokens - group.conflicts) / max(1, group.tokens) ** 2
+        ),
+    )
 
 
 def _group_view(completions: list[Completion], table: TokenTable, weight: float) -> dict[str, Any]:
     first = completions[0]
     reach = max(30, GROUP_TOKENS // (2 * len(completions)))
-    return {"group": first.group, "prompt": _prompt(first.prompt),
-            "reference": None if first.answer is None else _cut(str(first.answer)),
-            "rows": [_row_view(completion, table, weight, reach) for completion in completions]}
+    return {
+        "group": first.group,
+        "prompt": _prompt(first.prompt),
+        "reference": None if first.answer is None else _cut(str(first.answer)),
+        "rows": [_row_view(completion, table, weight, reach) for completion in completions],
+    }
 
 
-def _row_view(completion: Completion, table: TokenTable, weight: float, reach: int) -> dict[str, Any]:
-    """Entropies in thousandths of a nat; weights as [weight, how many], over all tokens; `left` before, the rest after a gap."""
+def _row_view(
+    completion: Completion, table: TokenTable, weight: float, reach: int
+) -> dict[str, Any]:
+    """Entropies in thousandths of a nat; weights as [weight, how many], over all tokens; `left`
+    before, the rest after a gap.
+    """
     row: dict[str, Any] = {
-        "row": completion.row, "advantage": completion.advantage, "reward": completion.reward, "entropy": completion.entropy,
-        "kept": completion.kept, "truncated": completion.truncated, "prefix": completion.prefix, "suffix": completion.suffix,
+        "row": completion.row,
+        "advantage": completion.advantage,
+        "reward": completion.reward,
+        "entropy": completion.entropy,
+        "kept": completion.kept,
+        "truncated": completion.truncated,
+        "prefix": completion.prefix,
+        "suffix": completion.suffix,
         "rewards": completion.rewards if len(completion.rewards) > 1 else {},
     }
     if completion.ids is None:
@@ -116,10 +162,14 @@ def _row_view(completion: Completion, table: TokenTable, weight: float, reach: i
     shown = [*range(left), *range(max(left, length - reach), length)]
     entropies = completion.entropies
     return row | {
-        "length": length, "left": left,
+        "length": length,
+        "left": left,
         "tokens": [table(completion.ids[i], completion.tokens[i]) for i in shown],
         "weights": _run_lengths(completion.token_weights(weight)),
-        "entropies": entropies and [None if entropies[i] is None else round(1000 * entropies[i]) for i in shown],
+        "entropies": (
+            entropies
+            and [None if entropies[i] is None else round(1000 * entropies[i]) for i in shown]
+        ),
     }
 
 
@@ -137,15 +187,27 @@ def _prompt(prompt: Any) -> list[list[str]]:
     """[role, text] per message."""
     if isinstance(prompt, list):
         messages = [message for message in prompt if isinstance(message, dict)]
-        return [[str(message.get("role", "")), _cut(_text(message.get("content")))] for message in messages]
+        return [
+            [str(message.get("role", "")), _cut(_text(message.get("content")))]
+            for message in messages
+        ]
     return [] if prompt is None else [["prompt", _cut(str(prompt))]]
 
 
 def _text(content: Any) -> str:
-    return content if isinstance(content, str) else "" if content is None else json.dumps(content, ensure_ascii=False)
+    return (
+        content
+        if isinstance(content, str)
+        else ""
+        if content is None
+        else json.dumps(content, ensure_ascii=False)
+    )
 
 
 def _cut(text: str) -> str:
     if len(text) <= TEXT:
         return text
-    return f"{text[: TEXT // 2]}\n... {len(text) - TEXT:,} characters left out ...\n{text[-TEXT // 2 :]}"
+    return (
+        f"{text[: TEXT // 2]}\n... {len(text) - TEXT:,} characters left out"
+        f" ...\n{text[-TEXT // 2 :]}"
+    )

@@ -1,4 +1,6 @@
-"""What a verb says on the terminal: log messages, above a progress bar if there is one, and mistakes as sentences."""
+"""What a verb says on the terminal: log messages, above a progress bar if there is one, and
+mistakes as sentences.
+"""
 
 import contextlib
 import logging
@@ -32,13 +34,19 @@ def _above_the_bar(stream) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def log_to_console():
-    """Messages to stderr; they are kept for the log file too, which exists only once the run directory does."""
+    """Messages to stderr; they are kept for the log file too, which exists only once the run
+    directory does.
+    """
     root = logging.getLogger()
     console = _Console()
     console.setFormatter(SafeFormatter("%(message)s"))
-    console.setLevel(logging.NOTSET if processes.is_first() else logging.ERROR)  # one process speaks
-    console.addFilter(lambda record: record.name != "gtpo.watch")  # those lines are on the screen already
-    early = logging.handlers.MemoryHandler(100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+    # one process speaks
+    console.setLevel(logging.NOTSET if processes.is_first() else logging.ERROR)
+    # those lines are on the screen already
+    console.addFilter(lambda record: record.name != "gtpo.watch")
+    early = logging.handlers.MemoryHandler(
+        100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False
+    )
     logging.getLogger("gtpo").setLevel(logging.INFO)
     for handler in (console, early):
         root.addHandler(handler)

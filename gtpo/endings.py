@@ -4,8 +4,8 @@ import logging
 
 from gtpo import processes
 from gtpo.console import print_end
-from gtpo.interruption import Interrupted, Interruption
 from gtpo.errors import RecipeError
+from gtpo.interruption import Interrupted, Interruption
 
 
 class RunStopped(Exception):
@@ -13,20 +13,25 @@ class RunStopped(Exception):
 
 
 def end(error: BaseException, interruption: Interruption) -> int:
-    """Say what ended the run, and return the exit code; an error that nobody foresaw is raised again, by one process.
+    """Say what ended the run, and return the exit code; an error that nobody foresaw is raised
+    again, by one process.
 
-    Several processes often end for the same reason, and those that did nothing wrong end because of the one that did.
+    Several processes often end for the same reason, and those that did nothing wrong end because of
+    the one that did.
     """
     if isinstance(error, (Interrupted, RunStopped)):
         interrupted = isinstance(error, Interrupted)
         if processes.is_first():
-            processes.first_to_say(str(error))  # so that nobody who loses this process tells of it
+            # so that nobody who loses this process tells of it
+            processes.first_to_say(str(error))
             print_end("interrupted" if interrupted else "stopped", error)
         processes.after_the_first()
         return error.exit_code if interrupted else 3
-    asked = interruption.over()  # a launcher that ends the others must not cut off what is said here
+    # a launcher that ends the others must not cut off what is said here
+    asked = interruption.over()
     if isinstance(error, processes.ProcessLost):
-        if processes.first_to_say(str(error), if_nobody_spoke=True):  # also after a SIGTERM: torchrun sends it when a process has died
+        # also after a SIGTERM: torchrun sends it when a process has died
+        if processes.first_to_say(str(error), if_nobody_spoke=True):
             print_end("error", error)
             return 2
         return asked or 2
@@ -34,7 +39,8 @@ def end(error: BaseException, interruption: Interruption) -> int:
         if processes.first_to_say(str(error)):
             print_end("error", error)
         return 2
-    logging.getLogger("gtpo.watch").exception("The run failed")  # for the log file; the terminal gets it anyway
+    # for the log file; the terminal gets it anyway
+    logging.getLogger("gtpo.watch").exception("The run failed")
     if processes.first_to_say(repr(error)):
         raise error
     return 1

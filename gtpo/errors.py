@@ -5,7 +5,9 @@ from typing import NamedTuple
 
 
 class Mistake(NamedTuple):
-    """One mistake: the key, flag or file that it is about, and a sentence that does not repeat it."""
+    """One mistake: the key, flag or file that it is about, and a sentence that does not repeat
+    it.
+    """
 
     key: str
     sentence: str
@@ -15,10 +17,11 @@ class Mistake(NamedTuple):
 
 
 class RecipeError(ValueError):
-    """Something that the user can put right. The verbs print it as sentences and end with exit code 2.
+    """Something that the user can put right. The verbs print it as sentences and end with exit code
+    2.
 
-    `RecipeError(key, sentence)` is one mistake; `RecipeError.of(mistakes)` are several, told together. With one
-    argument, that is the whole sentence and it has no key.
+    `RecipeError(key, sentence)` is one mistake; `RecipeError.of(mistakes)` are several, told
+    together. With one argument, that is the whole sentence and it has no key.
     """
 
     def __init__(self, key: str, sentence: str | None = None):

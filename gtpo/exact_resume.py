@@ -1,8 +1,9 @@
 """Checkpoints from which a run goes on as if it had never stopped, for any `trl.GRPOTrainer`.
 
-transformers 5.17.0 restores weights, optimizer, schedule, step and random generators, and skips the data seen. What it and
-trl 1.13.0 leave out is kept here: TRL's step counter, the rollout under way, metrics and losses not yet logged, the generator
-behind the order of later epochs, and what our callbacks remember (those with a `resume_state`).
+transformers 5.17.0 restores weights, optimizer, schedule, step and random generators, and skips the
+data seen. What it and trl 1.13.0 leave out is kept here: TRL's step counter, the rollout under way,
+metrics and losses not yet logged, the generator behind the order of later epochs, and what our
+callbacks remember (those with a `resume_state`).
 """
 
 import contextlib
@@ -29,22 +30,37 @@ logger = logging.getLogger(__name__)
 
 
 class ExactResume(TrainerCallback):
-    """Saves `trainer`'s checkpoints whole, with all of its state, and restores that of `checkpoint`.
+    """Saves `trainer`'s checkpoints whole, with all of its state, and restores that of
+    `checkpoint`.
 
-    `told` goes into each manifest. Add it after all other callbacks: what they do at the end of a step comes first. `changed`
-    lets the recipe's optimizer settings and schedule take the place of the checkpoint's.
+    `told` goes into each manifest. Add it after all other callbacks: what they do at the end of a
+    step comes first. `changed` lets the recipe's optimizer settings and schedule take the place of
+    the checkpoint's.
     """
 
-    def __init__(self, trainer: GRPOTrainer, run_dir: Path, told: dict[str, Any], *, checkpoint: Checkpoint | None = None,
-                 changed: bool = False, interruption: Interruption | None = None):
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        run_dir: Path,
+        told: dict[str, Any],
+        *,
+        checkpoint: Checkpoint | None = None,
+        changed: bool = False,
+        interruption: Interruption | None = None,
+    ):
         self.trainer, self.run_dir, self.told = trainer, run_dir, told
         self.checkpoint, self.changed = checkpoint, changed
         self.interruption = interruption or Interruption()
         self._generator: torch.Generator | None = None  # draws the order of each epoch
-        self._epoch_began: torch.Tensor | None = None  # its state, from which this epoch's order was drawn
+        # its state, from which this epoch's order was drawn
+        self._epoch_began: torch.Tensor | None = None
         self._to_restore: torch.Tensor | None = None
-        for name, around in (("_save_checkpoint", self._save), ("_get_train_sampler", self._sampler), ("_run_epoch", self._epoch),
-                             ("_load_optimizer_and_scheduler", self._load_optimizer)):
+        for name, around in (
+            ("_save_checkpoint", self._save),
+            ("_get_train_sampler", self._sampler),
+            ("_run_epoch", self._epoch),
+            ("_load_optimizer_and_scheduler", self._load_optimizer),
+        ):
             original = getattr(trainer, name)
             setattr(trainer, name, functools.wraps(original)(functools.partial(around, original)))
         trainer.add_callback(self)
@@ -73,11 +89,21 @@ class ExactResume(TrainerCallback):
         completions = self.run_dir / "completions.jsonl"
         if completions.is_file():
             flush(completions)
-        checkpoints.publish(written, self.run_dir / written.name, step=step, max_steps=state.max_steps, **self.told,
-                            within_rollout=self._rollout() is not None,
-                            completions=completions.stat().st_size if completions.is_file() else 0)
+        checkpoints.publish(
+            written,
+            self.run_dir / written.name,
+            step=step,
+            max_steps=state.max_steps,
+            **self.told,
+            within_rollout=self._rollout() is not None,
+            completions=completions.stat().st_size if completions.is_file() else 0,
+        )
         remove(written.parent)
-        checkpoints.rotate(self.run_dir, self.trainer.args.save_total_limit, checkpoints.best_step(self.run_dir, state.log_history))
+        checkpoints.rotate(
+            self.run_dir,
+            self.trainer.args.save_total_limit,
+            checkpoints.best_step(self.run_dir, state.log_history),
+        )
 
     def _on_main(self, act) -> None:
         """The main process acts while the others wait for it."""
@@ -89,13 +115,26 @@ class ExactResume(TrainerCallback):
     def _state(self) -> dict[str, Any]:
         trainer = self.trainer
         at_epoch = trainer.state.epoch == int(trainer.state.epoch)
-        return _plain({
-            "step": trainer._step, "rollout": self._rollout(), "metrics": trainer._metrics,
-            "logs": trainer._logs, "step_time": trainer._current_train_step_time, "loss": trainer._tr_loss,
-            "total_loss": trainer._total_loss_scalar, "last_logged": trainer._globalstep_last_logged,
-            "sampler": self._generator.get_state() if self._generator and at_epoch else self._epoch_began,
-            "callbacks": {type(callback).__name__: callback.resume_state() for callback in self._keepers()},
-        })
+        return _plain(
+            {
+                "step": trainer._step,
+                "rollout": self._rollout(),
+                "metrics": trainer._metrics,
+                "logs": trainer._logs,
+                "step_time": trainer._current_train_step_time,
+                "loss": trainer._tr_loss,
+                "total_loss": trainer._total_loss_scalar,
+                "last_logged": trainer._globalstep_last_logged,
+                "sampler": (
+                    self._generator.get_state()
+                    if self._generator and at_epoch
+                    else self._epoch_began
+                ),
+                "callbacks": {
+                    type(callback).__name__: callback.resume_state() for callback in self._keepers()
+                },
+            }
+        )
 
     def _rollout(self) -> list[dict[str, Any]] | None:
         """The rollout under way; None where the next step draws a new one."""
@@ -105,11 +144,19 @@ class ExactResume(TrainerCallback):
         try:
             return _plain(trainer._buffered_inputs)
         except TypeError as error:  # images, or what somebody's trainer adds
-            logger.warning("[GTPO] A run resumed from step %d will not go on exactly: %s", trainer.state.global_step, error)
+            logger.warning(
+                "[GTPO] A run resumed from step %d will not go on exactly: %s",
+                trainer.state.global_step,
+                error,
+            )
             return None
 
     def _keepers(self) -> list[Any]:
-        return [callback for callback in self.trainer.callback_handler.callbacks if hasattr(callback, "resume_state")]
+        return [
+            callback
+            for callback in self.trainer.callback_handler.callbacks
+            if hasattr(callback, "resume_state")
+        ]
 
     def _state_file(self, process: int | None = None) -> str:
         return f"resume_state_{self.trainer.accelerator.process_index if process is None else process}.pt"
@@ -121,13 +168,18 @@ class ExactResume(TrainerCallback):
             return
         trainer, folder, told = self.trainer, self.checkpoint.folder, self.checkpoint.told
         as_many = told["processes"] == trainer.accelerator.num_processes
-        saved = torch.load(folder / self._state_file(None if as_many else 0), map_location="cpu", weights_only=True)
+        saved = torch.load(
+            folder / self._state_file(None if as_many else 0), map_location="cpu", weights_only=True
+        )
         if not as_many:
             saved["step"] = other_processes.step(trainer, folder, told, saved["rollout"])
         trainer._step, trainer._current_train_step_time = saved["step"], saved["step_time"]
         trainer._buffered_inputs = send_to_device(saved["rollout"], trainer.accelerator.device)
         trainer._tr_loss = saved["loss"].to(trainer._tr_loss.device)
-        trainer._total_loss_scalar, trainer._globalstep_last_logged = saved["total_loss"], saved["last_logged"]
+        trainer._total_loss_scalar, trainer._globalstep_last_logged = (
+            saved["total_loss"],
+            saved["last_logged"],
+        )
         for mode, metrics in saved["metrics"].items():
             trainer._metrics[mode].update(metrics)
         _extend(trainer._logs, saved["logs"])
@@ -137,8 +189,13 @@ class ExactResume(TrainerCallback):
                 callback.restore(send_to_device(kept, trainer.accelerator.device))
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
-                vars(callback).update(state.stateful_callbacks.setdefault(type(callback).__name__, {}).get("attributes", {}))
-        state.compute_steps(args, state.max_steps)  # logging_steps and save_steps are this recipe's
+                vars(callback).update(
+                    state.stateful_callbacks.setdefault(type(callback).__name__, {}).get(
+                        "attributes", {}
+                    )
+                )
+        # logging_steps and save_steps are this recipe's
+        state.compute_steps(args, state.max_steps)
 
     def _sampler(self, get, *args):
         sampler = get(*args)
@@ -153,21 +210,28 @@ class ExactResume(TrainerCallback):
             self._epoch_began = self._generator.get_state()
 
     def _epoch(self, run_epoch, *args, **kwargs):
-        if self.trainer.state.global_step >= self.trainer.state.max_steps:  # transformers would take one more step
+        # transformers would take one more step
+        if self.trainer.state.global_step >= self.trainer.state.max_steps:
             self.trainer.control.should_training_stop = True
             return
         run_epoch(*args, **kwargs)
 
     def _load_optimizer(self, load, checkpoint):
         optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
-        ours = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+        ours = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ]
         rates = list(getattr(scheduler, "base_lrs", []))
-        if self.trainer.args.device.type == "cpu":  # transformers loads onto it, and torch knows no place called cpu:0
+        # transformers loads onto it, and torch knows no place called cpu:0
+        if self.trainer.args.device.type == "cpu":
             vars(self.trainer.args)["_setup_devices"] = torch.device("cpu")
         load(checkpoint)
         if self.changed and hasattr(scheduler, "lr_lambdas"):
             scheduler.base_lrs = rates
-            for group, own, rate, factor in zip(optimizer.param_groups, ours, rates, scheduler.lr_lambdas, strict=True):
+            for group, own, rate, factor in zip(
+                optimizer.param_groups, ours, rates, scheduler.lr_lambdas, strict=True
+            ):
                 group.update(own, lr=rate * factor(scheduler.last_epoch))
 
     # ---- when somebody asks to stop
@@ -177,7 +241,8 @@ class ExactResume(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
-        if control.should_training_stop and self.interruption.asked:  # what is pending is in the checkpoint, and not for a last line
+        # what is pending is in the checkpoint, and not for a last line
+        if control.should_training_stop and self.interruption.asked:
             self.trainer._metrics["train"].clear()
             self.trainer.log_completions = False
 
@@ -185,15 +250,28 @@ class ExactResume(TrainerCallback):
         """Whether a process was asked to stop, so that all of them do after the same step."""
         accelerator, interruption = self.trainer.accelerator, self.interruption
         if accelerator.num_processes > 1:
-            asked = accelerator.gather(torch.tensor([interruption.signum or 0], device=accelerator.device))
+            asked = accelerator.gather(
+                torch.tensor([interruption.signum or 0], device=accelerator.device)
+            )
             interruption.signum = asked.max().item() or None
         return interruption.asked
 
 
-def resume_exactly(trainer: GRPOTrainer, start: Start, recipe: Recipe, interruption: Interruption) -> None:
-    """Let `trainer` save checkpoints from which its run can go on exactly, and go on from that of `start`, if it has one."""
+def resume_exactly(
+    trainer: GRPOTrainer, start: Start, recipe: Recipe, interruption: Interruption
+) -> None:
+    """Let `trainer` save checkpoints from which its run can go on exactly, and go on from that of
+    `start`, if it has one.
+    """
     told = {"recipe": recipe.saved()[0], "processes": trainer.accelerator.num_processes}
-    ExactResume(trainer, start.run_dir, told, checkpoint=start.checkpoint, changed=start.changed, interruption=interruption)
+    ExactResume(
+        trainer,
+        start.run_dir,
+        told,
+        checkpoint=start.checkpoint,
+        changed=start.changed,
+        interruption=interruption,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,12 @@
-"""Whether a merged model computes what its base model and adapter compute, as far as rounding its weights lets it.
+"""Whether a merged model computes what its base model and adapter compute, as far as rounding its
+weights lets it.
 
-Logits are compared with each row's mean taken off (softmax does not see it); distances are shares of the adapted
-model's spread. Before rounding, nothing but float32's arithmetic may tell the two apart. After it, how far rounding
-alone moves the logits is measured on the model itself: the weights that are rounded get moved at random by about as
-much as rounding moves them. What is left of the adapter is the projection of the merged model's change on the
-adapter's: that is what small updates lose in 16 bits, where they round back to the base.
+Logits are compared with each row's mean taken off (softmax does not see it); distances are shares
+of the adapted model's spread. Before rounding, nothing but float32's arithmetic may tell the two
+apart. After it, how far rounding alone moves the logits is measured on the model itself: the
+weights that are rounded get moved at random by about as much as rounding moves them. What is left
+of the adapter is the projection of the merged model's change on the adapter's: that is what small
+updates lose in 16 bits, where they round back to the base.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +18,9 @@ ARITHMETIC = 1e-4  # more than float32 sums in another order make; 2e-6 was seen
 
 
 class Reference(NamedTuple):
-    """Centred logits (positions, V) with and without the adapter, each also with weights moved as by rounding."""
+    """Centred logits (positions, V) with and without the adapter, each also with weights moved as
+    by rounding.
+    """
 
     adapted: Any
     base: Any
@@ -37,23 +41,35 @@ class Fidelity(NamedTuple):
         if not self.difference < float("inf"):
             return f"the merged model's logits are not finite in {dtype}; use --dtype float32"
         if self.difference > ROUNDINGS * self.rounding + ARITHMETIC:
-            return (f"the merged model's logits differ from those of base model and adapter by {self.difference:.2%}, and "
-                    f"rounding to {dtype} explains {self.rounding:.2%} (the adapter makes {self.effect:.2%}): the merge is "
-                    "wrong, so use the adapter itself")
+            return (
+                "the merged model's logits differ from those of base model and adapter by"
+                f" {self.difference:.2%}, and rounding to {dtype} explains {self.rounding:.2%} (the"
+                f" adapter makes {self.effect:.2%}): the merge is wrong, so use the adapter itself"
+            )
         if self.effect and not self.kept > KEPT:
-            return (f"{max(self.kept, 0):.0%} of what the adapter changes is left in {dtype}: its weights are so small that they "
-                    f"get lost in rounding; use --dtype {'float16 or float32' if dtype == 'bfloat16' else 'float32'}")
+            return (
+                f"{max(self.kept, 0):.0%} of what the adapter changes is left in {dtype}: its"
+                " weights are so small that they get lost in rounding; use --dtype"
+                f" {'float16 or float32' if dtype == 'bfloat16' else 'float32'}"
+            )
         return None
 
     def __str__(self) -> str:
         if not self.effect:
-            return "the adapter changes nothing (it is untrained): the merged model is the base model"
-        return (f"the adapter changes the logits by {self.effect:.2%} of their spread; the merged model has {self.kept:.1%} of "
-                f"that change and differs by {self.difference:.2%} (rounding alone: {self.rounding:.2%})")
+            return (
+                "the adapter changes nothing (it is untrained): the merged model is the base model"
+            )
+        return (
+            f"the adapter changes the logits by {self.effect:.2%} of their spread; the merged model"
+            f" has {self.kept:.1%} of that change and differs by {self.difference:.2%} (rounding"
+            f" alone: {self.rounding:.2%})"
+        )
 
 
 def reference(model, texts: list, dtype) -> Reference:
-    """What `model`, a PeftModel, computes for `texts` (each ids, (1, T)); its weights stay moved as by rounding to `dtype`."""
+    """What `model`, a PeftModel, computes for `texts` (each ids, (1, T)); its weights stay moved as
+    by rounding to `dtype`.
+    """
     adapted = logits(model, texts)
     with model.disable_adapter():
         base = logits(model, texts)
@@ -70,20 +86,28 @@ def compare(expected: Reference, model, texts: list) -> Fidelity:
     def distance(other) -> float:
         return ((other - expected.adapted).norm() / spread).item()
 
-    # The direction comes from the moved pair, whose arithmetic errors are not those of the other pair.
+    # The direction comes from the moved pair, whose arithmetic errors are not those of the other
+    # pair.
     direction = expected.adapted_moved - expected.base_moved
     whole = ((expected.adapted - expected.base) * direction).sum().item()
     kept = ((merged - expected.base) * direction).sum().item() / whole if whole > 0 else 0.0
-    return Fidelity(distance(expected.base), distance(expected.adapted_moved), distance(merged), kept)
+    return Fidelity(
+        distance(expected.base), distance(expected.adapted_moved), distance(merged), kept
+    )
 
 
 def sum_problem(expected: Reference, model, texts: list) -> str | None:
-    """Why `model`, merged and still in float32, is not base model and adapter; None where it is. Finds one missing layer."""
+    """Why `model`, merged and still in float32, is not base model and adapter; None where it is.
+    Finds one missing layer.
+    """
     difference = ((logits(model, texts) - expected.adapted).norm() / expected.adapted.norm()).item()
     if difference <= ARITHMETIC:
         return None
-    return (f"before any rounding, the merged model's logits differ from those of base model and adapter by {difference:.2%} of "
-            f"their spread, and float32 explains {ARITHMETIC:.2%}: the merge is wrong, so use the adapter itself")
+    return (
+        "before any rounding, the merged model's logits differ from those of base model and"
+        f" adapter by {difference:.2%} of their spread, and float32 explains {ARITHMETIC:.2%}: the"
+        " merge is wrong, so use the adapter itself"
+    )
 
 
 def logits(model, texts: list):
@@ -92,18 +116,30 @@ def logits(model, texts: list):
 
     model.eval()
     with torch.no_grad():
-        rows = torch.cat([model(ids.to(model.device)).logits[0, -POSITIONS:].float().cpu() for ids in texts])
+        rows = torch.cat(
+            [model(ids.to(model.device)).logits[0, -POSITIONS:].float().cpu() for ids in texts]
+        )
     return rows - rows.mean(-1, keepdim=True)
 
 
 def _move(model, dtype) -> None:
-    """Move one in twelve weights by one part in the precision of `dtype`: the mean square error of rounding."""
+    """Move one in twelve weights by one part in the precision of `dtype`: the mean square error of
+    rounding.
+    """
     import torch
 
     for name, parameter in model.named_parameters():
         adapted = ".base_layer." in name
-        if "lora_" in name or not (adapted or not torch.equal(parameter.to(dtype).to(parameter.dtype), parameter)):
+        if "lora_" in name or not (
+            adapted or not torch.equal(parameter.to(dtype).to(parameter.dtype), parameter)
+        ):
             continue
         generator = torch.Generator(parameter.device).manual_seed(0)
-        draw = torch.randint(24, parameter.shape, generator=generator, device=parameter.device, dtype=torch.int8)
-        parameter.data.mul_(1 + torch.finfo(dtype).eps * ((draw == 0).to(parameter.dtype) - (draw == 1).to(parameter.dtype)))
+        draw = torch.randint(
+            24, parameter.shape, generator=generator, device=parameter.device, dtype=torch.int8
+        )
+        parameter.data.mul_(
+            1
+            + torch.finfo(dtype).eps
+            * ((draw == 0).to(parameter.dtype) - (draw == 1).to(parameter.dtype))
+        )

@@ -26,17 +26,28 @@ def line(finding: Finding, *, colour: bool) -> str:
 
 def conclusion(findings: list[Finding]) -> str:
     """`Ready: 12 ok, 1 warning.`, or `Not ready: ...`."""
-    counts = {verdict: sum(finding.verdict == verdict for finding in findings) for verdict in COLOURS}
-    told = [f"{counts['ok']} ok"] + [f"{counts[verdict]} {word}{'' if counts[verdict] == 1 else 's'}"
-                                     for verdict, word in (("warn", "warning"), ("fail", "failure")) if counts[verdict]]
+    counts = {
+        verdict: sum(finding.verdict == verdict for finding in findings) for verdict in COLOURS
+    }
+    told = [f"{counts['ok']} ok"] + [
+        f"{counts[verdict]} {word}{'' if counts[verdict] == 1 else 's'}"
+        for verdict, word in (("warn", "warning"), ("fail", "failure"))
+        if counts[verdict]
+    ]
     return f"{'Not ready' if counts['fail'] else 'Ready'}: {', '.join(told)}."
 
 
 def as_json(findings: list[Finding]) -> str:
-    return json.dumps({
-        "ready": all(finding.verdict != "fail" for finding in findings),
-        "checks": [{**finding._asdict(), "sentence": _safe(finding.sentence)} for finding in findings],
-    }, indent=2, ensure_ascii=True)
+    return json.dumps(
+        {
+            "ready": all(finding.verdict != "fail" for finding in findings),
+            "checks": [
+                {**finding._asdict(), "sentence": _safe(finding.sentence)} for finding in findings
+            ],
+        },
+        indent=2,
+        ensure_ascii=True,
+    )
 
 
 def _safe(text: str) -> str:

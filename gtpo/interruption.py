@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C: the first lets the run finish its step and save, a second Ctrl-C stops it at once."""
+"""SIGTERM and Ctrl-C: the first lets the run finish its step and save, a second Ctrl-C stops it at
+once.
+"""
 
 import contextlib
 import os
@@ -8,11 +10,14 @@ import time
 from gtpo import processes
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal, as a shell reports it
-TOGETHER = 1.0  # seconds: signals that come closer than that are one request (a launcher's, and the terminal's own)
+# seconds: signals that come closer than that are one request (a launcher's, and the terminal's own)
+TOGETHER = 1.0
 
 
 class Interrupted(BaseException):
-    """The run ends here because somebody asked for it; no failure, so nothing that catches failures may catch it."""
+    """The run ends here because somebody asked for it; no failure, so nothing that catches failures
+    may catch it.
+    """
 
     def __init__(self, signum: int, where: str):
         super().__init__(where)
@@ -20,7 +25,9 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Whether somebody has asked the run to stop. `watching()` is needed to notice, and works in the main thread alone."""
+    """Whether somebody has asked the run to stop. `watching()` is needed to notice, and works in
+    the main thread alone.
+    """
 
     def __init__(self):
         self.signum: int | None = None
@@ -48,11 +55,14 @@ class Interruption:
 
     @contextlib.contextmanager
     def deferred(self):
-        """Inside, a request is only noted: whoever is there has something to save, and looks at `asked`."""
+        """Inside, a request is only noted: whoever is there has something to save, and looks at
+        `asked`.
+        """
         self._deferred, self._raised = True, None
         try:
             yield
-        except Exception:  # on its way to be told: a launcher that ends the others because of it must not overtake it
+        # on its way to be told: a launcher that ends the others because of it must not overtake it
+        except Exception:
             self.over()
             raise
         finally:
@@ -60,7 +70,9 @@ class Interruption:
 
     @contextlib.contextmanager
     def not_mistaken(self):
-        """Inside, an `Interrupted` of which a library makes an error of its own stays what it was: lazy imports do that."""
+        """Inside, an `Interrupted` of which a library makes an error of its own stays what it was:
+        lazy imports do that.
+        """
         try:
             yield
         except Exception as error:
@@ -74,7 +86,9 @@ class Interruption:
             raise Interrupted(self.signum, where)
 
     def over(self) -> int | None:
-        """From here on signals are not noticed: the process ends by itself. Returns the exit code that the one before asks for."""
+        """From here on signals are not noticed: the process ends by itself. Returns the exit code
+        that the one before asks for.
+        """
         self._over = True
         return EXIT_CODES.get(self.signum)
 
@@ -86,7 +100,10 @@ class Interruption:
             if not self._deferred:
                 self._raised = Interrupted(signum, "nothing is lost, since no step was under way")
                 raise self._raised
-            _say("Stopping: this step is finished and a checkpoint saved first. Ctrl-C again stops at once.")
+            _say(
+                "Stopping: this step is finished and a checkpoint saved first. Ctrl-C again stops"
+                " at once."
+            )
         elif signum == signal.SIGINT and time.monotonic() - self._when > TOGETHER:
             _say("Stopped at once; the last checkpoint stays as it is.")
             signal.signal(signum, signal.SIG_DFL)
@@ -94,7 +111,9 @@ class Interruption:
 
 
 def _say(line: str) -> None:
-    """Past Python's own streams, which a signal may have interrupted; by one process, as all get the signal."""
+    """Past Python's own streams, which a signal may have interrupted; by one process, as all get
+    the signal.
+    """
     if not processes.is_first():
         return
     with contextlib.suppress(OSError):

@@ -1,8 +1,8 @@
 """One call of a reward function, and what it says of its completions.
 
-This file is also a program: run as a script, it imports reward functions by their dotted paths and answers calls, one
-pickle each way. A call that takes too long ends the process, from a thread that needs no GIL, so that a loop in C is no
-refuge; its traceback is what the process leaves.
+This file is also a program: run as a script, it imports reward functions by their dotted paths and
+answers calls, one pickle each way. A call that takes too long ends the process, from a thread that
+needs no GIL, so that a loop in C is no refuge; its traceback is what the process leaves.
 """
 
 import collections
@@ -27,16 +27,20 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 
 LOAD_SECONDS = 600.0  # to import the module of a function
-HEAD = struct.Struct("!cQ")  # a mark that no traceback begins with, and the length of what follows
+# a mark that no traceback begins with, and the length of what follows
+HEAD = struct.Struct("!cQ")
 MARK = b"\x80"
 
 
 class Bug(Exception):
-    """A clause that says how a function breaks TRL's contract: one number or None per completion."""
+    """A clause that says how a function breaks TRL's contract: one number or None per
+    completion.
+    """
 
 
 def judge(function: Callable, arguments: dict, count: int) -> dict:
-    """What one call says: its `rewards`, `count` floats or Nones, and the `metrics` and `columns` that it logged.
+    """What one call says: its `rewards`, `count` floats or Nones, and the `metrics` and `columns`
+    that it logged.
 
     Otherwise its `failure` and `traceback` if it raises, or its `bug`, a clause.
     """
@@ -44,7 +48,8 @@ def judge(function: Callable, arguments: dict, count: int) -> dict:
     columns: list[tuple[str, list]] = []
     try:
         returned = function(
-            **arguments, log_metric=lambda name, value: metrics.append((name, float(value))),
+            **arguments,
+            log_metric=lambda name, value: metrics.append((name, float(value))),
             log_extra=lambda column, values: columns.append((column, list(values))),
         )
         if inspect.isawaitable(returned):
@@ -67,9 +72,16 @@ def failure(what: str, error: BaseException) -> dict:
 def _rewards(returned: object, count: int) -> list[float | None]:
     if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
         raise Bug(f"returned {_described(returned)}, not a list with one reward per completion")
-    rewards = [_reward(value) for value in itertools.islice(returned, count + 1)]  # it may never end
+    # it may never end
+    rewards = [_reward(value) for value in itertools.islice(returned, count + 1)]
     if len(rewards) != count:
-        many = len(returned) if hasattr(returned, "__len__") else "more" if len(rewards) > count else len(rewards)
+        many = (
+            len(returned)
+            if hasattr(returned, "__len__")
+            else "more"
+            if len(rewards) > count
+            else len(rewards)
+        )
         raise Bug(f"returned {many} rewards for {count} completions, not one for each")
     return rewards
 
@@ -81,14 +93,19 @@ def _reward(value: object) -> float | None:
         return None if value is None else float(value)
     except OverflowError:
         return math.inf
-    except (TypeError, ValueError, RuntimeError):  # the last is what a tensor of several numbers raises
+    # the last is what a tensor of several numbers raises
+    except (TypeError, ValueError, RuntimeError):
         raise Bug(f"returned {_described(value)} as a reward, not a number or None") from None
 
 
 def _described(value: object) -> str:
     if value is None:
         return "None"
-    return f"the {type(value).__name__} {value[:60]!r}" if isinstance(value, str | bytes) else f"a {type(value).__name__}"
+    return (
+        f"the {type(value).__name__} {value[:60]!r}"
+        if isinstance(value, str | bytes)
+        else f"a {type(value).__name__}"
+    )
 
 
 @functools.cache
@@ -108,7 +125,9 @@ def send(stream, data: bytes) -> None:
 
 
 def receive(stream) -> tuple[bytes | None, str]:
-    """What was sent; or None, and the text in its place: a traceback, or nothing where the stream has ended."""
+    """What was sent; or None, and the text in its place: a traceback, or nothing where the stream
+    has ended.
+    """
     head = stream.read(HEAD.size)
     if len(head) < HEAD.size or head[:1] != MARK:
         return None, (head + stream.read()).decode("utf-8", "replace")
@@ -124,11 +143,13 @@ def _serve() -> None:
     calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=replies.close)  # or the parent would wait for these children too
+        # or the parent would wait for these children too
+        os.register_at_fork(after_in_child=replies.close)
     os.dup2(2, 1)  # what a function prints is neither a reply nor a result of the run
     sys.stdout.reconfigure(line_buffering=True)
     path, parent, memory, levels, load_seconds = pickle.loads(receive(calls)[0])
-    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to all of a job: the run has a step to finish; handlers end with exec
+    # sent to all of a job: the run has a step to finish; handlers end with exec
+    for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: None)
     _bind_to(parent)
     _limit_memory(memory)
@@ -162,7 +183,10 @@ def _answer(request: bytes, replies, log: _Log) -> bytes:
     _seed(seed)
     faulthandler.dump_traceback_later(seconds, exit=True, file=replies)
     began = time.perf_counter()
-    reply = judge(function, arguments, count) | {"seconds": time.perf_counter() - began, "log": list(log.queue)}
+    reply = judge(function, arguments, count) | {
+        "seconds": time.perf_counter() - began,
+        "log": list(log.queue),
+    }
     log.queue.clear()
     try:
         return pickle.dumps(reply)
@@ -181,7 +205,9 @@ def _seed(seed: str) -> None:
 
 
 def _bind_to(parent: int) -> None:
-    """End with the parent even if that is killed, and whatever we are doing then (Linux; elsewhere at the next call)."""
+    """End with the parent even if that is killed, and whatever we are doing then (Linux; elsewhere
+    at the next call).
+    """
     if sys.platform == "linux":
         import ctypes
 
@@ -191,7 +217,8 @@ def _bind_to(parent: int) -> None:
 
 
 def _limit_memory(gib: float | None) -> None:
-    with contextlib.suppress(OSError):  # Linux: where memory runs out all the same, this process goes first
+    # Linux: where memory runs out all the same, this process goes first
+    with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     if gib is not None and os.name == "posix":
         import resource

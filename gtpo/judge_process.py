@@ -1,8 +1,8 @@
 """Processes that call reward functions and can be killed, whatever these do.
 
-No pool of a library: those of multiprocessing, and pebble's on top of them, import the caller's main module, which a
-script without a `__main__` guard does not survive, and the executors of concurrent.futures and loky break as a whole
-when one of their processes is killed.
+No pool of a library: those of multiprocessing, and pebble's on top of them, import the caller's
+main module, which a script without a `__main__` guard does not survive, and the executors of
+concurrent.futures and loky break as a whole when one of their processes is killed.
 """
 
 import contextlib
@@ -22,7 +22,8 @@ from gtpo import judge_call
 from gtpo.judge_call import LOAD_SECONDS, receive, send
 
 GRACE_SECONDS = 10.0  # after which we kill a process that should have ended itself
-FIRST = 4  # the first call of a function may take so many times longer: it may have something to load
+# the first call of a function may take so many times longer: it may have something to load
+FIRST = 4
 
 
 class CannotHandOver(Exception):
@@ -30,16 +31,22 @@ class CannotHandOver(Exception):
 
 
 class JudgePool:
-    """`workers` processes that share calls. A call may take `seconds` longer than its like have taken so far.
+    """`workers` processes that share calls. A call may take `seconds` longer than its like have
+    taken so far.
 
-    Like this a call about many completions, which may rightly take long, does not hang for the sum of their limits.
+    Like this a call about many completions, which may rightly take long, does not hang for the sum
+    of their limits.
     """
 
     def __init__(self, workers: int, *, seconds: float, memory: float | None, **more):
-        """`seconds` for one completion; `memory`, and what there is `more`, as for a JudgeProcess."""
+        """`seconds` for one completion; `memory`, and what there is `more`, as for a
+        JudgeProcess.
+        """
         self.workers, self.seconds, self.memory, self.more = workers, seconds, memory, more
-        self._pace: dict[str, float] = {}  # by function, the most seconds per completion of a call so far
-        self._start: dict[str, float] = {}  # by function, the seconds of the first call in a process
+        # by function, the most seconds per completion of a call so far
+        self._pace: dict[str, float] = {}
+        # by function, the seconds of the first call in a process
+        self._start: dict[str, float] = {}
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()  # asynchronous functions may ask at the same time
 
@@ -67,8 +74,13 @@ class JudgePool:
         count = len(arguments["completions"])
         process = self._idle.get()
         try:
-            reply = process.ask(function, arguments, count=count, seed=seed,
-                                seconds=self._limit(function, count, fresh=not process.has_called(function)))
+            reply = process.ask(
+                function,
+                arguments,
+                count=count,
+                seed=seed,
+                seconds=self._limit(function, count, fresh=not process.has_called(function)),
+            )
         finally:
             self._idle.put(process)
         seconds = reply["seconds"] if "rewards" in reply else 0.0
@@ -92,10 +104,20 @@ class JudgePool:
 
 
 class JudgeProcess:
-    """A process that calls reward functions, one call at a time. It starts when it is asked, and again after a kill."""
+    """A process that calls reward functions, one call at a time. It starts when it is asked, and
+    again after a kill.
+    """
 
-    def __init__(self, memory: float | None = None, *, load_seconds: float = LOAD_SECONDS, quiet: bool = False):
-        """`memory` in GiB, None for no limit; `load_seconds` to import the module of a function; `quiet`: it prints nowhere."""
+    def __init__(
+        self,
+        memory: float | None = None,
+        *,
+        load_seconds: float = LOAD_SECONDS,
+        quiet: bool = False,
+    ):
+        """`memory` in GiB, None for no limit; `load_seconds` to import the module of a function;
+        `quiet`: it prints nowhere.
+        """
         self.memory, self.load_seconds, self.quiet = memory, load_seconds, quiet
         self._child: subprocess.Popen | None = None
         self._called: set[str] = set()  # the functions that this child knows
@@ -104,10 +126,11 @@ class JudgeProcess:
         return self._runs() and function in self._called
 
     def ask(self, function: str, arguments: dict, *, count: int, seconds: float, seed: str) -> dict:
-        """What `judge_call.judge` says of a call, and its `seconds`; or the `failure` and `traceback` of a process that ended.
+        """What `judge_call.judge` says of a call, and its `seconds`; or the `failure` and
+        `traceback` of a process that ended.
 
-        `function` is a dotted path; it is imported before its time begins. Random generators start from `seed`. Raises
-        CannotHandOver.
+        `function` is a dotted path; it is imported before its time begins. Random generators start
+        from `seed`. Raises CannotHandOver.
         """
         try:
             request = pickle.dumps((function, arguments, count, seconds, seed))
@@ -118,7 +141,10 @@ class JudgeProcess:
         child, first = self._child, function not in self._called
         self._called.add(function)
         too_late = threading.Event()
-        timer = threading.Timer(seconds + GRACE_SECONDS + first * self.load_seconds, lambda: (too_late.set(), _signal(child)))
+        timer = threading.Timer(
+            seconds + GRACE_SECONDS + first * self.load_seconds,
+            lambda: (too_late.set(), _signal(child)),
+        )
         timer.daemon = True
         timer.start()
         reply, text = None, ""
@@ -128,7 +154,8 @@ class JudgeProcess:
             reply = None if data is None else pickle.loads(data)
         except Exception as error:  # it ended before it could read, or sent somebody's objects
             text = str(error)
-        finally:  # after Ctrl-C, too: the reply to this call must not be taken for that to the next
+        # after Ctrl-C, too: the reply to this call must not be taken for that to the next
+        finally:
             timer.cancel()
             if reply is None or "spent" in reply:
                 self.stop()
@@ -138,9 +165,15 @@ class JudgeProcess:
                     logger.handle(record)
             return reply
         if text.startswith("Timeout") and " in resolve_name" in text:
-            return {"failure": f"took longer than {self.load_seconds:.3g} s to be imported", "traceback": text}
+            return {
+                "failure": f"took longer than {self.load_seconds:.3g} s to be imported",
+                "traceback": text,
+            }
         if too_late.is_set() or text.startswith("Timeout"):
-            return {"failure": f"took longer than {seconds:.3g} s (rewards.seconds)", "traceback": text}
+            return {
+                "failure": f"took longer than {seconds:.3g} s (rewards.seconds)",
+                "traceback": text,
+            }
         return {"failure": f"ended its process ({_how_it_ended(child)})", "traceback": text}
 
     def stop(self) -> None:
@@ -156,15 +189,28 @@ class JudgeProcess:
         self.stop()
         self._called = set()
         self._child = subprocess.Popen(
-            [sys.executable, "-P", judge_call.__file__],  # -P: or modules of this folder would hide others of the same name
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL if self.quiet else None,
+            # -P: or modules of this folder would hide others of the same name
+            [sys.executable, "-P", judge_call.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL if self.quiet else None,
             env={"PYTHONHASHSEED": "0", **os.environ},  # sets in the same order in every process
             start_new_session=True,  # Ctrl-C is for the parent; and a group, to be killed as one
         )
         weakref.finalize(self, _end, self._child)  # at the latest when Python exits
-        loggers = [logging.root, *(found for found in logging.root.manager.loggerDict.values() if isinstance(found, logging.Logger))]
+        loggers = [
+            logging.root,
+            *(
+                found
+                for found in logging.root.manager.loggerDict.values()
+                if isinstance(found, logging.Logger)
+            ),
+        ]
         levels = {logger.name: logger.level for logger in loggers if logger.level}
-        send(self._child.stdin, pickle.dumps((sys.path, os.getpid(), self.memory, levels, self.load_seconds)))
+        send(
+            self._child.stdin,
+            pickle.dumps((sys.path, os.getpid(), self.memory, levels, self.load_seconds)),
+        )
 
 
 def _signal(child: subprocess.Popen) -> None:
@@ -175,7 +221,8 @@ def _signal(child: subprocess.Popen) -> None:
 def _end(child: subprocess.Popen) -> None:
     if child.returncode is None:
         _signal(child)
-    with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits for a file system that is away cannot even be killed
+    # one that waits for a file system that is away cannot even be killed
+    with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(GRACE_SECONDS)
     for stream in (child.stdin, child.stdout):
         with contextlib.suppress(OSError):
@@ -186,4 +233,8 @@ def _how_it_ended(child: subprocess.Popen) -> str:
     code = child.returncode
     if code == -signal.SIGKILL:
         return "signal SIGKILL, as where the machine runs out of memory"
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+    return (
+        f"signal {signal.Signals(-code).name}"
+        if code is not None and code < 0
+        else f"exit code {code}"
+    )

@@ -11,16 +11,30 @@ from gtpo.schema import all_keys
 from gtpo.sections import Section
 
 EXPECTED = {
-    "int_parsing": "a whole number", "int_from_float": "a whole number", "int_type": "a whole number",
-    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false",
-    "list_type": "a list", "dict_type": "a mapping", "model_type": "a section with keys of its own", "string_type": "text",
-    "string_too_short": "text that is not empty", "too_short": "a list with at least one entry", "finite_number": "a finite number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section with keys of its own",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "too_short": "a list with at least one entry",
+    "finite_number": "a finite number",
     "invalid_key": "named by text",
 }
 
 
-def mistakes(error: ValidationError, recipe_file: str, overrides: dict[tuple[str, ...], object]) -> list[Mistake]:
-    """One mistake per key that pydantic refused, with where its value came from; `overrides` are those of the flags."""
+def mistakes(
+    error: ValidationError, recipe_file: str, overrides: dict[tuple[str, ...], object]
+) -> list[Mistake]:
+    """One mistake per key that pydantic refused, with where its value came from; `overrides` are
+    those of the flags.
+    """
     told: dict[object, Mistake] = {}
     expected: dict[str, list[str]] = {}
     for problem in error.errors():
@@ -29,25 +43,41 @@ def mistakes(error: ValidationError, recipe_file: str, overrides: dict[tuple[str
         on_flags = any(path[: len(flag)] == flag[: len(path)] for flag in overrides)
         source = "on the command line" if on_flags else f"in {recipe_file}"
         match problem["type"]:
-            case "default_factory_not_called":  # a default taken from a neighbour that is itself wrong
+            # a default taken from a neighbour that is itself wrong
+            case "default_factory_not_called":
                 continue
             case "extra_forbidden":
                 told[key] = Mistake(key, f"unknown key {source}{nearest(key, all_keys())}")
             case "missing":
-                told[key] = Mistake(key, f"missing; set it in {recipe_file}{'' if key in Recipe.model_fields else f' or with --{key}'}")
+                told[key] = Mistake(
+                    key,
+                    "missing; set it in"
+                    f" {recipe_file}{'' if key in Recipe.model_fields else f' or with --{key}'}",
+                )
             case "value_error":  # our own rules; those across keys name the key themselves
                 cause = problem["ctx"]["error"]
-                mistake = cause.mistakes[0] if isinstance(cause, RecipeError) else Mistake(key, str(cause))
+                mistake = (
+                    cause.mistakes[0]
+                    if isinstance(cause, RecipeError)
+                    else Mistake(key, str(cause))
+                )
                 told[mistake] = mistake
             case kind:
-                expected.setdefault(key, []).append(EXPECTED.get(kind, problem["msg"].removeprefix("Input should be ")))
-                clause = _nearest_choice(problem) or f"it should be {' or '.join(dict.fromkeys(expected[key]))}"
+                expected.setdefault(key, []).append(
+                    EXPECTED.get(kind, problem["msg"].removeprefix("Input should be "))
+                )
+                clause = (
+                    _nearest_choice(problem)
+                    or f"it should be {' or '.join(dict.fromkeys(expected[key]))}"
+                )
                 told[key] = Mistake(key, f"{_shown(problem)} {source} is not valid; {clause}")
     return list(told.values())
 
 
 def _shown(problem: dict) -> str:
-    """What was given, shortened; of an environment variable only its name, for the value may be a token."""
+    """What was given, shortened; of an environment variable only its name, for the value may be a
+    token.
+    """
     if problem["loc"][0] == "env" and len(problem["loc"]) > 1:
         return f"the value of {problem['loc'][1]}"
     given = repr(problem["input"])
@@ -55,12 +85,16 @@ def _shown(problem: dict) -> str:
 
 
 def nearest(key: str, known: list[str], prefix: str = "") -> str:
-    """A clause that names the known key most like `key`: by its whole path, else by its last part."""
+    """A clause that names the known key most like `key`: by its whole path, else by its last
+    part.
+    """
     if key in known:
         return f"; it is a section, use --{key}.<key> <value>"
     by_last_part = {name.split(".")[-1]: name for name in known}
     close = difflib.get_close_matches(key, known, 1, 0.75)
-    close = close or [by_last_part[n] for n in difflib.get_close_matches(key.split(".")[-1], by_last_part, 1, 0.7)]
+    close = close or [
+        by_last_part[n] for n in difflib.get_close_matches(key.split(".")[-1], by_last_part, 1, 0.7)
+    ]
     return f"; did you mean {prefix}{close[0]}?" if close else "; --help lists the known ones"
 
 
@@ -76,7 +110,9 @@ def one_line(error: Exception) -> str:
 
 
 def _key_path(location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """An error's location up to the key, without the union members and list places that pydantic adds to it."""
+    """An error's location up to the key, without the union members and list places that pydantic
+    adds to it.
+    """
     section: type | None = Recipe
     path = []
     for part in location:

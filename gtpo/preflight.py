@@ -1,7 +1,8 @@
-"""`--check`: everything that can fail early fails here, in under a minute and without loading the model's weights.
+"""`--check`: everything that can fail early fails here, in under a minute and without loading the
+model's weights.
 
-What a check says and what it warns of become findings; a check whose ground another one has pulled away is told as not
-checked. The checks themselves are in gtpo/checks.py.
+What a check says and what it warns of become findings; a check whose ground another one has pulled
+away is told as not checked. The checks themselves are in gtpo/checks.py.
 """
 
 import contextlib
@@ -11,8 +12,8 @@ from collections.abc import Iterator
 
 from gtpo import cli
 from gtpo.checks import STEPS, Facts
-from gtpo.findings import Finding, as_json, conclusion, line
 from gtpo.errors import RecipeError
+from gtpo.findings import Finding, as_json, conclusion, line
 from gtpo.starts import Request
 
 
@@ -20,7 +21,8 @@ def check(command: cli.CommandLine, request: Request, processes: int) -> int:
     """Print what was found, a line each as it is found or all as JSON; returns the exit code."""
     out, found = sys.stdout, []
     asked = "json" in command.switches
-    with contextlib.redirect_stdout(sys.stderr):  # what somebody's module prints belongs to no table
+    # what somebody's module prints belongs to no table
+    with contextlib.redirect_stdout(sys.stderr):
         for finding in findings(Facts(command, request, processes)):
             found.append(finding)
             if not asked:
@@ -41,7 +43,8 @@ def findings(facts: Facts) -> Iterator[Finding]:
                 made = said if isinstance(said, list) else [Finding("ok", name, said)]
             except RecipeError as error:
                 made = [Finding("fail", name, sentence) for sentence in str(error).split("\n")]
-            except (Exception, SystemExit) as error:  # somebody's code, or a library's: what it raises is what was to be found
+            # somebody's code, or a library's: what it raises is what was to be found
+            except (Exception, SystemExit) as error:
                 made = [Finding("fail", name, f"{type(error).__name__}: {error}")]
         yield from (Finding("warn", name, text.removeprefix("[GTPO] ")) for text in warned)
         yield from made
@@ -49,7 +52,9 @@ def findings(facts: Facts) -> Iterator[Finding]:
 
 @contextlib.contextmanager
 def _warnings():
-    """The warnings that our modules log inside, as a list; nothing they log reaches the terminal."""
+    """The warnings that our modules log inside, as a list; nothing they log reaches the
+    terminal.
+    """
     texts: list[str] = []
 
     class Keep(logging.Handler):

@@ -11,29 +11,49 @@ from gtpo.recipe import Recipe
 
 
 def load_training(recipe: Recipe, tokenizer, processes: int):
-    """The problems to train on, shuffled with the seed; raises RecipeError if they do not fill one rollout."""
+    """The problems to train on, shuffled with the seed; raises RecipeError if they do not fill one
+    rollout.
+    """
     problems = _load_problems(recipe, recipe.dataset, tokenizer)
     enough(recipe, len(problems), processes)
     return problems
 
 
 def enough(recipe: Recipe, count: int, processes: int) -> None:
-    """Raises RecipeError if `count` problems do not fill one rollout: TRL leaves incomplete ones out, so it would train nothing."""
+    """Raises RecipeError if `count` problems do not fill one rollout: TRL leaves incomplete ones
+    out, so it would train nothing.
+    """
     needed = batch_plan(recipe, processes).prompts_per_rollout
     if count < needed:
-        raise RecipeError("dataset", f"{count} problems are left, and one rollout takes {needed}; lower "
-                          "training.per_device_train_batch_size or gradient_accumulation_steps")
+        raise RecipeError(
+            "dataset",
+            f"{count} problems are left, and one rollout takes {needed}; lower "
+            "training.per_device_train_batch_size or gradient_accumulation_steps",
+        )
 
 
 def measured_training(recipe: Recipe, tokenizer):
     """All problems of the recipe's dataset, with `prompt_length`, before the length filter."""
-    return measured_problems(recipe.dataset, tokenizer, chat_template_kwargs=recipe.training.chat_template_kwargs, load_object=load_object)
+    return measured_problems(
+        recipe.dataset,
+        tokenizer,
+        chat_template_kwargs=recipe.training.chat_template_kwargs,
+        load_object=load_object,
+    )
 
 
-def _load_problems(recipe: Recipe, section, tokenizer, *, shuffle: bool = True, label: str = "Dataset"):
+def _load_problems(
+    recipe: Recipe, section, tokenizer, *, shuffle: bool = True, label: str = "Dataset"
+):
     return load_problems(
-        section, tokenizer, recipe.max_prompt_length, recipe.seed, shuffle=shuffle, label=label,
-        chat_template_kwargs=recipe.training.chat_template_kwargs, load_object=load_object,
+        section,
+        tokenizer,
+        recipe.max_prompt_length,
+        recipe.seed,
+        shuffle=shuffle,
+        label=label,
+        chat_template_kwargs=recipe.training.chat_template_kwargs,
+        load_object=load_object,
     )
 
 
@@ -42,7 +62,9 @@ def held_out_section(recipe: Recipe):
     path, split = recipe.evaluation.path, recipe.evaluation.split
     if path is None:
         return split and recipe.dataset.model_copy(update={"split": split})
-    return recipe.dataset.model_copy(update={"path": path, "split": split or ("test" if os.path.isdir(path) else "train")})
+    return recipe.dataset.model_copy(
+        update={"path": path, "split": split or ("test" if os.path.isdir(path) else "train")}
+    )
 
 
 def check_held_out(recipe: Recipe) -> None:
@@ -63,8 +85,14 @@ def _told_of_evaluation():
 
 def _of_evaluation(error: RecipeError) -> RecipeError:
     """`error` with the keys by which `evaluation` names held-out problems."""
-    keys = {"dataset": "evaluation", "dataset.path": "evaluation.path", "dataset.split": "evaluation.split"}
-    return RecipeError.of(Mistake(keys.get(mistake.key, mistake.key), mistake.sentence) for mistake in error.mistakes)
+    keys = {
+        "dataset": "evaluation",
+        "dataset.path": "evaluation.path",
+        "dataset.split": "evaluation.split",
+    }
+    return RecipeError.of(
+        Mistake(keys.get(mistake.key, mistake.key), mistake.sentence) for mistake in error.mistakes
+    )
 
 
 def load_held_out(recipe: Recipe, tokenizer):
@@ -73,5 +101,7 @@ def load_held_out(recipe: Recipe, tokenizer):
     if section is None:
         return None
     with _told_of_evaluation():
-        problems = _load_problems(recipe, section, tokenizer, shuffle=False, label="Held-out problems")
+        problems = _load_problems(
+            recipe, section, tokenizer, shuffle=False, label="Held-out problems"
+        )
     return problems.select(range(min(recipe.evaluation.limit, len(problems))))

@@ -1,4 +1,6 @@
-"""The processes of one run, as torchrun and `accelerate launch` start them: how many, and which of them speaks."""
+"""The processes of one run, as torchrun and `accelerate launch` start them: how many, and which of
+them speaks.
+"""
 
 import contextlib
 import functools
@@ -7,8 +9,10 @@ import os
 import time
 from datetime import timedelta
 
-QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}  # what the others' libraries read
-GRACE = 2.0  # seconds in which a process that failed by itself can say so before those that lost it do
+# what the others' libraries read
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+# seconds in which a process that failed by itself can say so before those that lost it do
+GRACE = 2.0
 
 
 class ProcessLost(Exception):
@@ -34,16 +38,24 @@ def go_alone() -> int:
 
 
 def meet(timeout: float) -> None:
-    """Meet the other processes on a CPU, and wait `timeout` seconds for each answer: transformers 5.17.0 waits longer there."""
+    """Meet the other processes on a CPU, and wait `timeout` seconds for each answer: transformers
+    5.17.0 waits longer there.
+    """
     import torch
 
-    if count() > 1 and not torch.accelerator.is_available() and not torch.distributed.is_initialized():
+    if (
+        count() > 1
+        and not torch.accelerator.is_available()
+        and not torch.distributed.is_initialized()
+    ):
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
 
 
 @contextlib.contextmanager
 def one_speaks():
-    """Inside, nothing is printed but by the first process; errors have stderr, and `first_to_say`."""
+    """Inside, nothing is printed but by the first process; errors have stderr, and
+    `first_to_say`.
+    """
     if is_first():
         yield
         return
@@ -54,10 +66,11 @@ def one_speaks():
 
 
 def first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
-    """Whether no other process has said the same, or with `if_nobody_spoke` anything; asked once, just before it is said.
+    """Whether no other process has said the same, or with `if_nobody_spoke` anything; asked once,
+    just before it is said.
 
-    Processes ask the store that torchrun keeps for them, which outlives each of them. Another launcher's say it all, but for what
-    `if_nobody_spoke` leaves to the first.
+    Processes ask the store that torchrun keeps for them, which outlives each of them. Another
+    launcher's say it all, but for what `if_nobody_spoke` leaves to the first.
     """
     if count() == 1:
         return True
@@ -67,14 +80,19 @@ def first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
         return is_first() or not if_nobody_spoke
     try:
         spoke = _store().add(_key("anything"), 1) > 1
-        said = _store().add(_key(hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()), 1) > 1
+        said = (
+            _store().add(_key(hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()), 1)
+            > 1
+        )
     except RuntimeError:  # the agent is gone, on a machine that is
         return True
     return not (spoke if if_nobody_spoke else said)
 
 
 def after_the_first() -> None:
-    """Let the first process end first: torchrun ends all once one of them has, and the first may have something to save."""
+    """Let the first process end first: torchrun ends all once one of them has, and the first may
+    have something to save.
+    """
     if count() == 1 or not _has_store():
         return
     with contextlib.suppress(RuntimeError):
@@ -96,7 +114,14 @@ def _key(name: str) -> str:
 
 @functools.cache
 def _store():
-    """torch 2.13.0: torchrun's agent keeps it where the processes meet. Raises a RuntimeError where it cannot be reached."""
+    """torch 2.13.0: torchrun's agent keeps it where the processes meet. Raises a RuntimeError where
+    it cannot be reached.
+    """
     from torch.distributed import TCPStore
 
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
+    return TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=5),
+    )

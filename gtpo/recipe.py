@@ -1,4 +1,6 @@
-"""The recipe as a whole: the rules that span sections, where a run is kept, and what of a recipe may be saved."""
+"""The recipe as a whole: the rules that span sections, where a run is kept, and what of a recipe
+may be saved.
+"""
 
 import os
 import re
@@ -25,7 +27,8 @@ from gtpo.trl_options import FREE_FOR_GTPO
 from gtpo.watch_sections import AlarmSection, WatchSection
 
 TWO_NAMES = (  # documented key, TRL's own name for it
-    ("training.optimizer", "training.optim"), ("training.warmup_ratio", "training.warmup_steps"),
+    ("training.optimizer", "training.optim"),
+    ("training.warmup_ratio", "training.warmup_steps"),
     ("model.random_seed", "training.seed"),
 )
 DERIVED = {  # TRL's options that a recipe decides elsewhere
@@ -64,7 +67,9 @@ class Recipe(Section):
 
     @property
     def max_prompt_length(self) -> int:
-        """Longest prompt in tokens; by default half the sequence, within model.max_prompt_length."""
+        """Longest prompt in tokens; by default half the sequence, within
+        model.max_prompt_length.
+        """
         default = min(self.model.max_seq_length // 2, self.model.max_prompt_length)
         return self.training.max_prompt_length or default
 
@@ -74,7 +79,9 @@ class Recipe(Section):
 
     @property
     def seed(self) -> int:
-        """The seed of every random generator: model.random_seed, or training.seed where that is given."""
+        """The seed of every random generator: model.random_seed, or training.seed where that is
+        given.
+        """
         return self.training.trl_options().get("seed", self.model.random_seed)
 
     def output_dir(self) -> str:
@@ -86,13 +93,19 @@ class Recipe(Section):
             f"_acc-{t.gradient_accumulation_steps}_wu{warmup}_len{self.model.max_seq_length}_lr{t.learning_rate}"
             f"_BetaKL{t.beta}"
         )
-        return os.path.join(os.path.normpath(self.output_root), re.sub(r"[/\\\0-\x1f\x7f]", "-", name))
+        return os.path.join(
+            os.path.normpath(self.output_root), re.sub(r"[/\\\0-\x1f\x7f]", "-", name)
+        )
 
     def saved(self) -> tuple[dict[str, Any], list[str]]:
-        """The recipe as plain values that give the same recipe again, and the names of the secrets left out."""
+        """The recipe as plain values that give the same recipe again, and the names of the secrets
+        left out.
+        """
         values = self.model_dump(mode="json")
         given = self.training.trl_options()
-        for name in values["training"].keys() - DocumentedTraining.model_fields.keys() - given.keys():
+        for name in (
+            values["training"].keys() - DocumentedTraining.model_fields.keys() - given.keys()
+        ):
             del values["training"][name]
         if "warmup_steps" in given:
             del values["training"]["warmup_ratio"]
@@ -114,31 +127,50 @@ class Recipe(Section):
     @model_validator(mode="after")
     def one_name_per_setting(self):
         for documented, trl_name in TWO_NAMES:
-            if all(key in getattr(self, section).model_fields_set
-                   for section, key in (documented.split("."), trl_name.split("."))):
-                raise RecipeError(documented, f"given together with {trl_name}, which is the same setting; keep one")
+            if all(
+                key in getattr(self, section).model_fields_set
+                for section, key in (documented.split("."), trl_name.split("."))
+            ):
+                raise RecipeError(
+                    documented,
+                    f"given together with {trl_name}, which is the same setting; keep one",
+                )
         return self
 
     @model_validator(mode="after")
     def prompts_fit_in_the_sequence(self):
-        sequence, bound, prompt = self.model.max_seq_length, self.model.max_prompt_length, self.max_prompt_length
+        sequence, bound, prompt = (
+            self.model.max_seq_length,
+            self.model.max_prompt_length,
+            self.max_prompt_length,
+        )
         if bound > sequence:
-            raise RecipeError("model.max_prompt_length", f"{bound} is larger than model.max_seq_length ({sequence}); "
-                             f"use at most {sequence}")
+            raise RecipeError(
+                "model.max_prompt_length",
+                f"{bound} is larger than model.max_seq_length ({sequence}); use at most {sequence}",
+            )
         if prompt > bound:
-            raise RecipeError("training.max_prompt_length", f"{prompt} is larger than model.max_prompt_length ({bound}); "
-                             f"use at most {bound}")
+            raise RecipeError(
+                "training.max_prompt_length",
+                f"{prompt} is larger than model.max_prompt_length ({bound}); use at most {bound}",
+            )
         if self.max_completion_length < 1:
-            raise RecipeError("training.max_prompt_length", f"{prompt} leaves {self.max_completion_length} of "
-                             f"model.max_seq_length ({sequence}) for completions; use at most {sequence - 1}")
+            raise RecipeError(
+                "training.max_prompt_length",
+                f"{prompt} leaves {self.max_completion_length} of "
+                f"model.max_seq_length ({sequence}) for completions; use at most {sequence - 1}",
+            )
         return self
 
     @model_validator(mode="after")
     def reward_weights_match_the_rewards(self):
         weights = self.training.reward_weights
         if weights is not None and len(weights) != len(self.trainer.reward_funcs):
-            raise RecipeError("training.reward_weights", f"{len(weights)} weights for {len(self.trainer.reward_funcs)} "
-                             "trainer.reward_funcs; give one for each")
+            raise RecipeError(
+                "training.reward_weights",
+                f"{len(weights)} weights for {len(self.trainer.reward_funcs)} "
+                "trainer.reward_funcs; give one for each",
+            )
         return self
 
     @model_validator(mode="after")
@@ -146,8 +178,11 @@ class Recipe(Section):
         if self.trainer.class_path.startswith(("gtpo.", "custom_trainer.released")):
             for name in sorted(self.training.trl_options().keys() & FREE_FOR_GTPO.keys()):
                 if getattr(self.training, name) != FREE_FOR_GTPO[name]:
-                    raise RecipeError(f"training.{name}", "it does not go with GTPO, which uses TRL's entropy mask for its "
-                                     "own factor; leave it out, or use custom_trainer.original.UnslothGRPOTrainer")
+                    raise RecipeError(
+                        f"training.{name}",
+                        "it does not go with GTPO, which uses TRL's entropy mask for its own"
+                        " factor; leave it out, or use custom_trainer.original.UnslothGRPOTrainer",
+                    )
         return self
 
     @model_validator(mode="after")
@@ -156,18 +191,28 @@ class Recipe(Section):
         if given.get("vllm_mode") != "server":
             return self
         if not given.get("use_vllm"):
-            raise RecipeError("training.vllm_mode", "a server is not asked without training.use_vllm; set that to true")
+            raise RecipeError(
+                "training.vllm_mode",
+                "a server is not asked without training.use_vllm; set that to true",
+            )
         if self.model.backend != "transformers":
-            raise RecipeError("training.vllm_mode", f"server goes with model.backend transformers, not {self.model.backend}: Unsloth generates "
-                             "with a vLLM of its own in each process")
+            raise RecipeError(
+                "training.vllm_mode",
+                f"server goes with model.backend transformers, not {self.model.backend}: Unsloth"
+                " generates with a vLLM of its own in each process",
+            )
         return self
 
     @model_validator(mode="after")
     def known_datasets_have_the_split(self):
         base = self.dataset.split.split("[")[0]
         if self.dataset.path is None and self.dataset.kind in ("gsm8k", "hendrycks_math"):
-            for key, split in (("dataset.split", base), ("evaluation.split", self.evaluation.split or "test")):
+            for key, split in (
+                ("dataset.split", base),
+                ("evaluation.split", self.evaluation.split or "test"),
+            ):
                 if split.split("[")[0] not in ("train", "test"):
-                    raise RecipeError(key, f"{self.dataset.name} has no split {split!r}; it has train and test")
+                    raise RecipeError(
+                        key, f"{self.dataset.name} has no split {split!r}; it has train and test"
+                    )
         return self
-

@@ -1,7 +1,9 @@
-"""Every training completion in an append-only file, one JSON object a line, whatever the trainer and the tracker.
+"""Every training completion in an append-only file, one JSON object a line, whatever the trainer
+and the tracker.
 
-Works on any `trl.GRPOTrainer`, ours, Unsloth's or a user's, and changes nothing of its training: it looks at what passes
-through four of the trainer's methods. A line is written when a completion is first trained on; the README lists its keys.
+Works on any `trl.GRPOTrainer`, ours, Unsloth's or a user's, and changes nothing of its training: it
+looks at what passes through four of the trainer's methods. A line is written when a completion is
+first trained on; the README lists its keys.
 """
 
 import functools
@@ -19,30 +21,39 @@ from gtpo import shaping
 from gtpo.groups import whole_groups
 from gtpo.token_texts import TokenTexts
 
-LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}  # the ones that JSON leaves as they are
+# the ones that JSON leaves as they are
+LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 class Recorder(TrainerCallback):
-    """Appends the completions that `trainer` trains on to `file`; the per-token lists every `tokens_every` steps.
+    """Appends the completions that `trainer` trains on to `file`; the per-token lists every
+    `tokens_every` steps.
 
-    A rollout spread over processes is gathered and written by the first of them. Entropies are those of the first pass
-    over the rollout. A trainer that keeps what its loss saw in `seen_by_loss` (GTPO's) is asked for them; of any other, TRL's
-    loss shows them and Unsloth's does not: null there. `latest` is this process's part of the last rollout, all there is
-    without a file.
+    A rollout spread over processes is gathered and written by the first of them. Entropies are
+    those of the first pass over the rollout. A trainer that keeps what its loss saw in
+    `seen_by_loss` (GTPO's) is asked for them; of any other, TRL's loss shows them and Unsloth's
+    does not: null there. `latest` is this process's part of the last rollout, all there is without
+    a file.
     """
 
     def __init__(self, trainer: GRPOTrainer, file: Path | None, *, tokens_every: int = 1):
         self.trainer, self.file, self.tokens_every = trainer, file, tokens_every
         self.rollouts = 0
         self.latest: list[dict] = []
-        self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor has one
+        # a processor has one
+        self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._token_texts = TokenTexts(self._tokenizer)
-        self._rollout: dict | None = None  # the rollout under way, until all of its rows were seen
+        # the rollout under way, until all of its rows were seen
+        self._rollout: dict | None = None
         self._passes: list[dict] = []  # what the loss saw of it, a micro-batch each
         self._judged: dict = {}  # what the reward functions saw and said
         self._entropies: Tensor | None = None  # (B, T), where the parent shows them
-        for name, around in (("_generate_and_score_completions", self._generate), ("_calculate_rewards", self._judge),
-                             ("_get_per_token_logps_and_entropies", self._look), ("compute_loss", self._loss)):
+        for name, around in (
+            ("_generate_and_score_completions", self._generate),
+            ("_calculate_rewards", self._judge),
+            ("_get_per_token_logps_and_entropies", self._look),
+            ("compute_loss", self._loss),
+        ):
             original = getattr(trainer, name)
             setattr(trainer, name, functools.wraps(original)(functools.partial(around, original)))
         trainer.add_callback(self)
@@ -50,16 +61,19 @@ class Recorder(TrainerCallback):
     # ---- what passes by
 
     def _generate(self, generate, inputs):
-        training = self.trainer.model.training  # before the parent: Unsloth leaves the model in training mode
+        # before the parent: Unsloth leaves the model in training mode
+        training = self.trainer.model.training
         rollout = generate(inputs)
         if training:
             self._write()  # a rollout that was not seen to its end
             self._rollout = self._described(inputs, rollout)
-            rollout["row"] = torch.arange(len(inputs), device=rollout["advantages"].device)  # rides through TRL's shuffle
+            # rides through TRL's shuffle
+            rollout["row"] = torch.arange(len(inputs), device=rollout["advantages"].device)
         return rollout
 
     def _judge(self, calculate, inputs, prompts, completions, completion_ids_list):
-        table = calculate(inputs, prompts, completions, completion_ids_list)  # (N, rewards), of all processes
+        # (N, rewards), of all processes
+        table = calculate(inputs, prompts, completions, completion_ids_list)
         self._judged = {"ids": completion_ids_list, "table": table}
         return table
 
@@ -74,7 +88,9 @@ class Recorder(TrainerCallback):
         if self._rollout is not None and "row" in inputs:
             seen = {"entropies": self._entropies, "mask": _mask(inputs), "kept": None}
             seen |= getattr(self.trainer, "seen_by_loss", None) or {}
-            self._passes.append({**seen, "rows": inputs["row"], "step": self.trainer.state.global_step + 1})
+            self._passes.append(
+                {**seen, "rows": inputs["row"], "step": self.trainer.state.global_step + 1}
+            )
             if sum(len(seen["rows"]) for seen in self._passes) == len(self._rollout["lines"]):
                 self._write()
         return loss
@@ -84,7 +100,10 @@ class Recorder(TrainerCallback):
 
     def resume_state(self) -> dict:
         """What a checkpoint has to keep: the rollout under way, whose lines are not written yet."""
-        rollout = self._rollout and {**self._rollout, "lines": json.dumps(self._rollout["lines"], default=str)}
+        rollout = self._rollout and {
+            **self._rollout,
+            "lines": json.dumps(self._rollout["lines"], default=str),
+        }
         return {"rollouts": self.rollouts, "rollout": rollout, "passes": self._passes}
 
     def restore(self, kept: dict) -> None:
@@ -98,28 +117,59 @@ class Recorder(TrainerCallback):
         """This process's rows of a rollout, as far as they are known before the loss."""
         trainer, table = self.trainer, self._judged["table"]
         self.rollouts += 1
-        size, count, first = trainer.num_generations, len(inputs), trainer.accelerator.process_index * len(inputs)
+        size, count, first = (
+            trainer.num_generations,
+            len(inputs),
+            trainer.accelerator.process_index * len(inputs),
+        )
         mine = slice(first, first + count)
         judged = ~table.isnan().all(dim=1)
-        rewards = torch.where(judged, (table * trainer.reward_weights.to(table.device)).nansum(dim=1), torch.nan)  # (N,)
-        groups = whole_groups({**rollout, "advantages": _signal(rollout["advantages"], rewards, mine, size)},
-                              rewards, size, trainer.accelerator)
+        # (N,)
+        rewards = torch.where(
+            judged, (table * trainer.reward_weights.to(table.device)).nansum(dim=1), torch.nan
+        )
+        groups = whole_groups(
+            {**rollout, "advantages": _signal(rollout["advantages"], rewards, mine, size)},
+            rewards,
+            size,
+            trainer.accelerator,
+        )
         prefix, suffix = (groups[side].sum(dim=1)[mine].tolist() for side in ("prefix", "suffix"))
-        advantages, rewards, table = rollout["advantages"].tolist(), rewards[mine].tolist(), table[mine].tolist()
+        advantages, rewards, table = (
+            rollout["advantages"].tolist(),
+            rewards[mine].tolist(),
+            table[mine].tolist(),
+        )
         ids = [list(map(int, row)) for row in self._judged["ids"]]
         ends = {self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         lines = [
-            {"rollout": self.rollouts, "group": (first + i) // size, "row": (first + i) % size,
-             "prompt": row.get("prompt"), "completion": texts[i], "answer": row.get("answer"), "reward": _number(rewards[i]),
-             "rewards": dict(zip(trainer.reward_func_names, map(_number, table[i]), strict=True)),
-             "advantage": _number(advantages[i]), "truncated": not ids[i] or ids[i][-1] not in ends,
-             "prefix": prefix[i], "suffix": suffix[i]}
+            {
+                "rollout": self.rollouts,
+                "group": (first + i) // size,
+                "row": (first + i) % size,
+                "prompt": row.get("prompt"),
+                "completion": texts[i],
+                "answer": row.get("answer"),
+                "reward": _number(rewards[i]),
+                "rewards": dict(
+                    zip(trainer.reward_func_names, map(_number, table[i]), strict=True)
+                ),
+                "advantage": _number(advantages[i]),
+                "truncated": not ids[i] or ids[i][-1] not in ends,
+                "prefix": prefix[i],
+                "suffix": suffix[i],
+            }
             for i, row in enumerate(inputs)
         ]
         weights = rollout.get("token_weights")
-        return {"lines": lines, "ids": ids, "weights": None if weights is None else weights.cpu(),
-                "width": rollout["completion_ids"].shape[1], "with_tokens": trainer.state.global_step % self.tokens_every == 0}
+        return {
+            "lines": lines,
+            "ids": ids,
+            "weights": None if weights is None else weights.cpu(),
+            "width": rollout["completion_ids"].shape[1],
+            "with_tokens": trainer.state.global_step % self.tokens_every == 0,
+        }
 
     def _write(self) -> None:
         """Append the rows of the rollout under way that the loss has seen, and be done with it."""
@@ -137,9 +187,11 @@ class Recorder(TrainerCallback):
         self.latest = [lines[row] for row in sorted(lines)]
         if self.file is None:
             return
-        texts = gather_object([_as_line(line) for line in self.latest])  # all processes meet here
+        # all processes meet here
+        texts = gather_object([_as_line(line) for line in self.latest])
         if self.trainer.accelerator.is_main_process:
-            with self.file.open("ab", buffering=0) as file:  # each line in one piece, also for somebody who reads meanwhile
+            # each line in one piece, also for somebody who reads meanwhile
+            with self.file.open("ab", buffering=0) as file:
                 for text in texts:
                     file.write(text)
 
@@ -147,9 +199,18 @@ class Recorder(TrainerCallback):
         """The lists with one entry per real token."""
         ids, weights = rollout["ids"][row], rollout["weights"]
         return {
-            "ids": ids, "tokens": self._token_texts(ids),
-            "weights": None if weights is None else weights[row, : len(ids)].double().round(decimals=6).tolist(),
-            "entropies": None if entropies is None else [x if math.isfinite(x) else None for x in entropies[: len(ids)]],
+            "ids": ids,
+            "tokens": self._token_texts(ids),
+            "weights": (
+                None
+                if weights is None
+                else weights[row, : len(ids)].double().round(decimals=6).tolist()
+            ),
+            "entropies": (
+                None
+                if entropies is None
+                else [x if math.isfinite(x) else None for x in entropies[: len(ids)]]
+            ),
         }
 
 
@@ -159,15 +220,20 @@ def _mask(inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _signal(advantages: Tensor, rewards: Tensor, mine: slice, size: int) -> Tensor:
-    """`advantages` with 0 in groups of equal rewards, where a division by their spread leaves magnified rounding."""
+    """`advantages` with 0 in groups of equal rewards, where a division by their spread leaves
+    magnified rounding.
+    """
     groups = rewards.view(-1, size)
-    spread = groups.nan_to_num(-torch.inf).amax(dim=1) - groups.nan_to_num(torch.inf).amin(dim=1)  # of the judged ones
+    # of the judged ones
+    spread = groups.nan_to_num(-torch.inf).amax(dim=1) - groups.nan_to_num(torch.inf).amin(dim=1)
     largest = groups.nan_to_num(0.0).abs().amax(dim=1).clamp(min=1.0)
     return torch.where((spread > 1e-6 * largest).repeat_interleave(size)[mine], advantages, 0.0)
 
 
 def _of_the_loss(seen: dict, width: int) -> list[dict]:
-    """Per row: mean entropy and kept or filtered; and the entropies of its tokens, None where they are not known."""
+    """Per row: mean entropy and kept or filtered; and the entropies of its tokens, None where they
+    are not known.
+    """
     count = len(seen["rows"])
     kept = [None] * count if seen["kept"] is None else seen["kept"].tolist()
     means, entropies = [None] * count, [None] * count
@@ -175,7 +241,10 @@ def _of_the_loss(seen: dict, width: int) -> list[dict]:
         means = map(_number, shaping.mean_entropy(seen["entropies"], seen["mask"]).tolist())
         entropies = shaping.to_completion_columns(seen["entropies"], seen["mask"], width)
         entropies = (entropies.double().round(decimals=3) + 0.0).tolist()  # no -0.0
-    return [{"entropy": mean, "kept": keep, "entropies": row} for mean, keep, row in zip(means, kept, entropies, strict=True)]
+    return [
+        {"entropy": mean, "kept": keep, "entropies": row}
+        for mean, keep, row in zip(means, kept, entropies, strict=True)
+    ]
 
 
 def _number(value: float) -> float | None:
@@ -184,5 +253,9 @@ def _number(value: float) -> float | None:
 
 
 def _as_line(values: dict) -> bytes:
-    text = json.dumps(values, ensure_ascii=False, allow_nan=False, default=str).translate(LINE_BREAKS) + "\n"
-    return text.encode("utf-8", errors="backslashreplace")  # half a surrogate pair becomes what JSON calls it
+    text = (
+        json.dumps(values, ensure_ascii=False, allow_nan=False, default=str).translate(LINE_BREAKS)
+        + "\n"
+    )
+    # half a surrogate pair becomes what JSON calls it
+    return text.encode("utf-8", errors="backslashreplace")

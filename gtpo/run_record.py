@@ -1,7 +1,8 @@
-"""What a run directory tells about its run: recipe, versions, logged metrics, alarms, completions, evaluations.
+"""What a run directory tells about its run: recipe, versions, logged metrics, alarms, completions,
+evaluations.
 
-Loads no model. A run that crashed or is still going tells what it can: the newest checkpoint has the metrics up to it,
-the completions file the rest.
+Loads no model. A run that crashed or is still going tells what it can: the newest checkpoint has
+the metrics up to it, the completions file the rest.
 """
 
 import json
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from gtpo.completion_log import CompletionLog
-from gtpo.evaluation_file import read
 from gtpo.errors import RecipeError
+from gtpo.evaluation_file import read
 from gtpo.recipe import Recipe
 from gtpo.scores import Scores, scores
 from gtpo.yaml_text import YamlError, load
@@ -73,10 +74,16 @@ class RunRecord:
         return self.completions.averages()
 
     def series(self, name: str) -> dict[int, float]:
-        """A metric by step: as it was logged, and from the completions what was not (or not yet)."""
+        """A metric by step: as it was logged, and from the completions what was not (or not
+        yet).
+        """
         logged = {step: metrics[name] for step, metrics in self.logged.items() if name in metrics}
         last = max(logged, default=0)
-        return logged | {step: values[name] for step, values in self._recorded.items() if step > last and name in values}
+        return logged | {
+            step: values[name]
+            for step, values in self._recorded.items()
+            if step > last and name in values
+        }
 
     def value(self, key: str, default: Any = None) -> Any:
         """A recipe's value by its dotted key."""
@@ -91,7 +98,9 @@ class RunRecord:
 
     @property
     def has_token_weights(self) -> bool:
-        """Whether its trainer weighs tokens; where the completions do not say, whether it logs conflicts."""
+        """Whether its trainer weighs tokens; where the completions do not say, whether it logs
+        conflicts.
+        """
         if self.completions.totals and any(group.tokens for group in self.completions.groups):
             return self.completions.weighted > 0
         return any("gtpo/frac_conflict_tokens" in metrics for metrics in self.logged.values())
@@ -100,22 +109,41 @@ class RunRecord:
 def read_run(path: Path) -> RunRecord:
     """The record of a run directory; raises RecipeError if it is none, or has nothing to tell."""
     if not path.is_dir():
-        raise RecipeError(path, "there is no such run directory; give the one that train_model.py printed last")
+        raise RecipeError(
+            path, "there is no such run directory; give the one that train_model.py printed last"
+        )
     if not (path / "recipe.yaml").is_file():
-        inside = next((parent for parent in path.resolve().parents[:2] if (parent / "recipe.yaml").is_file()), None)
-        raise RecipeError(path, "is no run directory (it has no recipe.yaml); give "
-                          f"{inside if inside else 'the one that train_model.py printed last'}")
+        inside = next(
+            (parent for parent in path.resolve().parents[:2] if (parent / "recipe.yaml").is_file()),
+            None,
+        )
+        raise RecipeError(
+            path,
+            "is no run directory (it has no recipe.yaml); give "
+            f"{inside if inside else 'the one that train_model.py printed last'}",
+        )
     text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     state_file, state = _newest_state(path)
     logged, conditions = _history(state.get("log_history", []))
     evaluations, notes = _evaluations(path / "evaluation")
     record = RunRecord(
-        path=path, recipe=_recipe(path, text), recipe_text=text, versions=_versions(path), state=state, state_file=state_file,
-        logged=logged, alarms=_alarms(path / "train.log", conditions), evaluations=evaluations, notes=notes,
+        path=path,
+        recipe=_recipe(path, text),
+        recipe_text=text,
+        versions=_versions(path),
+        state=state,
+        state_file=state_file,
+        logged=logged,
+        alarms=_alarms(path / "train.log", conditions),
+        evaluations=evaluations,
+        notes=notes,
     )
     if not (record.last_step or record.evaluations):
-        raise RecipeError(path, f"there is nothing to report yet: no metrics in {STATE} or a checkpoint, no completions.jsonl "
-                          "and no evaluation; wait for the first steps")
+        raise RecipeError(
+            path,
+            f"there is nothing to report yet: no metrics in {STATE} or a checkpoint, no"
+            " completions.jsonl and no evaluation; wait for the first steps",
+        )
     return record
 
 
@@ -125,10 +153,14 @@ def _recipe(path: Path, text: str) -> dict[str, Any]:
     except YamlError:
         values = None
     if not isinstance(values, dict):
-        raise RecipeError(f"{path / 'recipe.yaml'}", "is no recipe (not a YAML mapping); restore it, or give another run")
+        raise RecipeError(
+            f"{path / 'recipe.yaml'}",
+            "is no recipe (not a YAML mapping); restore it, or give another run",
+        )
     try:
         return Recipe.model_validate(values).saved()[0]
-    except ValidationError:  # saved by another version of ours: what it says is worth showing all the same
+    # saved by another version of ours: what it says is worth showing all the same
+    except ValidationError:
         return values
 
 
@@ -139,8 +171,11 @@ def _versions(path: Path) -> dict[str, str]:
 
 def _newest_state(path: Path) -> tuple[Path | None, dict]:
     """The final state, else the newest checkpoint's that can be read."""
-    checkpoints = [(int(match[1]), file) for file in path.glob(f"checkpoint-*/{STATE}")
-                   if (match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))]
+    checkpoints = [
+        (int(match[1]), file)
+        for file in path.glob(f"checkpoint-*/{STATE}")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
+    ]
     for file in (path / STATE, *(file for _, file in sorted(checkpoints, reverse=True))):
         if isinstance((state := _read_json(file)).get("log_history"), list):
             return file, state
@@ -157,7 +192,12 @@ def _history(entries: list) -> tuple[dict[int, dict[str, float]], list[tuple[int
         for name, value in entry.items():
             if name.startswith(ALARM):
                 conditions.append((step, name.removeprefix(ALARM)))
-            elif name != "step" and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            elif (
+                name != "step"
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            ):
                 logged.setdefault(step, {})[name] = float(value)
     return dict(sorted(logged.items())), conditions
 
@@ -169,12 +209,17 @@ def _alarms(log: Path, conditions: list[tuple[int, str]]) -> list[tuple[int, str
         with log.open(encoding="utf-8", errors="replace") as lines:
             for match in filter(None, map(ALARM_LINE.search, lines)):
                 evidence.setdefault(int(match[1]), []).append(match[2].strip())
-    alarms = [(step, condition, evidence[step].pop(0) if evidence.get(step) else "") for step, condition in conditions]
+    alarms = [
+        (step, condition, evidence[step].pop(0) if evidence.get(step) else "")
+        for step, condition in conditions
+    ]
     return sorted(alarms + [(step, "", text) for step, texts in evidence.items() for text in texts])
 
 
 def _evaluations(folder: Path) -> tuple[dict[str, Evaluated], list[str]]:
-    """Each evaluation file's scores by its stem, before and after training first, and why others have none."""
+    """Each evaluation file's scores by its stem, before and after training first, and why others
+    have none.
+    """
     found, notes = {}, []
     for file in sorted(folder.glob("*.jsonl"), key=_before_then_by_step_then_after):
         try:
@@ -192,11 +237,17 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluated], list[str]]:
 
 def _before_then_by_step_then_after(file: Path) -> tuple[int, int, str]:
     step = re.fullmatch(r"step-(\d+)", file.stem)
-    return {"before": 0, "after": 2}.get(file.stem, 1 if step else 3), int(step[1]) if step else 0, file.stem
+    return (
+        {"before": 0, "after": 2}.get(file.stem, 1 if step else 3),
+        int(step[1]) if step else 0,
+        file.stem,
+    )
 
 
 def _read_json(file: Path) -> dict:
-    """What a JSON file holds if that is an object; {} for any other, a missing and a damaged one."""
+    """What a JSON file holds if that is an object; {} for any other, a missing and a damaged
+    one.
+    """
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import gtpo
 from gtpo.cli import to_yaml
-from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
 from gtpo.rewinding import rewind
 from gtpo.safe_text import SafeFormatter
@@ -22,13 +21,26 @@ from gtpo.whole_files import remove, write_whole, written_aside
 
 logger = logging.getLogger(__name__)
 
-LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo", "bitsandbytes",
-             "vllm", "math-verify", "wandb")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "accelerate",
+    "unsloth",
+    "unsloth_zoo",
+    "bitsandbytes",
+    "vllm",
+    "math-verify",
+    "wandb",
+)
 
 
 @contextlib.contextmanager
 def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandler | None):
-    """Inside, the run directory is this process's: with the resolved recipe, the versions and the log, begun with `early_log`.
+    """Inside, the run directory is this process's: with the resolved recipe, the versions and the
+    log, begun with `early_log`.
 
     Raises RecipeError if another process trains in it.
     """
@@ -58,7 +70,9 @@ def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandl
 
 
 class _Log(logging.FileHandler):
-    """The log file; on a full disk it misses lines, and says nothing of that: what fills the disk has an error of its own."""
+    """The log file; on a full disk it misses lines, and says nothing of that: what fills the disk
+    has an error of its own.
+    """
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -80,7 +94,9 @@ def _describe(run_dir: Path, recipe: Recipe) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Our version and commit, the libraries', Python and the platform; `not installed` where a library is missing."""
+    """Our version and commit, the libraries', Python and the platform; `not installed` where a
+    library is missing.
+    """
     found = {"gtpo": gtpo.__version__, "commit": _commit()}
     for library in LIBRARIES:
         try:
@@ -92,8 +108,13 @@ def versions() -> dict[str, str]:
 
 def _commit() -> str:
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent,
-                             capture_output=True, text=True, timeout=10)
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return git.stdout.strip() or "unknown"

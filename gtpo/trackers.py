@@ -1,4 +1,6 @@
-"""The trackers: where they write, which of their runs this is, and that they do not stop the training."""
+"""The trackers: where they write, which of their runs this is, and that they do not stop the
+training.
+"""
 
 import contextlib
 import functools
@@ -18,40 +20,60 @@ from gtpo.whole_files import write_whole
 logger = logging.getLogger(__name__)
 
 IDENTITY = "trackers.json"  # which of a tracker's runs a run directory is
-EVENTS = ("on_epoch_begin", "on_step_end", "on_log", "on_evaluate", "on_save", "on_epoch_end", "on_train_end")  # once it has begun
+# once it has begun
+EVENTS = (
+    "on_epoch_begin",
+    "on_step_end",
+    "on_log",
+    "on_evaluate",
+    "on_save",
+    "on_epoch_end",
+    "on_train_end",
+)
 
 
 def prepare_trackers(recipe: Recipe, run_dir: Path) -> None:
-    """Let the trackers write into the run directory and never ask a question; raises RecipeError for a missing one."""
+    """Let the trackers write into the run directory and never ask a question; raises RecipeError
+    for a missing one.
+    """
     for tracker in recipe.training.report_to:
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
-            raise RecipeError("training.report_to", f"the package {tracker} is not installed; run: pip install {tracker}, or "
-                              "use none")
+            raise RecipeError(
+                "training.report_to",
+                f"the package {tracker} is not installed; run: pip install {tracker}, or use none",
+            )
     if "wandb" not in recipe.training.report_to:
         return
     os.environ.setdefault("WANDB_DIR", str(run_dir))
     os.environ.setdefault("WANDB_PROJECT", recipe.wandb.project)
-    for name in recipe.wandb.model_fields_set:  # what a recipe says beats the caller's environment, a default does not
+    # what a recipe says beats the caller's environment, a default does not
+    for name in recipe.wandb.model_fields_set:
         if (value := getattr(recipe.wandb, name)) is not None:
             os.environ[f"WANDB_{name.upper()}"] = value
     if "WANDB_MODE" not in os.environ and not _wandb_login():
         os.environ["WANDB_MODE"] = "offline"
-        logger.warning("[GTPO] wandb: no login found, so this run is kept offline; `wandb sync` uploads it later")
+        logger.warning(
+            "[GTPO] wandb: no login found, so this run is kept offline; `wandb sync` uploads it"
+            " later"
+        )
 
 
 @contextlib.contextmanager
 def one_tracker_run(recipe: Recipe, start: Start):
-    """Inside, trackers go on with the run that a resumed run directory tells of; a new run has an identity to be kept there.
+    """Inside, trackers go on with the run that a resumed run directory tells of; a new run has an
+    identity to be kept there.
 
-    Afterwards a wandb run that began inside is finished and its files are whole, and the environment is what it was: the
-    next run of this process is another one, in its own directory.
+    Afterwards a wandb run that began inside is finished and its files are whole, and the
+    environment is what it was: the next run of this process is another one, in its own directory.
     """
     theirs, exit_code = _wandb_runs(), 0
     goes_on = start.checkpoint is not None and not start.copies
     folders = sorted((start.run_dir / "runs").glob("*")) if goes_on else []
     with _same_environment_afterwards():
         if "wandb" in recipe.training.report_to:
-            os.environ.setdefault("WANDB_RUN_ID", (goes_on and _wandb_run(start.run_dir)) or secrets.token_hex(4))
+            os.environ.setdefault(
+                "WANDB_RUN_ID", (goes_on and _wandb_run(start.run_dir)) or secrets.token_hex(4)
+            )
             os.environ.setdefault("WANDB_RESUME", "allow")
         if folders:
             os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folders[0]))
@@ -68,7 +90,11 @@ def one_tracker_run(recipe: Recipe, start: Start):
 @contextlib.contextmanager
 def _same_environment_afterwards():
     def trackers() -> dict[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith(("WANDB_", "TENSORBOARD_"))}
+        return {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("WANDB_", "TENSORBOARD_"))
+        }
 
     before = trackers()
     try:
@@ -84,7 +110,9 @@ def _wandb_runs() -> bool:
 
 
 def _end_wandb(exit_code: int) -> None:
-    """Finish wandb's run and let its own process write its files to their end; it keeps the environment of its first run."""
+    """Finish wandb's run and let its own process write its files to their end; it keeps the
+    environment of its first run.
+    """
     import wandb
 
     try:
@@ -110,7 +138,8 @@ def let_training_go_on(trainer) -> None:
 class _Shield:
     """Around the events of a tracker's callback, and around wandb.log, which TRL calls too.
 
-    One that fails to begin is a mistake that somebody wants to know before days have passed: that error is not caught.
+    One that fails to begin is a mistake that somebody wants to know before days have passed: that
+    error is not caught.
     """
 
     def __init__(self, callback):
@@ -132,8 +161,13 @@ class _Shield:
             report(*args, **kwargs)
         except Exception as error:  # somebody else's code, process and network
             self.failed = True
-            logger.warning("[GTPO] %s fails (%s: %s); the run goes on without it, and its own files have everything", self.name,
-                           type(error).__name__, str(error).strip().split("\n")[0])
+            logger.warning(
+                "[GTPO] %s fails (%s: %s); the run goes on without it, and its own files have"
+                " everything",
+                self.name,
+                type(error).__name__,
+                str(error).strip().split("\n")[0],
+            )
 
 
 def _wandb_run(run_dir: Path) -> str | None:
@@ -149,5 +183,8 @@ def _wandb_login() -> bool:
     from wandb.sdk.lib import wbauth  # wandb 0.31.0; its public login() asks questions
 
     settings = wandb.Settings()
-    return bool(os.environ.get("WANDB_API_KEY") or settings.identity_token_file
-                or wbauth.read_netrc_auth(host=settings.base_url))
+    return bool(
+        os.environ.get("WANDB_API_KEY")
+        or settings.identity_token_file
+        or wbauth.read_netrc_auth(host=settings.base_url)
+    )

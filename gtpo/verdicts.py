@@ -1,9 +1,10 @@
 """What a reward function says of a rollout, where some of its completions make it fail.
 
-A call that fails is made again for smaller parts: for each group, and in a group that fails for each completion by
-itself, to find those it fails on. The others of the group are then judged together, so that a function that compares the
-completions of a group gives the rewards that it would give without the offenders. A function that fails on every
-completion by itself, but not on whole groups, loses the failing group alone.
+A call that fails is made again for smaller parts: for each group, and in a group that fails for
+each completion by itself, to find those it fails on. The others of the group are then judged
+together, so that a function that compares the completions of a group gives the rewards that it
+would give without the offenders. A function that fails on every completion by itself, but not on
+whole groups, loses the failing group alone.
 """
 
 import math
@@ -21,12 +22,15 @@ class ContractBroken(Exception):
 
 @dataclass
 class Verdict:
-    """Of `count` completions: their rewards, None where it cannot judge; and why, where that is because it failed."""
+    """Of `count` completions: their rewards, None where it cannot judge; and why, where that is
+    because it failed.
+    """
 
     count: int
     rewards: list[float | None] = field(init=False)
     failures: dict[int, dict] = field(default_factory=dict)  # by row
-    retried: list[tuple[Rows, dict]] = field(default_factory=list)  # calls that failed and were made again in parts
+    # calls that failed and were made again in parts
+    retried: list[tuple[Rows, dict]] = field(default_factory=list)
     calls: list[tuple[Rows, dict]] = field(default_factory=list)  # those that did not fail
     abandoned: bool = False  # there were too many failures to go on
 
@@ -39,12 +43,17 @@ class Verdict:
         return not self.calls or len(self.failures) == self.count
 
     def metrics(self) -> dict[str, float]:
-        """What it logged, averaged over completions; NaN counts as nothing, and is what is left of nothing."""
+        """What it logged, averaged over completions; NaN counts as nothing, and is what is left of
+        nothing.
+        """
         values: dict[str, list[tuple[float, int]]] = {}
         for rows, reply in self.calls:
             for name, value in reply["metrics"]:
                 values.setdefault(name, []).append((value, len(rows)))
-        return {name: _mean([pair for pair in pairs if not math.isnan(pair[0])]) for name, pairs in values.items()}
+        return {
+            name: _mean([pair for pair in pairs if not math.isnan(pair[0])])
+            for name, pairs in values.items()
+        }
 
     def columns(self) -> dict[str, list]:
         """The extra columns it logged, with None for completions of which it said nothing."""
@@ -66,19 +75,26 @@ def _mean(pairs: list[tuple[float, int]]) -> float:
 class Settling:
     """Makes the calls that a verdict takes.
 
-    `ask` is one call, about some rows; `map` makes several, in order. `give_up` says of a number of failures whether it
-    is too many to go on.
+    `ask` is one call, about some rows; `map` makes several, in order. `give_up` says of a number of
+    failures whether it is too many to go on.
     """
 
-    def __init__(self, groups: list[Rows], ask: Callable[[Rows], dict], map: Callable[[Callable, Iterable], list],
-                 give_up: Callable[[int], bool]):
+    def __init__(
+        self,
+        groups: list[Rows],
+        ask: Callable[[Rows], dict],
+        map: Callable[[Callable, Iterable], list],
+        give_up: Callable[[int], bool],
+    ):
         self.groups, self._ask, self.map, self.give_up = groups, ask, map, give_up
         self.lost = 0  # completions that it failed on so far, also those of calls under way
 
     def verdict(self, per: str) -> Verdict:
         """Of the rollout, called `per` rollout, group or completion. Raises ContractBroken."""
         rows = [row for group in self.groups for row in group]
-        pieces = {"rollout": [rows], "group": self.groups, "completion": [[row] for row in rows]}[per]
+        pieces = {"rollout": [rows], "group": self.groups, "completion": [[row] for row in rows]}[
+            per
+        ]
         verdict = Verdict(len(rows))
         for piece, reply in zip(pieces, self.ask(pieces), strict=True):
             if "bug" in reply:
@@ -97,7 +113,9 @@ class Settling:
             verdict.failures[rows[0]] = reply
         else:
             verdict.retried.append((rows, reply))
-            parts = [part for group in self.groups if (part := [row for row in group if row in rows])]
+            parts = [
+                part for group in self.groups if (part := [row for row in group if row in rows])
+            ]
             if len(parts) > 1:
                 for part, reply in zip(parts, self.ask(parts), strict=True):
                     self.take(verdict, part, reply)

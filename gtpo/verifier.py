@@ -1,10 +1,11 @@
 """Ask math-verify whether two expressions are equal, in a child process that can be killed.
 
-A few characters are enough to make math-verify (sympy, that is) run for ever or eat all memory, and it wants the main
-thread for itself. So this file is also a program: run as a script, it reads questions and writes verdicts, a line each.
-The child starts at the first question, serves all threads in turn, and is replaced when a question kills it. It is no
-multiprocessing pool, for the children of those import the caller's main module, which a script without a `__main__`
-guard does not survive.
+A few characters are enough to make math-verify (sympy, that is) run for ever or eat all memory, and
+it wants the main thread for itself. So this file is also a program: run as a script, it reads
+questions and writes verdicts, a line each. The child starts at the first question, serves all
+threads in turn, and is replaced when a question kills it. It is no multiprocessing pool, for the
+children of those import the caller's main module, which a script without a `__main__` guard does
+not survive.
 """
 
 import atexit
@@ -16,18 +17,22 @@ import subprocess
 import sys
 import threading
 
-CPU_SECONDS = 3.0  # for one question: a limit in processor time gives the same verdict on a busy machine
+# for one question: a limit in processor time gives the same verdict on a busy machine
+CPU_SECONDS = 3.0
 MEMORY_BYTES = 2 << 30
-WALL_SECONDS, START_SECONDS = 60.0, 180.0  # backstops for a machine, or a disk, that hardly moves
+# backstops for a machine, or a disk, that hardly moves
+WALL_SECONDS, START_SECONDS = 60.0, 180.0
 
 _lock, _child = threading.Lock(), None
 
 
 @functools.lru_cache(maxsize=4096)
 def equal_expressions(answer: str, reference: str) -> bool:
-    r"""Whether math-verify takes two expressions (TeX, no \boxed, no $) for equal; False where they are too much.
+    r"""Whether math-verify takes two expressions (TeX, no \boxed, no $) for equal; False where they
+    are too much.
 
-    Too much is what exceeds CPU_SECONDS or MEMORY_BYTES, or crashes the child. RuntimeError if that does not start.
+    Too much is what exceeds CPU_SECONDS or MEMORY_BYTES, or crashes the child. RuntimeError if that
+    does not start.
     """
     with _lock:
         if _child is None or _child.poll() is not None:
@@ -39,7 +44,8 @@ def _start():
     global _child
     _stop()
     _child = subprocess.Popen(
-        [sys.executable, "-P", __file__],  # -P: or modules of this folder would hide others of the same name
+        # -P: or modules of this folder would hide others of the same name
+        [sys.executable, "-P", __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -47,7 +53,10 @@ def _start():
         start_new_session=True,  # Ctrl-C is for the parent
     )
     if _exchange(b"", START_SECONDS) != b"ready":
-        raise RuntimeError(f"gtpo.verifier: math-verify does not start; try `{sys.executable} -c 'import math_verify'`")
+        raise RuntimeError(
+            f"gtpo.verifier: math-verify does not start; try `{sys.executable} -c 'import"
+            " math_verify'`"
+        )
 
 
 def _exchange(question: bytes, seconds: float) -> bytes:
@@ -63,7 +72,8 @@ def _exchange(question: bytes, seconds: float) -> bytes:
         pass
     finally:
         timer.cancel()
-        if not reply:  # after Ctrl-C, too: the reply to this question must not be taken for that to the next
+        # after Ctrl-C, too: the reply to this question must not be taken for that to the next
+        if not reply:
             _stop()
     return reply
 
@@ -77,7 +87,9 @@ def _stop():
 
 
 def _forget():
-    """After a fork: the child is the parent's, and the lock may be held by a thread that is not there any more."""
+    """After a fork: the child is the parent's, and the lock may be held by a thread that is not
+    there any more.
+    """
     global _lock, _child
     _lock, _child = threading.Lock(), None
 
@@ -91,7 +103,8 @@ def _serve():
     import signal
     from dataclasses import replace
 
-    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to all of a job, whose run has a step to finish: no verdict may be lost
+    # sent to all of a job, whose run has a step to finish: no verdict may be lost
+    for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: None)
     posix = os.name == "posix"  # elsewhere only WALL_SECONDS limits
     if posix:
@@ -106,14 +119,21 @@ def _serve():
 
     # Not math-verify's units, which take 3c for 3; gtpo.answers has been there before.
     config = LatexExtractionConfig()
-    config = [replace(config, normalization_config=replace(config.normalization_config, units=False))]
-    read = functools.lru_cache(256)(lambda text: parse(f"\\boxed{{{text}}}", config, parsing_timeout=None))
+    config = [
+        replace(config, normalization_config=replace(config.normalization_config, units=False))
+    ]
+    read = functools.lru_cache(256)(
+        lambda text: parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
+    )
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         answer, reference = json.loads(line)
         if posix:
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # unhandled, it ends the process, whatever that is doing
-        equal = verify(read(reference), read(answer), allow_set_relation_comp=True, timeout_seconds=None)
+            # unhandled, it ends the process, whatever that is doing
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        equal = verify(
+            read(reference), read(answer), allow_set_relation_comp=True, timeout_seconds=None
+        )
         if posix:
             signal.setitimer(signal.ITIMER_PROF, 0)
         print(int(equal), file=replies, flush=True)

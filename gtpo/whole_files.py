@@ -1,4 +1,6 @@
-"""Files and folders that appear whole or not at all: written aside, flushed to the disk, and then renamed."""
+"""Files and folders that appear whole or not at all: written aside, flushed to the disk, and then
+renamed.
+"""
 
 import contextlib
 import os
@@ -7,12 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-ASIDE = ".partial-"  # in front of a name, so that its suffix still tells the format; whatever bears it may be removed
+# in front of a name, so that its suffix still tells the format; whatever bears it may be removed
+ASIDE = ".partial-"
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at; at the end it takes the place of `path`, and vanishes if that fails."""
+    """A path to write a file or a folder at; at the end it takes the place of `path`, and vanishes
+    if that fails.
+    """
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
     remove(aside)
     try:
@@ -27,7 +32,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def files_written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder to write files in; at the end each takes its place in `folder`, and all vanish if that fails."""
+    """A new folder to write files in; at the end each takes its place in `folder`, and all vanish
+    if that fails.
+    """
     aside = folder / f"{ASIDE}files"
     remove(aside)
     aside.mkdir(parents=True)
@@ -81,7 +88,9 @@ def flush_entries(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. A folder gets another name first: half of it is never seen under its own."""
+    """Remove a file or a folder, if it is there. A folder gets another name first: half of it is
+    never seen under its own.
+    """
     if path.is_dir() and not path.is_symlink():
         gone = Path(tempfile.mkdtemp(prefix=f"{ASIDE}gone-", dir=path.parent))
         os.rename(path, gone / path.name)
@@ -91,7 +100,9 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash has left aside in `folder`; an old folder whose successor never came gets its name back."""
+    """Remove what a crash has left aside in `folder`; an old folder whose successor never came gets
+    its name back.
+    """
     for left in folder.glob(f"{ASIDE}*"):
         name = left.name.removeprefix(f"{ASIDE}old-")
         if name != left.name and not (folder / name).exists():

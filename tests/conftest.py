@@ -14,10 +14,15 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The real GSM8K and MATH files, found through GTPO_SHARED (default ../shared); skips where they are absent."""
+    """The real GSM8K and MATH files, found through GTPO_SHARED (default ../shared); skips where
+    they are absent.
+    """
     folder = Path(os.environ.get("GTPO_SHARED", ROOT.parent / "shared")) / "data"
     if not folder.is_dir():
-        pytest.skip(f"no GSM8K and MATH files under {folder}: set GTPO_SHARED to the folder that holds data/")
+        pytest.skip(
+            f"no GSM8K and MATH files under {folder}: set GTPO_SHARED to the folder that holds"
+            " data/"
+        )
     return folder
 
 

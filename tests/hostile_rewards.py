@@ -1,4 +1,6 @@
-"""Reward functions that misbehave on some completions, and pay the share of vowels for the others."""
+"""Reward functions that misbehave on some completions, and pay the share of vowels for the
+others.
+"""
 
 import logging
 import os
@@ -73,7 +75,10 @@ def shouting(completions, **kwargs):
 
 def failing_later(completions, trainer_state, **kwargs):
     """Fails on everything from the second step on."""
-    return [vowels(_text(c)) if trainer_state.global_step == 0 else _raise("anything") for c in completions]
+    return [
+        vowels(_text(c)) if trainer_state.global_step == 0 else _raise("anything")
+        for c in completions
+    ]
 
 
 def too_few_later(completions, trainer_state, **kwargs):
@@ -104,7 +109,10 @@ def rank_in_group(completions, prompts, **kwargs):
     for text in completions:
         if offends(text):
             raise ValueError(text)
-    groups = {prompt: sorted(text for text, other in zip(completions, prompts) if other == prompt) for prompt in prompts}
+    groups = {
+        prompt: sorted(text for text, other in zip(completions, prompts) if other == prompt)
+        for prompt in prompts
+    }
     return [groups[prompt].index(text) for text, prompt in zip(completions, prompts)]
 
 
@@ -120,7 +128,10 @@ def _text(completion) -> str:
 
 
 def heavy_imports(completions, **kwargs):
-    return [len({"torch", "numpy", "pydantic", "transformers", "asyncio"} & sys.modules.keys()) for _ in completions]
+    return [
+        len({"torch", "numpy", "pydantic", "transformers", "asyncio"} & sys.modules.keys())
+        for _ in completions
+    ]
 
 
 def failing_on_the_second(completions, trainer_state, log_metric, **kwargs):
@@ -132,7 +143,10 @@ def failing_on_the_second(completions, trainer_state, log_metric, **kwargs):
 
 
 def failing_on_some_texts(completions, prompts, **kwargs):
-    texts = [_text(completion) + prompt[-1]["content"] for completion, prompt in zip(completions, prompts)]
+    texts = [
+        _text(completion) + prompt[-1]["content"]
+        for completion, prompt in zip(completions, prompts)
+    ]
     return [_raise(text) if sum(map(ord, text)) % 3 == 0 else vowels(text) for text in texts]
 
 

@@ -1,9 +1,11 @@
-"""Train the tiny policy on rollouts that are given, so that any number of processes trains on the same ones.
+"""Train the tiny policy on rollouts that are given, so that any number of processes trains on the
+same ones.
 
-`python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes, which are forked once all is imported,
-leaves what has to be the same in FOLDER/N.pt and prints how far two and four are from one; exit code 1 if that is 1e-6 or more.
-So it does with a run that is passed on from one process to two, to four and back to one, by checkpoints, and with a model that FSDP
-spreads over two. `--unsloth` does the first two with the trainer that Unsloth generates.
+`python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes,
+which are forked once all is imported, leaves what has to be the same in FOLDER/N.pt and prints how
+far two and four are from one; exit code 1 if that is 1e-6 or more. So it does with a run that is
+passed on from one process to two, to four and back to one, by checkpoints, and with a model that
+FSDP spreads over two. `--unsloth` does the first two with the trainer that Unsloth generates.
 """
 
 import os
@@ -20,35 +22,47 @@ import torch  # noqa: E402
 
 GTPO = "gtpo.gtpo_training.UnslothGTPOTrainer"
 ROWS = 24  # three groups of eight: two processes share the second, four share all of them
-LONGEST = (7, 4, 6, 3)  # tokens, of each quarter of the rows: processes hold completions of unequal width
+# tokens, of each quarter of the rows: processes hold completions of unequal width
+LONGEST = (7, 4, 6, 3)
 CASES = {
     "adamw": {"optim": "adamw_torch", "max_grad_norm": 0.1, "weight_decay": 0.1},
-    "filtered": {"optim": "sgd", "learning_rate": 1.0, "threshold": 1.58},  # <H>_ini is just below it
+    # <H>_ini is just below it
+    "filtered": {"optim": "sgd", "learning_rate": 1.0, "threshold": 1.58},
     "accumulation": {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 3},
     "iterations": {"optim": "sgd", "learning_rate": 1.0, "num_iterations": 2, "max_steps": 4},
 }
 
 
 def drawn(rollout: int, tokenizer, rows: int = ROWS, seed: int = 0) -> list[list[int]]:
-    """Completions (ids) of a rollout, the same whoever asks: two letters, so that many stand at the same place; some are cut off."""
+    """Completions (ids) of a rollout, the same whoever asks: two letters, so that many stand at the
+    same place; some are cut off.
+    """
     generator = torch.Generator().manual_seed(1000 * seed + rollout)
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "ab"]
     completions = []
     for row in range(rows):
         longest = LONGEST[row * len(LONGEST) // rows]
-        length = longest if row % (rows // len(LONGEST)) == 0 else int(torch.randint(1, longest + 1, (1,), generator=generator))
+        length = (
+            longest
+            if row % (rows // len(LONGEST)) == 0
+            else int(torch.randint(1, longest + 1, (1,), generator=generator))
+        )
         ids = [letters[int(torch.randint(0, 2, (1,), generator=generator))] for _ in range(length)]
         completions.append([*ids[:-1], tokenizer.eos_token_id] if row % 3 and length > 1 else ids)
     return completions
 
 
 def inject(trainer, rows: int = ROWS, drawn_so_far: int = 0) -> None:
-    """Let `trainer` get the completions of `drawn` instead of sampling, `rows` to a rollout over all processes."""
+    """Let `trainer` get the completions of `drawn` instead of sampling, `rows` to a rollout over
+    all processes.
+    """
 
     def generate(prompt_ids, *args, **kwargs):
         nonlocal drawn_so_far
         first = trainer.accelerator.process_index * len(prompt_ids)
-        completions = drawn(drawn_so_far, trainer.processing_class, rows)[first : first + len(prompt_ids)]
+        completions = drawn(drawn_so_far, trainer.processing_class, rows)[
+            first : first + len(prompt_ids)
+        ]
         drawn_so_far += 1
         return completions, None
 
@@ -56,13 +70,25 @@ def inject(trainer, rows: int = ROWS, drawn_so_far: int = 0) -> None:
 
 
 def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **options) -> dict:
-    """What has to be the same for any number of processes: prompts and lambda of each rollout, <H>_ini, gradients and LoRA weights."""
+    """What has to be the same for any number of processes: prompts and lambda of each rollout,
+    <H>_ini, gradients and LoRA weights.
+    """
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    micro_batches = options.get("steps_per_generation", options.get("gradient_accumulation_steps", 1))
+    micro_batches = options.get(
+        "steps_per_generation", options.get("gradient_accumulation_steps", 1)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        trainer = gradients.make_trainer(class_path, folder, **{
-            "num_generations": 8, "per_device_train_batch_size": rows // processes // micro_batches, "gradient_accumulation_steps": 1,
-            "max_steps": 3, **options})
+        trainer = gradients.make_trainer(
+            class_path,
+            folder,
+            **{
+                "num_generations": 8,
+                "per_device_train_batch_size": rows // processes // micro_batches,
+                "gradient_accumulation_steps": 1,
+                "max_steps": 3,
+                **options,
+            },
+        )
         from gtpo import gtpo_training, sharding
 
         gtpo_training.ENT_THRESHOLD = threshold
@@ -72,19 +98,32 @@ def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **option
         trainer.add_callback(_EachStep(trainer.model, steps))
         trainer.train()
     return {
-        "processes": trainer.accelerator.num_processes, "widths": _gathered(trainer, [r["completion_ids"].shape[1] for r in seen["rollouts"]]),
-        "prompts": [_rows(trainer, r["prompt_ids"] * r["prompt_mask"], r["prompt_mask"]) for r in seen["rollouts"]],
-        "token_weights": [_rows(trainer, r["token_weights"], r["completion_mask"]) for r in seen["rollouts"]],
+        "processes": trainer.accelerator.num_processes,
+        "widths": _gathered(trainer, [r["completion_ids"].shape[1] for r in seen["rollouts"]]),
+        "prompts": [
+            _rows(trainer, r["prompt_ids"] * r["prompt_mask"], r["prompt_mask"])
+            for r in seen["rollouts"]
+        ],
+        "token_weights": [
+            _rows(trainer, r["token_weights"], r["completion_mask"]) for r in seen["rollouts"]
+        ],
         "signs": [_gathered(trainer, r["advantages"].sign().tolist()) for r in seen["rollouts"]],
-        "initial_entropy": trainer.initial_entropy, "gradients": list(map(_whole, seen["gradients"])), "lora": list(map(_whole, steps)),
+        "initial_entropy": trainer.initial_entropy,
+        "gradients": list(map(_whole, seen["gradients"])),
+        "lora": list(map(_whole, steps)),
         "saved": sharding.whole_state(trainer),
-        "filtered": [line["gtpo/frac_filtered"] for line in seen["logs"][:-1]], "lengths": [_gathered(trainer, r["completion_mask"].sum(1).tolist()) for r in seen["rollouts"]],
+        "filtered": [line["gtpo/frac_filtered"] for line in seen["logs"][:-1]],
+        "lengths": [
+            _gathered(trainer, r["completion_mask"].sum(1).tolist()) for r in seen["rollouts"]
+        ],
     }
 
 
 def _whole(tensors: dict) -> dict:
     """Put together what FSDP spreads over the processes."""
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+    return {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()
+    }
 
 
 def _EachStep(model, steps: list):
@@ -92,14 +131,22 @@ def _EachStep(model, steps: list):
 
     class EachStep(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            steps.append({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+            steps.append(
+                {
+                    name: p.detach().clone()
+                    for name, p in model.named_parameters()
+                    if p.requires_grad
+                }
+            )
 
     return EachStep()
 
 
 def _rows(trainer, values, mask) -> list[list[float]]:
     """The real entries of each row, of all processes, in the rollout's order."""
-    return _gathered(trainer, [row[real.bool()].tolist() for row, real in zip(values, mask, strict=True)])
+    return _gathered(
+        trainer, [row[real.bool()].tolist() for row, real in zip(values, mask, strict=True)]
+    )
 
 
 def _gathered(trainer, values: list) -> list:
@@ -115,19 +162,44 @@ def largest_difference(one: dict, other: dict) -> float:
 
 
 def train_on(folder: Path, checkpoint, last: int) -> dict:
-    """LoRA weights and <H>_ini of a run of 5 steps that goes on from `checkpoint` (None: begins) and ends with step `last`."""
+    """LoRA weights and <H>_ini of a run of 5 steps that goes on from `checkpoint` (None: begins)
+    and ends with step `last`.
+    """
     from gtpo.exact_resume import ExactResume
 
     folder.mkdir(exist_ok=True)
-    trainer = gradients.make_trainer(GTPO, str(folder), **{
-        "num_generations": 8, "per_device_train_batch_size": ROWS // int(os.environ["WORLD_SIZE"]), "gradient_accumulation_steps": 1,
-        "max_steps": 5, "optim": "adamw_torch", "lr_scheduler_type": "linear", "weight_decay": 0.1, "save_strategy": "steps", "save_steps": 1})
+    trainer = gradients.make_trainer(
+        GTPO,
+        str(folder),
+        **{
+            "num_generations": 8,
+            "per_device_train_batch_size": ROWS // int(os.environ["WORLD_SIZE"]),
+            "gradient_accumulation_steps": 1,
+            "max_steps": 5,
+            "optim": "adamw_torch",
+            "lr_scheduler_type": "linear",
+            "weight_decay": 0.1,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        },
+    )
     inject(trainer, drawn_so_far=checkpoint.step if checkpoint else 0)
     trainer.add_callback(_StopAfter(last))
-    ExactResume(trainer, folder, {"recipe": {}, "processes": trainer.accelerator.num_processes}, checkpoint=checkpoint)
+    ExactResume(
+        trainer,
+        folder,
+        {"recipe": {}, "processes": trainer.accelerator.num_processes},
+        checkpoint=checkpoint,
+    )
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
-    return {"lora": {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad},
-            "initial_entropy": trainer.initial_entropy}
+    return {
+        "lora": {
+            name: p.detach().clone()
+            for name, p in trainer.model.named_parameters()
+            if p.requires_grad
+        },
+        "initial_entropy": trainer.initial_entropy,
+    }
 
 
 def _StopAfter(step: int):
@@ -141,7 +213,9 @@ def _StopAfter(step: int):
 
 
 def pass_on(folder: Path, counts: list[int]) -> None:
-    """Train straight in FOLDER/passed/straight, and by `counts` of processes in turn from its second step on, one step each."""
+    """Train straight in FOLDER/passed/straight, and by `counts` of processes in turn from its
+    second step on, one step each.
+    """
     from gtpo import checkpoints
 
     passed = folder / "passed"
@@ -149,6 +223,7 @@ def pass_on(folder: Path, counts: list[int]) -> None:
     fork(1, lambda: torch.save(train_on(passed / "straight", None, 5), passed / "straight.pt"))
     before = passed / "straight/checkpoint-2"
     for step, processes in enumerate(counts, 3):
+
         def leg():
             told = train_on(passed / f"by{step}", checkpoints.read(before), step)
             if os.environ["RANK"] == "0":
@@ -162,7 +237,11 @@ def fork(processes: int, work) -> None:
     """Let as many gloo processes do `work`; raises RuntimeError if one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]), WORLD_SIZE=str(processes))
+        os.environ.update(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(free.getsockname()[1]),
+            WORLD_SIZE=str(processes),
+        )
     children = [os.fork() or _child(rank, processes, work) for rank in range(processes)]
     if any([os.waitpid(child, 0)[1] for child in children]):
         raise RuntimeError(f"not all of {processes} processes succeeded")
@@ -187,20 +266,27 @@ def _train_cases(file: Path, names=tuple(CASES)) -> None:
 
 
 def _train_spread(file: Path) -> None:
-    """With FSDP, as recipes/accelerate/fsdp.yaml has it; accelerate 1.15.0 lets GPUs alone do that, and is told that we are some."""
+    """With FSDP, as recipes/accelerate/fsdp.yaml has it; accelerate 1.15.0 lets GPUs alone do that,
+    and is told that we are some.
+    """
     from accelerate import state
     from accelerate.utils import DistributedType
 
     torch.distributed.init_process_group("gloo")
     del os.environ["ACCELERATE_USE_CPU"]
     os.environ.update(launched(os.path.join(ROOT, "recipes/accelerate/fsdp.yaml"))[1])
-    state.PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+    state.PartialState._prepare_backend = lambda *args, **kwargs: (
+        "gloo",
+        DistributedType.MULTI_GPU,
+    )
     state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     _train_cases(file, ("adamw", "filtered"))
 
 
 def launched(config: str) -> tuple:
-    """The arguments that `accelerate launch` makes of a configuration file, and what it sets in its processes' environment."""
+    """The arguments that `accelerate launch` makes of a configuration file, and what it sets in its
+    processes' environment.
+    """
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -208,14 +294,22 @@ def launched(config: str) -> tuple:
     asked, defaults, _ = _validate_launch_command(asked)
     if asked.use_deepspeed:
         asked.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    env = prepare_deepspeed_cmd_env(asked)[1] if asked.use_deepspeed else prepare_multi_gpu_env(asked)
-    return asked, {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    env = (
+        prepare_deepspeed_cmd_env(asked)[1] if asked.use_deepspeed else prepare_multi_gpu_env(asked)
+    )
+    return asked, {
+        name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_"))
+    }
 
 
 def distances(one: dict, several: dict) -> dict[str, float]:
-    """How far a case with several processes is from that with one: the largest difference of each figure."""
+    """How far a case with several processes is from that with one: the largest difference of each
+    figure.
+    """
     return {
-        "lambda": float(one["token_weights"] != several["token_weights"] or one["prompts"] != several["prompts"]),
+        "lambda": float(
+            one["token_weights"] != several["token_weights"] or one["prompts"] != several["prompts"]
+        ),
         "initial entropy": abs(one["initial_entropy"] - several["initial_entropy"]),
         "gradient": max(map(largest_difference, one["gradients"], several["gradients"])),
         "LoRA": max(map(largest_difference, one["lora"], several["lora"])),
@@ -234,15 +328,34 @@ def main(folder: Path, counts: list[int]) -> int:
     if spread:
         fork(2, lambda: _train_spread(folder / "fsdp.pt"))
     one, *others = (torch.load(folder / f"{count}.pt") for count in [1, *counts])
-    rows = [(case, f"{several[case]['processes']} processes", distances(one[case], several[case])) for case in CASES for several in others]
-    straight, passed_on = (torch.load(folder / f"passed/{name}.pt") for name in ("straight", "passed_on"))
-    rows.append(("passed on", f"1, {', '.join(map(str, counts))}, 1 processes", {
-        "initial entropy": abs(straight["initial_entropy"] - passed_on["initial_entropy"]),
-        "LoRA": largest_difference(straight["lora"], passed_on["lora"])}))
+    rows = [
+        (case, f"{several[case]['processes']} processes", distances(one[case], several[case]))
+        for case in CASES
+        for several in others
+    ]
+    straight, passed_on = (
+        torch.load(folder / f"passed/{name}.pt") for name in ("straight", "passed_on")
+    )
+    rows.append(
+        (
+            "passed on",
+            f"1, {', '.join(map(str, counts))}, 1 processes",
+            {
+                "initial entropy": abs(straight["initial_entropy"] - passed_on["initial_entropy"]),
+                "LoRA": largest_difference(straight["lora"], passed_on["lora"]),
+            },
+        )
+    )
     if spread:
-        rows += [(case, "FSDP, 2 processes", distances(one[case], found)) for case, found in torch.load(folder / "fsdp.pt").items()]
+        rows += [
+            (case, "FSDP, 2 processes", distances(one[case], found))
+            for case, found in torch.load(folder / "fsdp.pt").items()
+        ]
     for case, processes, found in rows:
-        print(f"{case:13} {processes}: " + ", ".join(f"{name} {far:.1e}" for name, far in found.items()))
+        print(
+            f"{case:13} {processes}: "
+            + ", ".join(f"{name} {far:.1e}" for name, far in found.items())
+        )
     return int(max(far for *_, found in rows for far in found.values()) >= 1e-6)
 
 

@@ -11,11 +11,18 @@ import gradients
 def some_unjudged(completions, **kwargs) -> list[float | None]:
     """The tests' usual reward, with no verdict on what begins with an a."""
     rewards = gradients.letters_reward(completions)
-    return [None if text.startswith("a") else reward for text, reward in zip(completions, rewards, strict=True)]
+    return [
+        None if text.startswith("a") else reward
+        for text, reward in zip(completions, rewards, strict=True)
+    ]
 
 
-def record(class_path: str, folder, *, record: bool = True, tokens_every: int = 1, **options) -> dict:
-    """Lines, rollouts and adapter of a short run, and how far the first rollout's entropies are from the policy's own."""
+def record(
+    class_path: str, folder, *, record: bool = True, tokens_every: int = 1, **options
+) -> dict:
+    """Lines, rollouts and adapter of a short run, and how far the first rollout's entropies are
+    from the policy's own.
+    """
     file = Path(folder, "completions.jsonl")
     if record and int(os.environ.get("RANK", "0")) == 0:
         file.unlink(missing_ok=True)
@@ -31,21 +38,32 @@ def record(class_path: str, folder, *, record: bool = True, tokens_every: int = 
     lines = [json.loads(line) for line in file.read_text().splitlines()] if record else []
     first = [line for line in lines if line["step"] == 1 and "ids" in line]
     return {
-        "lines": lines, "rollouts": [{**rollout, "number": i} for i, rollout in enumerate(seen["rollouts"], 1)],
-        "adapter": {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad},
+        "lines": lines,
+        "rollouts": [{**rollout, "number": i} for i, rollout in enumerate(seen["rollouts"], 1)],
+        "adapter": {
+            n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad
+        },
         "entropy_error": max((entropy_error(before, trainer, line) for line in first), default=0.0),
     }
 
 
 def entropy_error(model, trainer, line: dict) -> float:
-    """The largest distance of a line's entropies from those of `model`, run in float64 on this completion alone."""
+    """The largest distance of a line's entropies from those of `model`, run in float64 on this
+    completion alone.
+    """
     import torch
 
     model = gradients.float64_copy(model)
     prompt = trainer.processing_class(line["prompt"], add_special_tokens=False)["input_ids"]
     ids = torch.tensor([prompt + line["ids"]])
     with torch.no_grad():
-        log_probs = (model(ids).logits[0, len(prompt) - 1 : -1] / trainer.args.temperature).log_softmax(-1)
+        log_probs = (
+            model(ids).logits[0, len(prompt) - 1 : -1] / trainer.args.temperature
+        ).log_softmax(-1)
     expected = -(log_probs.exp() * log_probs).sum(-1)
-    pairs = [(x, y) for x, y in zip(line["entropies"] or [], expected.tolist(), strict=bool(line["entropies"])) if x is not None]
+    pairs = [
+        (x, y)
+        for x, y in zip(line["entropies"] or [], expected.tolist(), strict=bool(line["entropies"]))
+        if x is not None
+    ]
     return max((abs(x - y) for x, y in pairs), default=0.0)

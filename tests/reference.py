@@ -1,9 +1,13 @@
-"""GTPO's formulas as naive loops straight from the paper (arXiv 2508.03772), in Python floats or float64."""
+"""GTPO's formulas as naive loops straight from the paper (arXiv 2508.03772), in Python floats or
+float64.
+"""
 
 import torch
 
 
-def conflicts(ids: list[list[int]], mask: list[list[int]], advantages: list[float]) -> list[list[bool]]:
+def conflicts(
+    ids: list[list[int]], mask: list[list[int]], advantages: list[float]
+) -> list[list[bool]]:
     """Prefix run or suffix run, per token, for one group."""
     real = [[t for t, m in enumerate(row) if m] for row in mask]  # columns of real tokens
 
@@ -40,11 +44,23 @@ def entropy(log_probs: torch.Tensor) -> torch.Tensor:
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
-def loss(log_probs: list[torch.Tensor], ids: list[list[int]], mask, advantages: list[float], *, weight: float,
-         scale: float, threshold: float, initial: float | None, counted=None) -> torch.Tensor:
-    """-J of one group from each completion's (length, V) log-probs; differentiable through the ratio alone.
+def loss(
+    log_probs: list[torch.Tensor],
+    ids: list[list[int]],
+    mask,
+    advantages: list[float],
+    *,
+    weight: float,
+    scale: float,
+    threshold: float,
+    initial: float | None,
+    counted=None,
+) -> torch.Tensor:
+    """-J of one group from each completion's (length, V) log-probs; differentiable through the
+    ratio alone.
 
-    `counted`, by default the mask itself, says which tokens enter the sums: Unsloth leaves some out that do vote.
+    `counted`, by default the mask itself, says which tokens enter the sums: Unsloth leaves some out
+    that do vote.
     """
     counted = counted or mask
     weights = token_weights(ids, mask, advantages, weight)
@@ -54,9 +70,15 @@ def loss(log_probs: list[torch.Tensor], ids: list[list[int]], mask, advantages: 
         if not real:
             continue
         mean_entropy = sum(entropy(row[t]).item() for t in real) / len(real)
-        kept = 1.0 if (initial is not None and initial > threshold) or not mean_entropy > threshold else 0.0
+        kept = (
+            1.0
+            if (initial is not None and initial > threshold) or not mean_entropy > threshold
+            else 0.0
+        )
         for t in real:
             logp = row[t, ids[i][t]]
             ratio = (logp - logp.detach()).exp()
-            total = total + kept * (advantages[i] - scale * mean_entropy) * weights[i][t] * ratio / len(real)
+            total = total + kept * (advantages[i] - scale * mean_entropy) * weights[i][
+                t
+            ] * ratio / len(real)
     return -total / len(ids)

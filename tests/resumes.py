@@ -1,43 +1,85 @@
-"""Train a tiny policy straight, and again from a checkpoint on the way, with nothing but a trainer and gtpo.exact_resume."""
+"""Train a tiny policy straight, and again from a checkpoint on the way, with nothing but a trainer
+and gtpo.exact_resume.
+"""
 
 from pathlib import Path
 
 import gradients
 
-OPTIONS = {"max_steps": 4, "steps_per_generation": 3, "num_iterations": 2, "optim": "adamw_torch", "logging_steps": 2,
-           "save_strategy": "steps", "save_steps": 1}  # rollouts end within steps, epochs within the run
+OPTIONS = {
+    "max_steps": 4,
+    "steps_per_generation": 3,
+    "num_iterations": 2,
+    "optim": "adamw_torch",
+    "logging_steps": 2,
+    # rollouts end within steps, epochs within the run
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
 
 
-def train(class_path: str, folder: Path, *, checkpoint=None, changed: bool = False, callback=None, **options) -> dict:
+def train(
+    class_path: str,
+    folder: Path,
+    *,
+    checkpoint=None,
+    changed: bool = False,
+    callback=None,
+    **options,
+) -> dict:
     """What has to be the same, of a run with a recorder."""
+    from benchmarks.resume_proof import _drop_times
     from gtpo.exact_resume import ExactResume
     from gtpo.recorder import Recorder
-
-    from benchmarks.resume_proof import _drop_times
 
     folder.mkdir(parents=True, exist_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{**OPTIONS, **options})
     completions = folder / "completions.jsonl"
-    if checkpoint and trainer.accelerator.is_main_process:  # as in a run, one process writes the file
+    # as in a run, one process writes the file
+    if checkpoint and trainer.accelerator.is_main_process:
         earlier = checkpoint.folder.parent / completions.name
         completions.write_bytes(earlier.read_bytes()[: checkpoint.told["completions"]])
     Recorder(trainer, completions)
     if callback:
         trainer.add_callback(callback)
-    ExactResume(trainer, folder, {"recipe": {}, "processes": trainer.accelerator.num_processes}, checkpoint=checkpoint, changed=changed)
+    ExactResume(
+        trainer,
+        folder,
+        {"recipe": {}, "processes": trainer.accelerator.num_processes},
+        checkpoint=checkpoint,
+        changed=changed,
+    )
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
     trainer.accelerator.wait_for_everyone()  # before another process reads what that one wrote
     return {
-        "weights": {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad},
-        "optimizer": trainer.optimizer.state_dict(), "completions": completions.read_bytes(),
+        "weights": {
+            name: value.detach().clone()
+            for name, value in trainer.model.named_parameters()
+            if value.requires_grad
+        },
+        "optimizer": trainer.optimizer.state_dict(),
+        "completions": completions.read_bytes(),
         "metrics": [_drop_times(dict(line)) for line in trainer.state.log_history],
     }
 
 
-def where_resumed_runs_differ(class_path: str, folder: Path, steps=(1, 2, 3), **options) -> list[str]:
+def where_resumed_runs_differ(
+    class_path: str, folder: Path, steps=(1, 2, 3), **options
+) -> list[str]:
     from benchmarks.resume_proof import differences
     from gtpo import checkpoints
 
     straight = train(class_path, folder / "straight", **options)
-    return [f"{step}{place}" for step in steps for place in differences(straight, train(
-        class_path, folder / str(step), checkpoint=checkpoints.read(folder / f"straight/checkpoint-{step}"), **options))]
+    return [
+        f"{step}{place}"
+        for step in steps
+        for place in differences(
+            straight,
+            train(
+                class_path,
+                folder / str(step),
+                checkpoint=checkpoints.read(folder / f"straight/checkpoint-{step}"),
+                **options,
+            ),
+        )
+    ]

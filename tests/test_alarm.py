@@ -10,9 +10,18 @@ from conftest import ROOT
 from gtpo.alarm import CONDITIONS, METRICS, Alarm
 from gtpo.watch_sections import AlarmSection
 
-HEALTHY = {"reward": 12.0, "loss": 0.0, "grad_norm": 0.3, "gtpo/skipped_steps": 0.0, "gtpo/initial_entropy": 0.5,
-           "gtpo/completion_entropy": 0.4, "gtpo/frac_filtered": 0.1, "reward/format_rate": 0.9, "frac_reward_zero_std": 0.5,
-           "completions/clipped_ratio": 0.1}
+HEALTHY = {
+    "reward": 12.0,
+    "loss": 0.0,
+    "grad_norm": 0.3,
+    "gtpo/skipped_steps": 0.0,
+    "gtpo/initial_entropy": 0.5,
+    "gtpo/completion_entropy": 0.4,
+    "gtpo/frac_filtered": 0.1,
+    "reward/format_rate": 0.9,
+    "frac_reward_zero_std": 0.5,
+    "completions/clipped_ratio": 0.1,
+}
 NAN = math.nan
 
 
@@ -22,15 +31,32 @@ def alarm_of(**given) -> Alarm:
 
 
 def raised(alarm: Alarm, *stretches: tuple[int, dict]) -> list[tuple[int, str, str]]:
-    """Every event of a run of healthy log lines with some metrics replaced: (log line, condition, evidence)."""
+    """Every event of a run of healthy log lines with some metrics replaced: (log line, condition,
+    evidence).
+    """
     lines = [{**HEALTHY, **changed} for count, changed in stretches for _ in range(count)]
-    return [(number, *event) for number, line in enumerate(lines, 1) for event in alarm.see(line).items()]
+    return [
+        (number, *event)
+        for number, line in enumerate(lines, 1)
+        for event in alarm.see(line).items()
+    ]
 
 
-CASES = {  # condition: a metric, its value at the healthy edge, one beyond it, and what the evidence says
-    "entropy_above": ("gtpo/completion_entropy", 0.69, 0.8, "is 0.72 nats, above 0.7 (it began at 0.50)"),
+# condition: a metric, its value at the healthy edge, one beyond it, and what the evidence says
+CASES = {
+    "entropy_above": (
+        "gtpo/completion_entropy",
+        0.69,
+        0.8,
+        "is 0.72 nats, above 0.7 (it began at 0.50)",
+    ),
     "entropy_low": ("gtpo/completion_entropy", 0.06, 0.02, "is 0.020 nats, 4% of the initial 0.50"),
-    "all_filtered": ("gtpo/frac_filtered", 0.95, 1.0, "switches off 100% of the completions: no gradient is left"),
+    "all_filtered": (
+        "gtpo/frac_filtered",
+        0.95,
+        1.0,
+        "switches off 100% of the completions: no gradient is left",
+    ),
     "format_falling": ("reward/format_rate", 0.7, 0.6, "fell to 60%, from 90% at its best"),
     "no_signal": ("frac_reward_zero_std", 0.9, 1.0, "in 100% of the groups all rewards are equal"),
     "truncated": ("completions/clipped_ratio", 0.45, 0.75, "62% of the completions are cut off"),
@@ -64,7 +90,11 @@ def test_a_condition_is_told_again_once_it_had_recovered(condition):
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_null_switches_a_condition_off(condition):
     everything = {metric: beyond for metric, _, beyond, _ in CASES.values()}
-    lines = [(5, {}), (20, {**everything, "gtpo/completion_entropy": 0.9, "gtpo/skipped_steps": 9.0}), (20, BAD["entropy_low"])]
+    lines = [
+        (5, {}),
+        (20, {**everything, "gtpo/completion_entropy": 0.9, "gtpo/skipped_steps": 9.0}),
+        (20, BAD["entropy_low"]),
+    ]
     given = {"entropy_rising": 0.2}
     assert {name for _, name, _ in raised(alarm_of(**given), *lines)} == set(CONDITIONS)
     left = {name for _, name, _ in raised(alarm_of(**{**given, condition: None}), *lines)}
@@ -80,8 +110,15 @@ def test_a_steep_rise_is_told_long_before_the_threshold():
 
 
 def test_a_policy_that_began_above_the_threshold_may_stay_there():
-    assert raised(alarm_of(), (30, {"gtpo/initial_entropy": 1.1, "gtpo/completion_entropy": 1.0})) == []
-    assert raised(alarm_of(), (30, {"gtpo/initial_entropy": None, "gtpo/completion_entropy": 1.0})) == []  # nor measured it
+    assert (
+        raised(alarm_of(), (30, {"gtpo/initial_entropy": 1.1, "gtpo/completion_entropy": 1.0}))
+        == []
+    )
+    # nor measured it
+    assert (
+        raised(alarm_of(), (30, {"gtpo/initial_entropy": None, "gtpo/completion_entropy": 1.0}))
+        == []
+    )
 
 
 def test_without_gtpos_metrics_entropy_is_held_against_the_first_window():
@@ -98,20 +135,30 @@ def test_metrics_that_are_not_logged_raise_nothing():
 
 
 def test_non_finite_steps_are_counted_where_they_are_skipped_and_where_they_are_not():
-    assert raised(alarm_of(), (5, {}), (9, {"gtpo/skipped_steps": 2.0, "grad_norm": NAN})) == []  # two, skipped
+    # two, skipped
+    assert raised(alarm_of(), (5, {}), (9, {"gtpo/skipped_steps": 2.0, "grad_norm": NAN})) == []
     skipping = [(1, {"gtpo/skipped_steps": float(count)}) for count in (0, 1, 2, 3, 3, 3, 3, 3, 3)]
     ((line, name, said),) = raised(alarm_of(), (5, {}), *skipping)
     assert (line, name) == (9, "non_finite") and said.startswith("3 steps within 5 log lines")
     plain = {"gtpo/skipped_steps": None}
     assert raised(alarm_of(), (9, plain), (2, {**plain, "grad_norm": math.inf}), (9, plain)) == []
-    ((line, name, _),) = raised(alarm_of(), (9, plain), (1, {**plain, "grad_norm": NAN}), (1, plain), (2, {**plain, "loss": NAN}))
+    ((line, name, _),) = raised(
+        alarm_of(),
+        (9, plain),
+        (1, {**plain, "grad_norm": NAN}),
+        (1, plain),
+        (2, {**plain, "loss": NAN}),
+    )
     assert (line, name) == (13, "non_finite")
-    ((line, name, _),) = raised(alarm_of(window=50), (3, {**plain, "grad_norm": NAN}))  # a run that begins so
+    # a run that begins so
+    ((line, name, _),) = raised(alarm_of(window=50), (3, {**plain, "grad_norm": NAN}))
     assert (line, name) == (3, "non_finite")
 
 
 def test_a_metric_that_is_not_finite_counts_as_unknown():
-    assert raised(alarm_of(), (30, {"gtpo/completion_entropy": NAN, "reward/format_rate": None})) == []
+    assert (
+        raised(alarm_of(), (30, {"gtpo/completion_entropy": NAN, "reward/format_rate": None})) == []
+    )
 
 
 def test_the_state_survives_a_checkpoint():
@@ -123,7 +170,9 @@ def test_the_state_survives_a_checkpoint():
     assert raised(told, (9, BAD["no_signal"])) == []
 
 
-@pytest.mark.parametrize("action, saves, stops", [("warn", False, False), ("save", True, False), ("stop", True, True)])
+@pytest.mark.parametrize(
+    "action, saves, stops", [("warn", False, False), ("save", True, False), ("stop", True, True)]
+)
 def test_an_event_is_logged_as_a_metric_and_acts_as_the_recipe_says(caplog, action, saves, stops):
     alarm = alarm_of(action=action)
     control = SimpleNamespace(should_save=False, should_training_stop=False)
@@ -136,7 +185,9 @@ def test_an_event_is_logged_as_a_metric_and_acts_as_the_recipe_says(caplog, acti
     alarm.on_log(None, state, control, logs={"eval_reward": 1.0})  # no line of training
     assert (control.should_save, control.should_training_stop) == (saves, stops)
     (message,) = caplog.messages
-    assert message.startswith("[GTPO] Alarm at step 5: 75% of the completions are cut off before their end; ")
+    assert message.startswith(
+        "[GTPO] Alarm at step 5: 75% of the completions are cut off before their end; "
+    )
     assert alarm.stopped_by == (message.removeprefix("[GTPO] ") if stops else None)
 
 
@@ -145,11 +196,14 @@ def test_every_condition_has_a_threshold_in_the_recipe_and_reads_metrics_that_so
     assert set(METRICS) <= HEALTHY.keys()
 
 
-# ---- the logs of real runs: 100 steps of both demo recipes, and 120 steps with --training.learning_rate 2e-2
+# ---- the logs of real runs: 100 steps of both demo recipes, and 120 steps with
+# --training.learning_rate 2e-2
 
 
 def told(run: str) -> dict[str, int]:
-    """Each condition that the default alarm tells in a run of tests/alarm_logs.json, and at which step."""
+    """Each condition that the default alarm tells in a run of tests/alarm_logs.json, and at which
+    step.
+    """
     columns = json.loads((ROOT / "tests/alarm_logs.json").read_text())[run]
     section = AlarmSection()
     alarm = Alarm(action="warn", window=section.window, limits=section.limits(0.7))
@@ -165,7 +219,13 @@ def test_the_demo_recipes_raise_no_alarm(recipe):
 def test_a_learning_rate_at_which_both_trainers_collapse_is_told_within_40_steps():
     gtpo, grpo = told("demo 2e-2"), told("demo_grpo 2e-2")
     assert gtpo == {"format_falling": 28, "truncated": 33, "entropy_rising": 40, "no_signal": 48}
-    assert grpo == {"entropy_above": 27, "format_falling": 27, "truncated": 30, "entropy_rising": 40, "no_signal": 90}
+    assert grpo == {
+        "entropy_above": 27,
+        "format_falling": 27,
+        "truncated": 30,
+        "entropy_rising": 40,
+        "no_signal": 90,
+    }
 
 
 # ---- runs from end to end
@@ -179,6 +239,7 @@ def here(tmp_path, monkeypatch):
 
 def run(here, *flags: str) -> tuple[int, list[dict]]:
     import test_train_model
+
     import train_model
 
     code = train_model.main(test_train_model.demo_flags("--training.save_steps", "100", *flags))
@@ -186,24 +247,48 @@ def run(here, *flags: str) -> tuple[int, list[dict]]:
 
 
 # GTPO's gate is off where the policy began above the threshold; the released trainer's never is.
-GATE_SHUT = ["--trainer.class_path", "custom_trainer.released.ReleasedGTPOTrainer", "--gtpo_runtime.ent_threshold", "0.0",
-             "--training.max_steps", "6", "--alarm.window", "3"]
+GATE_SHUT = [
+    "--trainer.class_path",
+    "custom_trainer.released.ReleasedGTPOTrainer",
+    "--gtpo_runtime.ent_threshold",
+    "0.0",
+    "--training.max_steps",
+    "6",
+    "--alarm.window",
+    "3",
+]
 
 
 def test_a_run_whose_gate_shuts_everything_is_told_so_and_stopped_with_all_saved(here, capsys):
     code, history = run(here, *GATE_SHUT, "--alarm.action", "stop")
     assert code == 3
     steps = [line for line in history if "reward" in line]
-    assert len(steps) == 3 and steps[-1]["alarm/all_filtered"] == 1.0 and "alarm/all_filtered" not in steps[1]
+    assert (
+        len(steps) == 3
+        and steps[-1]["alarm/all_filtered"] == 1.0
+        and "alarm/all_filtered" not in steps[1]
+    )
     (folder,) = (here / "runs").iterdir()
-    for name in ("adapter_model.safetensors", "trainer_state.json", "checkpoint-3/adapter_model.safetensors"):
+    for name in (
+        "adapter_model.safetensors",
+        "trainer_state.json",
+        "checkpoint-3/adapter_model.safetensors",
+    ):
         assert (folder / name).is_file(), name
-    stateful = json.loads((folder / "checkpoint-3/trainer_state.json").read_text())["stateful_callbacks"]
+    stateful = json.loads((folder / "checkpoint-3/trainer_state.json").read_text())[
+        "stateful_callbacks"
+    ]
     assert stateful["Alarm"]["attributes"]["told"] == {"all_filtered": 0}
-    said = "Alarm at step 3: the entropy filter switches off 100% of the completions: no gradient is left"
+    said = (
+        "Alarm at step 3: the entropy filter switches off 100% of the completions: no gradient is"
+        " left"
+    )
     assert said in (folder / "train.log").read_text()
     captured = capsys.readouterr()
-    assert f"stopped: {said}" in captured.err and f"Run directory: {folder.relative_to(here)}" in captured.out
+    assert (
+        f"stopped: {said}" in captured.err
+        and f"Run directory: {folder.relative_to(here)}" in captured.out
+    )
     assert "Traceback" not in captured.err
 
 

@@ -13,14 +13,23 @@ from pathlib import Path
 import pytest
 
 from gtpo import answers, verifier
-from gtpo.answers import boxed_answer, final_answer, format_reference, format_score, gsm8k_answer, same_answer
+from gtpo.answers import (
+    boxed_answer,
+    final_answer,
+    format_reference,
+    format_score,
+    gsm8k_answer,
+    same_answer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 MANY = 200_000  # repetitions in a hostile text: anything quadratic takes hours
 
 
 def in_time(function, *arguments, seconds=60):
-    """What a function returns in a thread of its own; fails where that takes so long that it must be a hang."""
+    """What a function returns in a thread of its own; fails where that takes so long that it must
+    be a hang.
+    """
     result = []
     thread = threading.Thread(target=lambda: result.append(function(*arguments)), daemon=True)
     thread.start()
@@ -104,14 +113,18 @@ def test_a_reference_is_written_to_the_letter_and_read_back():
 # Scoring the format
 
 SCORES = [
-    ("[x](5)", 10), ("well, [x]\n(5)\n\n", 10), ("[x] between (5)", 10), ("[]()", 10),  # text before and between
+    # text before and between
+    ("[x](5)", 10), ("well, [x]\n(5)\n\n", 10), ("[x] between (5)", 10), ("[]()", 10),
     ("", 0), ("5", 0), ("[", 0), ("x ] y", 0), (")(", 0), ("][", 0),
     ("[x]", 1), ("(5)", 1), ("[x] 5", 1),  # one block, no trace of the other
     ("[x](5", 1.5), ("[x]5)", 1.5), ("](5)", 1.5), ("[(5)", 1.5),  # a trace of the other
-    ("[x](5) bye", 1.5), ("[x](5))", 1.5), ("[x](5)))", 1.5), ("[x](4)(5)", 1.5),  # the answer must be one, and the end
-    ("[x][y](5)", 1.5), ("[[x](5)", 1.5), ("[[x]](5)", 1.5),  # two reasoning blocks; the answer is well formed
+    # the answer must be one, and the end
+    ("[x](5) bye", 1.5), ("[x](5))", 1.5), ("[x](5)))", 1.5), ("[x](4)(5)", 1.5),
+    # two reasoning blocks; the answer is well formed
+    ("[x][y](5)", 1.5), ("[[x](5)", 1.5), ("[[x]](5)", 1.5),
     ("[x(5)]", 1.5), ("[x(5)]y", 1.5),  # an answer inside the reasoning does not end the text
-    ("([x]5)", 3), ("[x(5])", 3),  # reasoning in the answer, and overlap: each by itself is well formed
+    # reasoning in the answer, and overlap: each by itself is well formed
+    ("([x]5)", 3), ("[x(5])", 3),
     ("[x][y](4)(5)", 0), ("[[]](())", 0),
 ]  # fmt: skip
 
@@ -126,10 +139,16 @@ def slow_format_score(text: str) -> float:
     r_starts, r_ends, a_starts, a_ends = ([found.span() for found in re.finditer(tag, text)] for tag in (
         "<reasoning>", "</reasoning>", "<answer>", "</answer>"))  # fmt: skip
     reasoning = len(r_starts) == len(r_ends) == 1 and r_starts < r_ends
-    answer = len(a_starts) == len(a_ends) == 1 and a_starts < a_ends and text[a_ends[0][1] :].strip() == ""
+    answer = (
+        len(a_starts) == len(a_ends) == 1
+        and a_starts < a_ends
+        and text[a_ends[0][1] :].strip() == ""
+    )
     if reasoning and answer and r_ends < a_starts:
         return 10
-    return reasoning * (1.5 if a_starts or a_ends else 1) + answer * (1.5 if r_starts or r_ends else 1)
+    return reasoning * (1.5 if a_starts or a_ends else 1) + answer * (
+        1.5 if r_starts or r_ends else 1
+    )
 
 
 def test_the_format_score_agrees_with_the_literal_rule_on_random_texts():
@@ -243,8 +262,19 @@ def test_numbers_are_compared_exactly_in_all_their_spellings(no_math_verify):
     dice = random.Random(0)
     for _ in range(2_000):
         number = dice.randrange(-(10 ** dice.randrange(1, 12)), 10**9)
-        spellings = [f"{number}", f"{number:,}", f"{number}.0", f"${number:,}$", f"{number} apples", f"{2 * number}/2",
-                     f"\\frac{{{number}}}{{1}}", f"{number}e0", f"\\boxed{{{number}}}", f"{number:,}\\%"]  # fmt: skip
+        spellings = [
+            f"{number}",
+            f"{number:,}",
+            f"{number}.0",
+            f"${number:,}$",
+            f"{number} apples",
+            f"{2 * number}/2",
+            # fmt: skip
+            f"\\frac{{{number}}}{{1}}",
+            f"{number}e0",
+            f"\\boxed{{{number}}}",
+            f"{number:,}\\%",
+        ]
         one, other = dice.choice(spellings), dice.choice(spellings)
         if {one[-1], other[-1]} != {"s", "%"}:  # apples are no percent
             assert same_answer(one, other), (one, other)
@@ -318,7 +348,9 @@ def test_it_works_from_many_threads_at_once():
     results = {}
 
     def ask(number):
-        results[number] = same_answer(f"({number} + x)^2", f"x^2 + {2 * number}x + {number**2 + number % 2}")
+        results[number] = same_answer(
+            f"({number} + x)^2", f"x^2 + {2 * number}x + {number**2 + number % 2}"
+        )
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(2, 18)]
     for thread in threads:
@@ -364,7 +396,9 @@ def test_after_an_interrupt_no_reply_is_taken_for_that_to_the_next_question():
 def test_a_child_that_does_not_start_is_an_error_and_not_a_verdict(monkeypatch):
     verifier._stop()
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="math-verify does not start; try `/bin/false -c 'import math_verify'`"):
+    with pytest.raises(
+        RuntimeError, match="math-verify does not start; try `/bin/false -c 'import math_verify'`"
+    ):
         same_answer("d+1", "1+d")
 
 
@@ -376,11 +410,16 @@ def test_the_child_has_a_memory_limit():
     assert resource.prlimit(verifier._child.pid, resource.RLIMIT_AS)[0] == verifier.MEMORY_BYTES
 
 
-QUESTION = "from gtpo.answers import same_answer\nprint(same_answer('x+1', '1+x'), same_answer('x+1', 'x+2'))\n"
+QUESTION = (
+    "from gtpo.answers import same_answer\nprint(same_answer('x+1', '1+x'), same_answer('x+1',"
+    " 'x+2'))\n"
+)
 
 
 def run(*command, **options):
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, **options
+    )
 
 
 def test_it_works_from_a_command_from_standard_input_and_from_a_script_without_main_guard(tmp_path):
@@ -392,7 +431,9 @@ def test_it_works_from_a_command_from_standard_input_and_from_a_script_without_m
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_gets_a_child_of_its_own():
-    after_the_fork = "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0)\n" + QUESTION.replace("1", "3")
+    after_the_fork = "import os\npid = os.fork()\nif pid: os.waitpid(pid, 0)\n" + QUESTION.replace(
+        "1", "3"
+    )
     finished = run("-c", QUESTION + after_the_fork)
     assert (finished.stdout.splitlines(), finished.returncode) == (["True False"] * 3, 0)
 
@@ -440,13 +481,24 @@ def test_every_math_answer_is_found_and_is_the_same_as_itself(shared_data):
         assert not same_answer(one, other), (one, other)
 
 
-@pytest.mark.parametrize("answer", ["0!!" + "=" * 290, "=" * answers.LONGEST_ANSWER, "=1" * 150, "x==5", "5 == 5"])
+@pytest.mark.parametrize(
+    "answer", ["0!!" + "=" * 290, "=" * answers.LONGEST_ANSWER, "=1" * 150, "x==5", "5 == 5"]
+)
 def test_a_row_of_equality_signs_is_no_answer_and_no_recursion(answer):
     assert not same_answer(answer, "5") and not same_answer(answer, "2 million")
 
 
-@pytest.mark.parametrize("answer, reference", [(r"\frac{69}{5}\n\n0.0", "0.0"), (r"\frac{69}{5} 0", "0"), (r"\frac{5}{5}7", "7"), (r"\sqrt{4} .0", "0"), ("(5) 0", "0"),
-                                               (r"5^{2} 0", "0")])
+@pytest.mark.parametrize(
+    "answer, reference",
+    [
+        (r"\frac{69}{5}\n\n0.0", "0.0"),
+        (r"\frac{69}{5} 0", "0"),
+        (r"\frac{5}{5}7", "7"),
+        (r"\sqrt{4} .0", "0"),
+        ("(5) 0", "0"),
+        (r"5^{2} 0", "0"),
+    ],
+)
 def test_two_numbers_one_after_the_other_are_no_product(answer, reference):
     assert not same_answer(answer.replace(r"\n", "\n"), reference)
 

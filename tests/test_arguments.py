@@ -1,4 +1,6 @@
-"""The training section as TRL's arguments: batches that hold whole groups, precision, optimizers, TRL's defaults."""
+"""The training section as TRL's arguments: batches that hold whole groups, precision, optimizers,
+TRL's defaults.
+"""
 
 import logging
 
@@ -20,21 +22,34 @@ def recipe(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("per_device, accumulation, generations, processes, expected", [
-    (1, 1, 8, 1, 8),  # the documented recipe: one prompt per step
-    (2, 4, 8, 1, 2),  # right as it is
-    (8, 1, 8, 1, 8),
-    (9, 1, 8, 1, 16),
-    (3, 2, 8, 1, 4),
-    (1, 1, 8, 2, 4),
-    (1, 4, 8, 2, 1),
-    (5, 1, 12, 3, 8),
-    (6, 1, 4, 1, 8),
-])
-def test_a_batch_is_raised_to_the_next_size_that_holds_whole_groups(recipe, per_device, accumulation, generations, processes, expected):
-    plan = batch_plan(recipe(
-        "--training.per_device_train_batch_size", str(per_device), "--training.gradient_accumulation_steps", str(accumulation),
-        "--training.num_generations", str(generations)), processes)
+@pytest.mark.parametrize(
+    "per_device, accumulation, generations, processes, expected",
+    [
+        (1, 1, 8, 1, 8),  # the documented recipe: one prompt per step
+        (2, 4, 8, 1, 2),  # right as it is
+        (8, 1, 8, 1, 8),
+        (9, 1, 8, 1, 16),
+        (3, 2, 8, 1, 4),
+        (1, 1, 8, 2, 4),
+        (1, 4, 8, 2, 1),
+        (5, 1, 12, 3, 8),
+        (6, 1, 4, 1, 8),
+    ],
+)
+def test_a_batch_is_raised_to_the_next_size_that_holds_whole_groups(
+    recipe, per_device, accumulation, generations, processes, expected
+):
+    plan = batch_plan(
+        recipe(
+            "--training.per_device_train_batch_size",
+            str(per_device),
+            "--training.gradient_accumulation_steps",
+            str(accumulation),
+            "--training.num_generations",
+            str(generations),
+        ),
+        processes,
+    )
     assert plan.per_device == expected and plan.per_device >= per_device
     assert plan.per_device * processes * accumulation % generations == 0
     smaller = range(per_device, plan.per_device)
@@ -47,11 +62,17 @@ def test_raising_is_said_in_one_line_and_only_then(recipe, caplog):
         raised = recipe()
         say_batch_plan(raised, batch_plan(raised))
     assert caplog.messages == [
-        "training.per_device_train_batch_size raised from 1 to 8 completions: a group of 8 generations must fit, so one step "
-        "trains on 1 prompt x 8 generations"]
+        "training.per_device_train_batch_size raised from 1 to 8 completions: a group of 8"
+        " generations must fit, so one step trains on 1 prompt x 8 generations"
+    ]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        right = recipe("--training.per_device_train_batch_size", "2", "--training.gradient_accumulation_steps", "4")
+        right = recipe(
+            "--training.per_device_train_batch_size",
+            "2",
+            "--training.gradient_accumulation_steps",
+            "4",
+        )
         say_batch_plan(right, batch_plan(right))
     assert caplog.messages == []
 
@@ -61,20 +82,41 @@ def test_processes_that_share_a_prompt_are_told_how_not_to(recipe, caplog):
         shared, own = recipe(), recipe("--training.per_device_train_batch_size", "8")
         say_batch_plan(shared, batch_plan(shared, 8), 8)
         say_batch_plan(own, batch_plan(own, 8), 8)
-    assert caplog.messages == ["8 processes share 1 prompt per step; training.per_device_train_batch_size 8 would give each one of its own"]
+    assert caplog.messages == [
+        "8 processes share 1 prompt per step; training.per_device_train_batch_size 8 would give"
+        " each one of its own"
+    ]
 
 
 def test_steps_per_generation_counts_instead_of_accumulation(recipe):
-    plan = batch_plan(recipe("--training.per_device_train_batch_size", "2", "--training.steps_per_generation", "4"))
+    plan = batch_plan(
+        recipe(
+            "--training.per_device_train_batch_size", "2", "--training.steps_per_generation", "4"
+        )
+    )
     assert (plan.per_device, plan.steps_per_generation, plan.prompts_per_step) == (2, 4, 0.25)
 
 
 def test_a_generation_batch_that_cannot_hold_groups_is_refused(recipe):
-    with pytest.raises(RecipeError, match="generation_batch_size: 12 must be a multiple of num_generations"):
+    with pytest.raises(
+        RecipeError, match="generation_batch_size: 12 must be a multiple of num_generations"
+    ):
         batch_plan(recipe("--training.generation_batch_size", "12"))
     with pytest.raises(RecipeError, match="given together with training.steps_per_generation"):
-        batch_plan(recipe("--training.generation_batch_size", "16", "--training.steps_per_generation", "2"))
-    assert batch_plan(recipe("--training.generation_batch_size", "16", "--training.per_device_train_batch_size", "4")).steps_per_generation == 4
+        batch_plan(
+            recipe("--training.generation_batch_size", "16", "--training.steps_per_generation", "2")
+        )
+    assert (
+        batch_plan(
+            recipe(
+                "--training.generation_batch_size",
+                "16",
+                "--training.per_device_train_batch_size",
+                "4",
+            )
+        ).steps_per_generation
+        == 4
+    )
 
 
 def test_steps_are_known_from_max_steps_or_from_rows(recipe):
@@ -86,49 +128,106 @@ def test_steps_are_known_from_max_steps_or_from_rows(recipe):
 
 def test_documented_keys_become_trls(recipe, tmp_path):
     arguments = training_arguments(
-        recipe("--training.warmup_ratio", "0.1", "--model.random_seed", "11", "--run-name", "r", "--training.temperature", "0.5",
-               "--model.max_seq_length", "300", "--training.max_prompt_length", "100", "--training.report_to", "none"),
-        str(tmp_path))
-    assert (arguments.warmup_steps, arguments.seed, arguments.run_name, arguments.temperature) == (0.1, 11, "r", 0.5)
+        recipe(
+            "--training.warmup_ratio",
+            "0.1",
+            "--model.random_seed",
+            "11",
+            "--run-name",
+            "r",
+            "--training.temperature",
+            "0.5",
+            "--model.max_seq_length",
+            "300",
+            "--training.max_prompt_length",
+            "100",
+            "--training.report_to",
+            "none",
+        ),
+        str(tmp_path),
+    )
+    assert (arguments.warmup_steps, arguments.seed, arguments.run_name, arguments.temperature) == (
+        0.1,
+        11,
+        "r",
+        0.5,
+    )
     assert (arguments.max_completion_length, arguments.output_dir) == (200, str(tmp_path))
     assert (arguments.loss_type, arguments.scale_rewards, arguments.beta) == ("grpo", "none", 0.0)
-    assert (arguments.learning_rate, arguments.adam_beta1, arguments.max_grad_norm) == (1e-6, 0.999999, 0.1)
+    assert (arguments.learning_rate, arguments.adam_beta1, arguments.max_grad_norm) == (
+        1e-6,
+        0.999999,
+        0.1,
+    )
     assert (arguments.per_device_train_batch_size, arguments.num_generations) == (8, 8)
 
 
 def test_what_a_recipe_leaves_out_is_trls_own_default(recipe, tmp_path):
     import trl
 
-    plain = trl.GRPOConfig(output_dir="x", bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=8)
+    plain = trl.GRPOConfig(
+        output_dir="x", bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=8
+    )
     ours = training_arguments(recipe("--training.report_to", "none"), str(tmp_path))
-    for name in ("temperature", "top_p", "epsilon", "delta", "gradient_checkpointing", "num_iterations", "save_strategy",
-                 "vllm_importance_sampling_correction", "shuffle_dataset", "mask_truncated_completions", "adam_epsilon"):
+    for name in (
+        "temperature",
+        "top_p",
+        "epsilon",
+        "delta",
+        "gradient_checkpointing",
+        "num_iterations",
+        "save_strategy",
+        "vllm_importance_sampling_correction",
+        "shuffle_dataset",
+        "mask_truncated_completions",
+        "adam_epsilon",
+    ):
         assert getattr(ours, name) == getattr(plain, name), name
 
 
-def test_on_a_cpu_the_precision_is_float32_and_an_8_bit_optimizer_falls_back_and_says_so(recipe, tmp_path, caplog):
+def test_on_a_cpu_the_precision_is_float32_and_an_8_bit_optimizer_falls_back_and_says_so(
+    recipe, tmp_path, caplog
+):
     with caplog.at_level(logging.WARNING):
         arguments = training_arguments(recipe("--training.report_to", "none"), str(tmp_path))
     assert not arguments.bf16 and not arguments.fp16 and arguments.optim == "adamw_torch"
-    assert "training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead" in caplog.text
+    assert (
+        "training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead"
+        in caplog.text
+    )
 
 
-@pytest.mark.parametrize("has_bf16, flags, expected", [
-    (True, [], "bf16"), (False, [], "fp16"), (True, ["--training.fp16", "true"], "fp16"), (False, ["--training.bf16", "true"], "bf16"),
-    (True, ["--training.bf16", "false"], "fp16"), (True, ["--training.fp16", "false"], "bf16"),
-    (True, ["--training.bf16", "false", "--training.fp16", "false"], "float32"),
-])
-def test_a_gpu_trains_in_the_best_precision_it_has_unless_told_otherwise(recipe, monkeypatch, has_bf16, flags, expected):
+@pytest.mark.parametrize(
+    "has_bf16, flags, expected",
+    [
+        (True, [], "bf16"),
+        (False, [], "fp16"),
+        (True, ["--training.fp16", "true"], "fp16"),
+        (False, ["--training.bf16", "true"], "bf16"),
+        (True, ["--training.bf16", "false"], "fp16"),
+        (True, ["--training.fp16", "false"], "bf16"),
+        (True, ["--training.bf16", "false", "--training.fp16", "false"], "float32"),
+    ],
+)
+def test_a_gpu_trains_in_the_best_precision_it_has_unless_told_otherwise(
+    recipe, monkeypatch, has_bf16, flags, expected
+):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bf16)
     assert precision(recipe(*flags).training) == expected
 
 
 def test_without_auto_an_8_bit_optimizer_on_a_cpu_is_refused(recipe, tmp_path):
-    with pytest.raises(RecipeError, match="training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; use adamw_torch"):
+    with pytest.raises(
+        RecipeError,
+        match="training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; use adamw_torch",
+    ):
         training_arguments(recipe("--model.backend", "transformers"), str(tmp_path))
 
 
 def test_what_trl_refuses_is_a_sentence_too(recipe, tmp_path):
     with pytest.raises(RecipeError, match="training: TRL refuses this section"):
-        training_arguments(recipe("--training.report_to", "none", "--training.auto_find_batch_size", "true"), str(tmp_path))
+        training_arguments(
+            recipe("--training.report_to", "none", "--training.auto_find_batch_size", "true"),
+            str(tmp_path),
+        )

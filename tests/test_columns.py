@@ -1,4 +1,6 @@
-"""The columns task: its sums, its imperfect targets, its tokenizer, and the script that makes them."""
+"""The columns task: its sums, its imperfect targets, its tokenizer, and the script that makes
+them.
+"""
 
 import importlib.util
 import json
@@ -28,7 +30,10 @@ def make_columns():
 
 
 def rows(split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (TASK / f"data/{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (TASK / f"data/{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def numbers(row: dict[str, str]) -> tuple[str, ...]:
@@ -47,11 +52,18 @@ def test_no_sum_of_the_test_problems_is_trained_on_and_every_answer_is_right():
 
 def test_the_script_writes_the_shipped_problems_and_tokenizer_byte_for_byte(make_columns, tmp_path):
     make_columns.make_columns(tmp_path, steps=1)
-    for name in ("data/train.jsonl", "data/test.jsonl", "model/tokenizer.json", "model/chat_template.jinja"):
+    for name in (
+        "data/train.jsonl",
+        "data/test.jsonl",
+        "model/tokenizer.json",
+        "model/chat_template.jinja",
+    ):
         assert (tmp_path / name).read_bytes() == (TASK / name).read_bytes(), name
 
 
-def test_targets_without_faults_are_right_and_well_formed_and_those_with_faults_often_not(make_columns):
+def test_targets_without_faults_are_right_and_well_formed_and_those_with_faults_often_not(
+    make_columns,
+):
     train, _ = make_columns.make_sums()
     rng = random.Random(0)
     for problem in train[:500]:
@@ -59,7 +71,9 @@ def test_targets_without_faults_are_right_and_well_formed_and_those_with_faults_
         assert format_score(target) == 10 and final_answer(target) == str(problem.steps()[1])
     faulty = [make_columns.draw_target(problem, rng) for problem in train]
     formed = sum(format_score(target) == 10 for target in faulty) / len(train)
-    right = sum(final_answer(target) == str(problem.steps()[1]) for target, problem in zip(faulty, train)) / len(train)
+    right = sum(
+        final_answer(target) == str(problem.steps()[1]) for target, problem in zip(faulty, train)
+    ) / len(train)
     assert 0.82 < formed < 0.88 and 0.5 < right < 0.7
 
 
@@ -69,5 +83,8 @@ def test_every_digit_is_a_token_and_a_tag_is_several(make_columns):
     for tag in make_columns.TAGS:
         assert len(tokenizer.encode(tag)) > 2, tag
     train, _ = make_columns.make_sums()
-    lengths = [len(tokenizer.encode(make_columns.draw_target(problem, random.Random(0)))) for problem in train[:200]]
+    lengths = [
+        len(tokenizer.encode(make_columns.draw_target(problem, random.Random(0))))
+        for problem in train[:200]
+    ]
     assert 70 < sum(lengths) / len(lengths) < 95

@@ -1,4 +1,6 @@
-"""Groups without a verdict, without a difference, with one side only, and completions without a token: finite gradients."""
+"""Groups without a verdict, without a difference, with one side only, and completions without a
+token: finite gradients.
+"""
 
 import math
 
@@ -13,41 +15,66 @@ GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.U
 
 @pytest.fixture(autouse=True)
 def no_filter(monkeypatch):
-    monkeypatch.setattr(gtpo_training, "ENT_THRESHOLD", 100.0)  # of a policy as random as the tiny one it would leave nothing
+    # of a policy as random as the tiny one it would leave nothing
+    monkeypatch.setattr(gtpo_training, "ENT_THRESHOLD", 100.0)
 
 
-CASES = [  # what the completions of a group of four are paid, and how many of them get an advantage
-    ([None, None, None, None], 0), ([5.0, None, None, None], 0), ([5.0, 4.0, None, None], 2), ([None, 1.0, 2.0, 3.0], 2),
-    ([3.0, 3.0, 3.0, 3.0], 0), ([0.1 + 0.2] * 4, 0), ([1.0, 0.0, 0.0, 0.0], 4), ([0.0, 1.0, 2.0, 3.0], 4),
+# what the completions of a group of four are paid, and how many of them get an advantage
+CASES = [
+    ([None, None, None, None], 0),
+    ([5.0, None, None, None], 0),
+    ([5.0, 4.0, None, None], 2),
+    ([None, 1.0, 2.0, 3.0], 2),
+    ([3.0, 3.0, 3.0, 3.0], 0),
+    ([0.1 + 0.2] * 4, 0),
+    ([1.0, 0.0, 0.0, 0.0], 4),
+    ([0.0, 1.0, 2.0, 3.0], 4),
 ]
 
 
 @pytest.mark.parametrize("class_path", [GTPO, GRPO])
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_groups_of_every_kind_beside_each_other(tmp_path, class_path, scale):
-    seen = trained(tmp_path, class_path, paying([row for rows, _ in CASES for row in rows]), scale_rewards=scale,
-                   per_device_train_batch_size=16)
+    seen = trained(
+        tmp_path,
+        class_path,
+        paying([row for rows, _ in CASES for row in rows]),
+        scale_rewards=scale,
+        per_device_train_batch_size=16,
+    )
     advantages = seen["rollouts"][0]["advantages"].view(8, 4)
-    noise = 1e-6 if class_path == GRPO and scale == "none" else 1e-3 if class_path == GRPO else 0.0  # of TRL's own mean
+    # of TRL's own mean
+    noise = 1e-6 if class_path == GRPO and scale == "none" else 1e-3 if class_path == GRPO else 0.0
     assert ((advantages.abs() > noise).sum(dim=1)).tolist() == [signal for _, signal in CASES]
     assert any(g.abs().max() > 0 for g in seen["gradients"][0].values())
 
 
 @pytest.mark.parametrize("class_path", [GTPO, GRPO])
-@pytest.mark.parametrize("rewards, learns", [([None] * 4, False), ([7.0] * 4, False), ([1e16, 1e16, 1e16, 1e16], False),
-                                             ([1e16, -1e16, 0.0, 0.0], True)],
-                         ids=["no verdict", "all equal", "all equal and large", "far apart"])
+@pytest.mark.parametrize(
+    "rewards, learns",
+    [
+        ([None] * 4, False),
+        ([7.0] * 4, False),
+        ([1e16, 1e16, 1e16, 1e16], False),
+        ([1e16, -1e16, 0.0, 0.0], True),
+    ],
+    ids=["no verdict", "all equal", "all equal and large", "far apart"],
+)
 def test_rollouts_of_one_kind(tmp_path, class_path, rewards, learns):
     scale = "group" if learns else "none"
     seen = trained(tmp_path, class_path, paying(rewards), scale_rewards=scale)
     assert bool((seen["rollouts"][0]["advantages"] != 0).any()) == learns
     feels_the_penalty = class_path == GTPO and rewards[0] is not None
-    assert any(g.abs().max() > 0 for g in seen["gradients"][0].values()) == (learns or feels_the_penalty)
+    assert any(g.abs().max() > 0 for g in seen["gradients"][0].values()) == (
+        learns or feels_the_penalty
+    )
 
 
 @pytest.mark.parametrize("class_path", [GTPO, GRPO])
 @pytest.mark.parametrize("length, empty", [(1, 16), (5, None)], ids=["all of them", "most of them"])
-def test_completions_without_a_token_that_counts_have_finite_gradients(tmp_path, class_path, length, empty):
+def test_completions_without_a_token_that_counts_have_finite_gradients(
+    tmp_path, class_path, length, empty
+):
     options = {"mask_truncated_completions": True, "max_completion_length": length, "seed": 5}
     seen = trained(tmp_path, class_path, gradients.letters_reward, **options)
     tokens = seen["rollouts"][0]["completion_mask"].sum(dim=1)
@@ -58,7 +85,9 @@ def test_completions_without_a_token_that_counts_have_finite_gradients(tmp_path,
 
 def paying(rewards: list):
     """Pays these in turn, over and over."""
-    return lambda completions, **kwargs: [rewards[i % len(rewards)] for i in range(len(completions))]
+    return lambda completions, **kwargs: [
+        rewards[i % len(rewards)] for i in range(len(completions))
+    ]
 
 
 def trained(folder, class_path, reward, **options) -> dict:

@@ -1,4 +1,6 @@
-"""The embedded demo: its problems, its tokenizer, its imperfect model, and the script that makes all three."""
+"""The embedded demo: its problems, its tokenizer, its imperfect model, and the script that makes
+all three.
+"""
 
 import importlib.util
 import json
@@ -47,7 +49,10 @@ def remade(make_demo, tmp_path_factory):
 
 
 def problems(split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (DEMO / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (DEMO / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
@@ -77,7 +82,8 @@ def test_every_reasoning_step_is_right_and_leads_to_the_answer(split):
 
 def test_the_reasoning_uses_the_numbers_of_the_question_in_their_order():
     for problem in problems("test"):
-        operands = re.findall(r"\d+(?=[+=-])", problem["answer"])  # 4+8=12, 12-2=10 gives 4, 8, 12, 2
+        # 4+8=12, 12-2=10 gives 4, 8, 12, 2
+        operands = re.findall(r"\d+(?=[+=-])", problem["answer"])
         assert operands[:2] + operands[3:] == re.findall(r"\d+", problem["question"])
 
 
@@ -104,13 +110,19 @@ def test_every_tag_and_every_number_up_to_99_is_one_token(tokenizer):
 
 def test_tags_survive_decoding_without_special_tokens_and_the_end_token_does_not(tokenizer):
     text = "<reasoning>\n7+5=12\n</reasoning>\n<answer>12</answer>"
-    assert tokenizer.decode(tokenizer.encode(text + tokenizer.eos_token), skip_special_tokens=True) == text
+    assert (
+        tokenizer.decode(tokenizer.encode(text + tokenizer.eos_token), skip_special_tokens=True)
+        == text
+    )
 
 
 def test_pad_and_end_tokens_differ_and_the_model_knows_both(tokenizer, model):
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     for config in (model.config, model.generation_config):
-        assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        assert (config.pad_token_id, config.eos_token_id) == (
+            tokenizer.pad_token_id,
+            tokenizer.eos_token_id,
+        )
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
 
 
@@ -129,7 +141,9 @@ def test_chat_template_renders_each_role_and_the_generation_prompt(tokenizer):
     assert text.startswith(prompt) and prompt.endswith("<|assistant|>")
 
 
-def test_the_shipped_model_answers_some_held_out_problems_and_fails_others(make_demo, tokenizer, model):
+def test_the_shipped_model_answers_some_held_out_problems_and_fails_others(
+    make_demo, tokenizer, model
+):
     asked = problems("test")
     prompts = [
         tokenizer.apply_chat_template(
@@ -143,26 +157,40 @@ def test_the_shipped_model_answers_some_held_out_problems_and_fails_others(make_
         for problem in asked
     ]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    ids = model.generate(**batch, max_new_tokens=36, do_sample=False)[:, batch["input_ids"].shape[1] :]
+    ids = model.generate(**batch, max_new_tokens=36, do_sample=False)[
+        :, batch["input_ids"].shape[1] :
+    ]
     completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
     answers = [COMPLETION.fullmatch(completion) for completion in completions]
-    right = [answer and answer[1] == problem["answer"].split()[-1] for answer, problem in zip(answers, asked)]
+    right = [
+        answer and answer[1] == problem["answer"].split()[-1]
+        for answer, problem in zip(answers, asked)
+    ]
     assert 0.3 <= sum(map(bool, right)) / len(asked) <= 0.6
     assert 0.7 <= sum(map(bool, answers)) / len(asked) <= 0.95
 
 
 def test_the_script_writes_the_shipped_problems_and_tokenizer_byte_for_byte(remade):
     out, _ = remade
-    for name in ["data/train.jsonl", "data/test.jsonl", "model/tokenizer.json", "model/chat_template.jinja"]:
+    for name in [
+        "data/train.jsonl",
+        "data/test.jsonl",
+        "model/tokenizer.json",
+        "model/chat_template.jinja",
+    ]:
         assert (out / name).read_bytes() == (DEMO / name).read_bytes(), name
     for name in ["tokenizer_config.json", "config.json", "generation_config.json"]:
-        assert json.loads((out / "model" / name).read_bytes()) == json.loads((DEMO / "model" / name).read_bytes()), name
+        assert json.loads((out / "model" / name).read_bytes()) == json.loads(
+            (DEMO / "model" / name).read_bytes()
+        ), name
 
 
 def test_the_script_writes_a_model_of_the_shipped_shape_and_its_loss_falls(remade):
     out, losses = remade
     assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]
-    assert {path.name for path in (out / "model").iterdir()} == {path.name for path in (DEMO / "model").iterdir()}
+    assert {path.name for path in (out / "model").iterdir()} == {
+        path.name for path in (DEMO / "model").iterdir()
+    }
     assert tensor_shapes(out / "model") == tensor_shapes(DEMO / "model")
 
 

@@ -10,7 +10,21 @@ from gtpo import estimators
 from gtpo.answers import same_answer
 from gtpo.estimators import intervals, maj_at_k, pass_at_k
 
-POOL = ["1/2", "0.5", r"\frac12", "3", "3.0", "03", "-2", r"x+1", r"1+x", r"\sqrt{2}", "tomorrow", "", None]
+POOL = [
+    "1/2",
+    "0.5",
+    r"\frac12",
+    "3",
+    "3.0",
+    "03",
+    "-2",
+    r"x+1",
+    r"1+x",
+    r"\sqrt{2}",
+    "tomorrow",
+    "",
+    None,
+]
 
 
 def by_hand(answers, correct, k) -> bool:
@@ -46,18 +60,25 @@ def test_the_majority_of_random_answers_is_what_counting_by_hand_finds():
         reference = chance.choice(["0.5", "3", "x+1", "7"])
         correct = [same_answer(answer, reference) for answer in answers]
         for k in (1, 2, 5, 8):
-            assert maj_at_k([answers], [correct], k) == [by_hand(answers, correct, k)], (answers, reference, k)
+            assert maj_at_k([answers], [correct], k) == [by_hand(answers, correct, k)], (
+                answers,
+                reference,
+                k,
+            )
 
 
-@pytest.mark.parametrize("answers, verdicts, wins", [
-    (["1/2", "3", "0.5"], "+-+", True),  # two that say the same outvote one
-    (["3", "1/2"], "-+", False),  # a tie goes to the earliest
-    (["1/2", "3"], "+-", True),
-    (["3", "7", "1/2"], "--+", False),
-    ([None, "", "1/2"], "--+", True),  # no answer, no vote
-    ([None, None], "--", False),
-    (["073", "73", "37"], "++-", True),  # zero padding, as in AIME
-])
+@pytest.mark.parametrize(
+    "answers, verdicts, wins",
+    [
+        (["1/2", "3", "0.5"], "+-+", True),  # two that say the same outvote one
+        (["3", "1/2"], "-+", False),  # a tie goes to the earliest
+        (["1/2", "3"], "+-", True),
+        (["3", "7", "1/2"], "--+", False),
+        ([None, "", "1/2"], "--+", True),  # no answer, no vote
+        ([None, None], "--", False),
+        (["073", "73", "37"], "++-", True),  # zero padding, as in AIME
+    ],
+)
 def test_votes_are_counted_over_answers_that_say_the_same(answers, verdicts, wins):
     assert maj_at_k([answers], [[v == "+" for v in verdicts]], len(answers)) == [wins]
 
@@ -69,12 +90,16 @@ def test_of_n_samples_the_first_k_vote():
 
 def test_the_majority_needs_few_comparisons_of_expressions(monkeypatch):
     compared = []
-    monkeypatch.setattr(estimators, "same_answer", lambda one, other: compared.append((one, other)) or False)
+    monkeypatch.setattr(
+        estimators, "same_answer", lambda one, other: compared.append((one, other)) or False
+    )
     wrong = [rf"\sqrt{{{i}}}" for i in range(60)]
     maj_at_k([wrong], [[False] * 60], 60)  # none is right
     maj_at_k([["1"] * 61 + wrong], [[True] * 61 + [False] * 60], 121)  # most are right
-    maj_at_k([["1", *wrong, "9", "9"]], [[True] + [False] * 62], 63)  # the strongest outvotes at once
-    maj_at_k([[str(i) for i in range(60)]], [[i == 0 for i in range(60)]], 60)  # numbers need none
+    # the strongest outvotes at once
+    maj_at_k([["1", *wrong, "9", "9"]], [[True] + [False] * 62], 63)
+    # numbers need none
+    maj_at_k([[str(i) for i in range(60)]], [[i == 0 for i in range(60)]], 60)
     assert not compared
 
 
@@ -87,9 +112,11 @@ def test_an_interval_holds_the_mean_and_narrows_with_more_problems():
 
 def test_an_interval_agrees_with_the_normal_approximation_and_repeats():
     values = numpy.array([[1.0]] * 300 + [[0.0]] * 700)
-    (low, high), = intervals(values)
+    ((low, high),) = intervals(values)
     half = 1.96 * (0.3 * 0.7 / 1000) ** 0.5
-    assert low == pytest.approx(0.3 - half, abs=0.002) and high == pytest.approx(0.3 + half, abs=0.002)
+    assert low == pytest.approx(0.3 - half, abs=0.002) and high == pytest.approx(
+        0.3 + half, abs=0.002
+    )
     assert (intervals(values) == [[low, high]]).all()
 
 

@@ -1,4 +1,6 @@
-"""`evaluate_model.py` as a person uses it: on a real run of the demo, its checkpoint and its base model; and what it refuses."""
+"""`evaluate_model.py` as a person uses it: on a real run of the demo, its checkpoint and its base
+model; and what it refuses.
+"""
 
 import io
 import json
@@ -23,8 +25,22 @@ BASE = str(ROOT / "demo/model")
 def trained(tmp_path_factory) -> Path:
     """A run of the demo, twelve steps long, in a folder of its own."""
     root = tmp_path_factory.mktemp("trained")
-    flags = ["--model-name", BASE, "--dataset.path", str(ROOT / "demo/data/train.jsonl"), "--evaluation.path", TEST,
-             "--evaluation.limit", "40", "--output_root", str(root), "--training.max_steps", "12", "--training.save_steps", "6"]
+    flags = [
+        "--model-name",
+        BASE,
+        "--dataset.path",
+        str(ROOT / "demo/data/train.jsonl"),
+        "--evaluation.path",
+        TEST,
+        "--evaluation.limit",
+        "40",
+        "--output_root",
+        str(root),
+        "--training.max_steps",
+        "12",
+        "--training.save_steps",
+        "6",
+    ]
     assert train_model.main([str(ROOT / "recipes/demo.yaml"), *flags]) == 0
     (folder,) = root.iterdir()
     return folder
@@ -50,7 +66,6 @@ def refusal(capsys, *flags: str) -> str:
     return sentence
 
 
-
 def contents(folder: Path) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -60,33 +75,59 @@ def contents(folder: Path) -> dict:
 
 def test_a_run_is_evaluated_on_what_it_held_out_beside_its_base_model(run_dir, capsys):
     out = evaluate(capsys, run_dir, "--k", "1", "4", "--base")
-    for line in ("accuracy", "pass@1", "pass@4", "maj@1", "maj@4", "format rate", "truncated", "mean length"):
+    for line in (
+        "accuracy",
+        "pass@1",
+        "pass@4",
+        "maj@1",
+        "maj@4",
+        "format rate",
+        "truncated",
+        "mean length",
+    ):
         assert f"\n{line} " in out
-    assert "40 problems x 4, temperature 1, seed 3407" in out  # evaluation.limit, and the training's temperature
+    # evaluation.limit, and the training's temperature
+    assert "40 problems x 4, temperature 1, seed 3407" in out
     assert "trained" in out and "base" in out and "difference" in out
-    held = {name: evaluation_file.read(Path(run_dir, f"evaluation/{name}test-40x4-t1.jsonl")) for name in ("", "base-")}
+    held = {
+        name: evaluation_file.read(Path(run_dir, f"evaluation/{name}test-40x4-t1.jsonl"))
+        for name in ("", "base-")
+    }
     ours, base = (sum(row["correct"] for row in h.rows) / 160 for h in held.values())
     assert len(held[""].rows) == 160 and ours > base + 0.1  # it learnt
-    assert f"{100 * ours:.1f} % [" in out and f"{100 * base:.1f} % [" in out and f"+{100 * (ours - base):.1f} % [+" in out
+    assert (
+        f"{100 * ours:.1f} % [" in out
+        and f"{100 * base:.1f} % [" in out
+        and f"+{100 * (ours - base):.1f} % [+" in out
+    )
     assert held[""].header["adapter"] == run_dir and held["base-"].header["adapter"] is None
-    assert held[""].header["prompts"] == held["base-"].header["prompts"] and held[""].header["weights"] != held["base-"].header["weights"]
+    assert (
+        held[""].header["prompts"] == held["base-"].header["prompts"]
+        and held[""].header["weights"] != held["base-"].header["weights"]
+    )
 
 
-def test_a_run_alone_gets_one_greedy_sample_and_agrees_with_the_evaluation_after_training(run_dir, capsys):
+def test_a_run_alone_gets_one_greedy_sample_and_agrees_with_the_evaluation_after_training(
+    run_dir, capsys
+):
     out = evaluate(capsys, run_dir)
     rows = evaluation_file.read(Path(run_dir, "evaluation/test-40x1-t0.jsonl")).rows
     assert rows == evaluation_file.read(Path(run_dir, "evaluation/after.jsonl")).rows
     assert "pass@" not in out and "\nCompletions: run/evaluation/test-40x1-t0.jsonl" in out
 
 
-def test_the_same_command_again_draws_nothing_and_prints_the_same_and_so_does_from(run_dir, capsys, monkeypatch):
+def test_the_same_command_again_draws_nothing_and_prints_the_same_and_so_does_from(
+    run_dir, capsys, monkeypatch
+):
     first = evaluate(capsys, run_dir, "--samples", "3", "--limit", "8")
     monkeypatch.setattr("gtpo.engines.load_saved", None)  # and no model is loaded
     assert evaluate_model.main([run_dir, "--samples", "3", "--limit", "8"]) == 0
     again = capsys.readouterr()
     assert again.out == first and "is complete: nothing is drawn again" in again.err
     alone = evaluate(capsys, "--from", f"{run_dir}/evaluation/test-8x3-t1.jsonl")
-    assert alone.splitlines()[2:] == [line for line in first.splitlines()[2:] if not line.startswith("Completions")]
+    assert alone.splitlines()[2:] == [
+        line for line in first.splitlines()[2:] if not line.startswith("Completions")
+    ]
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, monkeypatch):
@@ -108,29 +149,54 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, mon
 
     monkeypatch.setattr("gtpo.engines.with_model", interrupted_once)
     assert evaluate_model.main(flags) == 130
-    assert "interrupted: what was drawn is kept, and the same command goes on" in capsys.readouterr().err
+    assert (
+        "interrupted: what was drawn is kept, and the same command goes on"
+        in capsys.readouterr().err
+    )
     assert evaluate_model.main(flags) == 0
     out = capsys.readouterr()
     assert "going on after 10 completions" in out.err
     assert out.out.splitlines()[1:-1] == whole.splitlines()[1:-1]
-    assert Path(run_dir, "evaluation/test-10x2-t1.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert (
+        Path(run_dir, "evaluation/test-10x2-t1.jsonl").read_bytes()
+        == Path("whole.jsonl").read_bytes()
+    )
     assert len(drawn) - 1 == len(set(drawn) - {None}) == 20
 
 
 def test_a_single_file_is_its_own_split_whatever_that_is_called(run_dir, capsys):
     first = evaluate(capsys, run_dir, "--split", "test[:5]", "--to", "first.jsonl")
-    assert "5 problems x 1" in first and "5 problems x 1" in evaluate(capsys, run_dir, "--split", "train[3:8]", "--to", "others.jsonl")
-    rows = [sorted(evaluation_file.read(Path(name)).rows, key=lambda row: row["problem"]) for name in ("first.jsonl", "others.jsonl")]
+    assert "5 problems x 1" in first and "5 problems x 1" in evaluate(
+        capsys, run_dir, "--split", "train[3:8]", "--to", "others.jsonl"
+    )
+    rows = [
+        sorted(evaluation_file.read(Path(name)).rows, key=lambda row: row["problem"])
+        for name in ("first.jsonl", "others.jsonl")
+    ]
     first, others = ([row["prompt"] for row in held] for held in rows)
     assert first[3:] == others[:2] and not set(map(str, first[:3])) & set(map(str, others))
 
 
 def test_an_adapter_that_is_used_otherwise_is_another(run_dir, capsys):
-    shutil.copytree(f"{run_dir}/checkpoint-12", "adapter", ignore=shutil.ignore_patterns("optimizer*"))
-    flags = ["adapter", "--dataset", TEST, "--limit", "4", "--system-instruction", "Reason, then answer.", "--to", "four.jsonl"]
+    shutil.copytree(
+        f"{run_dir}/checkpoint-12", "adapter", ignore=shutil.ignore_patterns("optimizer*")
+    )
+    flags = [
+        "adapter",
+        "--dataset",
+        TEST,
+        "--limit",
+        "4",
+        "--system-instruction",
+        "Reason, then answer.",
+        "--to",
+        "four.jsonl",
+    ]
     evaluate(capsys, *flags)
     config = json.loads(Path("adapter/adapter_config.json").read_text())
-    Path("adapter/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]}))
+    Path("adapter/adapter_config.json").write_text(
+        json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]})
+    )
     assert "four.jsonl: holds an evaluation with other weights" in refusal(capsys, *flags)
 
 
@@ -138,14 +204,20 @@ def test_an_adapter_that_is_used_otherwise_is_another(run_dir, capsys):
 def test_a_header_that_says_what_none_can_say_is_refused(run_dir, capsys, damage):
     lines = Path(run_dir, "evaluation/after.jsonl").read_text().splitlines(keepends=True)
     header = json.loads(lines[0])["header"]
-    Path("damaged.jsonl").write_text("".join([json.dumps({"header": {**header, **damage}}) + "\n", *lines[1:]]))
-    assert "damaged.jsonl: the first line is no header of an evaluation" in refusal(capsys, "--from", "damaged.jsonl")
+    Path("damaged.jsonl").write_text(
+        "".join([json.dumps({"header": {**header, **damage}}) + "\n", *lines[1:]])
+    )
+    assert "damaged.jsonl: the first line is no header of an evaluation" in refusal(
+        capsys, "--from", "damaged.jsonl"
+    )
 
 
 def test_a_line_nested_without_end_is_damage(run_dir, capsys):
     lines = Path(run_dir, "evaluation/after.jsonl").read_text().splitlines(keepends=True)
     Path("deep.jsonl").write_text("".join([lines[0], "[" * 200_000 + "\n", *lines[1:]]))
-    assert "deep.jsonl, line 2: this is no completion; the file is damaged" in refusal(capsys, "--from", "deep.jsonl")
+    assert "deep.jsonl, line 2: this is no completion; the file is damaged" in refusal(
+        capsys, "--from", "deep.jsonl"
+    )
 
 
 def test_a_cut_file_is_said_and_goes_on(run_dir, capsys):
@@ -154,7 +226,10 @@ def test_a_cut_file_is_said_and_goes_on(run_dir, capsys):
     file = Path(run_dir, "evaluation/test-6x1-t0.jsonl")
     content = file.read_bytes()
     file.write_bytes(content[:-40])
-    assert "test-6x1-t0.jsonl: its last line was cut; the command that wrote it draws that again" in refusal(capsys, "--from", file)
+    assert (
+        "test-6x1-t0.jsonl: its last line was cut; the command that wrote it draws that again"
+        in refusal(capsys, "--from", file)
+    )
     assert file.read_bytes() == content[:-40]  # reading changes nothing
     assert evaluate_model.main(flags) == 0
     again = capsys.readouterr()
@@ -162,7 +237,9 @@ def test_a_cut_file_is_said_and_goes_on(run_dir, capsys):
     assert file.read_bytes() == content
 
 
-def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_their_own(run_dir, capsys):
+def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_their_own(
+    run_dir, capsys
+):
     evaluate(capsys, f"{run_dir}/checkpoint-6", "--limit", "4")
     assert Path(run_dir, "evaluation/checkpoint-6-test-4x1-t0.jsonl").is_file()
     shutil.move(f"{run_dir}/checkpoint-12", "adapter")
@@ -171,7 +248,11 @@ def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_t
     out = evaluate(capsys, BASE, *flags)
     assert "\n              model\n" in out and "trained" not in out
     names = sorted(path.name for path in Path("evaluation").iterdir())
-    assert names == ["adapter-test-4x1-t0.jsonl", "base-adapter-test-4x1-t0.jsonl", "model-test-4x1-t0.jsonl"]
+    assert names == [
+        "adapter-test-4x1-t0.jsonl",
+        "base-adapter-test-4x1-t0.jsonl",
+        "model-test-4x1-t0.jsonl",
+    ]
     base, alone = (evaluation_file.read(Path("evaluation", name)) for name in names[1:])
     assert base.rows == alone.rows and base.header["prompts"] == alone.header["prompts"]
 
@@ -181,52 +262,112 @@ def test_other_weights_in_the_same_place_are_noticed_and_overwrite_begins_anew(r
     file = Path(run_dir, "evaluation/test-4x1-t0.jsonl")
     shutil.copy(f"{run_dir}/checkpoint-6/adapter_model.safetensors", run_dir)
     content = file.read_bytes()
-    assert "holds an evaluation with other weights; name another file with --to, or replace this one with --overwrite" in refusal(
-        capsys, run_dir, "--limit", "4")
+    assert (
+        "holds an evaluation with other weights; name another file with --to, or replace this one"
+        " with --overwrite" in refusal(capsys, run_dir, "--limit", "4")
+    )
     assert file.read_bytes() == content
     evaluate(capsys, run_dir, "--limit", "4", "--overwrite")
     assert file.read_bytes() != content and len(evaluation_file.read(file).rows) == 4
 
 
 def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, capsys, monkeypatch):
-    Path("aime.jsonl").write_text("".join(json.dumps({"problem": f"What is {a}?", "solution": a}) + "\n" for a in ("073", "204", "005")))
+    Path("aime.jsonl").write_text(
+        "".join(
+            json.dumps({"problem": f"What is {a}?", "solution": a}) + "\n"
+            for a in ("073", "204", "005")
+        )
+    )
     said = {"073": "73", "204": "0204", "005": "50"}
 
     def knowing(policy, sampling, **options):
-        return lambda prompts, seeds: [generation.Completion(f"<reasoning>\n\n</reasoning>\n<answer>{answer}</answer>", 9, False)
-                                       for prompt in prompts for asked, answer in said.items() if f"What is {asked}?" in prompt]
+        return lambda prompts, seeds: [
+            generation.Completion(
+                f"<reasoning>\n\n</reasoning>\n<answer>{answer}</answer>", 9, False
+            )
+            for prompt in prompts
+            for asked, answer in said.items()
+            if f"What is {asked}?" in prompt
+        ]
 
     monkeypatch.setattr("gtpo.engines.with_model", knowing)
-    out = evaluate(capsys, run_dir, "--dataset", "aime.jsonl", "--question-column", "problem", "--answer-column", "solution",
-                   "--max-prompt-length", "100")
+    out = evaluate(
+        capsys,
+        run_dir,
+        "--dataset",
+        "aime.jsonl",
+        "--question-column",
+        "problem",
+        "--answer-column",
+        "solution",
+        "--max-prompt-length",
+        "100",
+    )
     rows = evaluation_file.read(Path(run_dir, "evaluation/aime-3x1-t0.jsonl")).rows
-    assert {row["answer"]: row["correct"] for row in rows} == {"73": True, "0204": True, "50": False}
+    assert {row["answer"]: row["correct"] for row in rows} == {
+        "73": True,
+        "0204": True,
+        "50": False,
+    }
     assert "\naccuracy      66.7 % [" in out
 
 
-@pytest.mark.parametrize("flags, problems, name", [
-    (["--dataset", "gsm8k", "--path", "{data}/gsm8k", "--split", "test[:3]"], 3, "gsm8k-test-3-3x1-t0"),
-    (["--dataset", "math", "--path", "{data}/hendrycks_math", "--subset", "algebra", "--limit", "2"], 2, "hendrycks_math-algebra-test-2x1-t0"),
-])
-def test_real_sets_are_evaluated_from_local_folders(run_dir, capsys, shared_data, flags, problems, name):
+@pytest.mark.parametrize(
+    "flags, problems, name",
+    [
+        (
+            ["--dataset", "gsm8k", "--path", "{data}/gsm8k", "--split", "test[:3]"],
+            3,
+            "gsm8k-test-3-3x1-t0",
+        ),
+        (
+            [
+                "--dataset",
+                "math",
+                "--path",
+                "{data}/hendrycks_math",
+                "--subset",
+                "algebra",
+                "--limit",
+                "2",
+            ],
+            2,
+            "hendrycks_math-algebra-test-2x1-t0",
+        ),
+    ],
+)
+def test_real_sets_are_evaluated_from_local_folders(
+    run_dir, capsys, shared_data, flags, problems, name
+):
     flags = [flag.format(data=shared_data) for flag in flags]
-    out = evaluate(capsys, run_dir, *flags, "--max-prompt-length", "700", "--max-completion-length", "8")
+    out = evaluate(
+        capsys, run_dir, *flags, "--max-prompt-length", "700", "--max-completion-length", "8"
+    )
     assert f"{problems} problems x 1" in out
     rows = evaluation_file.read(Path(run_dir, f"evaluation/{name}.jsonl")).rows
     assert len(rows) == problems and all(row["tokens"] <= 8 for row in rows)
 
 
 def test_problems_of_a_function_are_evaluated(run_dir, capsys):
-    Path("my_problems.py").write_text("def load():\n    return [{'question': 'Tom has 7 coins and gives 1 away. How many?', 'answer': '6'}]\n")
+    Path("my_problems.py").write_text(
+        "def load():\n    return [{'question': 'Tom has 7 coins and gives 1 away. How many?',"
+        " 'answer': '6'}]\n"
+    )
     assert "1 problems x 1" in evaluate(capsys, run_dir, "--dataset", "my_problems.load")
 
 
 def test_two_files_are_compared_problem_by_problem(run_dir, capsys):
-    out = evaluate(capsys, "--from", f"{run_dir}/evaluation/after.jsonl", f"{run_dir}/evaluation/before.jsonl")
+    out = evaluate(
+        capsys, "--from", f"{run_dir}/evaluation/after.jsonl", f"{run_dir}/evaluation/before.jsonl"
+    )
     assert out.splitlines()[2].split() == ["after", "before", "difference"]
     evaluate(capsys, run_dir, "--limit", "3")
     assert "they are of different problems, so nothing can be compared" in refusal(
-        capsys, "--from", f"{run_dir}/evaluation/after.jsonl", f"{run_dir}/evaluation/test-3x1-t0.jsonl")
+        capsys,
+        "--from",
+        f"{run_dir}/evaluation/after.jsonl",
+        f"{run_dir}/evaluation/test-3x1-t0.jsonl",
+    )
 
 
 # ---- talking
@@ -239,7 +380,12 @@ def talk(capsys, monkeypatch, said: str, *flags: str):
 
 
 def test_bytes_that_are_no_text_are_asked_about_all_the_same(run_dir, capsys, monkeypatch):
-    assert "\n" in talk(capsys, monkeypatch, "caf\udce9 hi\udcff\n", run_dir, "--max-completion-length", "4").out
+    assert (
+        "\n"
+        in talk(
+            capsys, monkeypatch, "caf\udce9 hi\udcff\n", run_dir, "--max-completion-length", "4"
+        ).out
+    )
 
 
 def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
@@ -247,79 +393,197 @@ def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
     from transformers import PreTrainedTokenizerBase
 
     original = getattr(PreTrainedTokenizerBase, template)
-    monkeypatch.setattr(PreTrainedTokenizerBase, template, lambda self, messages, **options: asked.append(messages) or original(self, messages, **options))
+    monkeypatch.setattr(
+        PreTrainedTokenizerBase,
+        template,
+        lambda self, messages, **options: (
+            asked.append(messages) or original(self, messages, **options)
+        ),
+    )
     question = "Tom has 7 coins and gives 1 away. How many coins does Tom have now?"
-    found = talk(capsys, monkeypatch, f"{question}\n\nAnd Mia?\n/what\n/reset\n{question}\n/exit\nnever", run_dir, "--temperature", "0")
+    found = talk(
+        capsys,
+        monkeypatch,
+        f"{question}\n\nAnd Mia?\n/what\n/reset\n{question}\n/exit\nnever",
+        run_dir,
+        "--temperature",
+        "0",
+    )
     first, second, third = asked[-3:]
-    assert [m["role"] for m in first] == ["system", "user"] and first[0]["content"] == "Reason, then answer."
-    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"] and second[:2] == first
+    assert [m["role"] for m in first] == ["system", "user"] and first[0][
+        "content"
+    ] == "Reason, then answer."
+    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"] and second[
+        :2
+    ] == first
     assert third == first and "never" not in str(asked)
     assert found.out.count("<answer>6</answer>") == 2 and second[2]["content"] in found.out
     assert "there is no /what; /reset begins a new conversation" in found.err
 
 
 def test_a_conversation_longer_than_the_context_is_told_and_can_go_on(run_dir, capsys, monkeypatch):
-    found = talk(capsys, monkeypatch, "Tom has 7 coins. " * 900 + "\nTom has 7 coins and gives 1 away. How many?\n", run_dir)
-    assert "tokens with this line, and the model takes 4096: say less, or /reset" in found.err and "<answer>" in found.out
+    found = talk(
+        capsys,
+        monkeypatch,
+        "Tom has 7 coins. " * 900 + "\nTom has 7 coins and gives 1 away. How many?\n",
+        run_dir,
+    )
+    assert (
+        "tokens with this line, and the model takes 4096: say less, or /reset" in found.err
+        and "<answer>" in found.out
+    )
 
 
 def test_what_the_model_says_cannot_steer_the_terminal(run_dir, capsys, monkeypatch):
     from transformers import PreTrainedTokenizerBase
 
     decode = PreTrainedTokenizerBase.decode
-    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", lambda self, *args, **options: "\x1b[2J" + decode(self, *args, **options))
+    monkeypatch.setattr(
+        PreTrainedTokenizerBase,
+        "decode",
+        lambda self, *args, **options: "\x1b[2J" + decode(self, *args, **options),
+    )
     found = talk(capsys, monkeypatch, "Tom has 7 coins", run_dir)
     assert r"\x1b[2J" in found.out and "\x1b" not in found.out
 
 
 def test_a_cut_answer_is_told_and_the_end_of_the_input_leaves(capsys, monkeypatch, tmp_path):
-    found = talk(capsys, monkeypatch, "Tom has 7 coins", BASE, "--max-completion-length", "3", "--system-instruction", "")
+    found = talk(
+        capsys,
+        monkeypatch,
+        "Tom has 7 coins",
+        BASE,
+        "--max-completion-length",
+        "3",
+        "--system-instruction",
+        "",
+    )
     assert "(cut after 3 tokens)" in found.err
 
 
 # ---- what it refuses
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (["--k", "8", "--samples", "4"], "--k: 8 is more than the 4 samples of each problem; use at most 4, or evaluate with more --samples"),
-    (["--samples", "4", "--temperature", "0"], "--temperature: 0 is greedy, so all 4 samples of a problem would be the same"),
-    (["--dataset", "gsm9k"], "--dataset: 'gsm9k' is not known; use gsm8k, hendrycks_math, an existing file or folder, or a dotted path"),
-    (["--dataset", "nowhere.jsonl"], "--dataset: there is no file or folder 'nowhere.jsonl'"),
-    (["--dataset", "gsm8k"], "use local files through --path"),
-    (["--dataset", "gsm8k", "--path", "nowhere"], "--path: there is no file or folder 'nowhere'"),
-    (["--chat", "--backend", "vllm"], "--backend: vllm holds no conversations here; use auto, unsloth or transformers"),
-    (["--from", "nowhere.jsonl"], "--from: run means nothing here; leave it out"),
-    (["--dataset", TEST, "--answer-column", "target"], "no column 'target'; this dataset has question, answer (set --question-column and --answer-column)"),
-    (["--max-prompt-length", "3"], "--max-prompt-length: 3 drops all 200 prompts; the shortest has"),
-    (["--max-completion-length", "9000"], "--max-completion-length: prompts of 60 and completions of 9000 tokens are more than the 8192 of context"),
-    (["--backend", "vllm"], "--backend: vllm cannot be used here, no NVIDIA GPU is visible; use auto or transformers"),
-    (["--backend", "unsloth"], "--backend: unsloth cannot be used here, no NVIDIA GPU is visible"),
-    (["--backend", "tgi"], "--backend: invalid choice: 'tgi'"),
-    (["--tempreature", "1"], "--tempreature: unknown; did you mean --temperature?"),
-    (["--k", "none"], "--k: 'none' is not valid; use a whole number, 1 or more"),
-    (["--top-p", "2"], "--top-p: '2' is not valid; use a number, 1e-06 to 1"),
-    (["--temperature", "nan"], "--temperature: 'nan' is not valid"),
-    (["again"], "again: unknown; --help lists the flags"),
-    (["--to", "run/recipe.yaml", "--overwrite"], "run/recipe.yaml: the first line is no header of an evaluation"),
-    (["--chat", "--k", "2"], "--chat: --k means nothing here; leave it out"),
-])
-def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(run_dir, capsys, flags, sentence):
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (
+            ["--k", "8", "--samples", "4"],
+            (
+                "--k: 8 is more than the 4 samples of each problem; use at most 4, or evaluate with"
+                " more --samples"
+            ),
+        ),
+        (
+            ["--samples", "4", "--temperature", "0"],
+            "--temperature: 0 is greedy, so all 4 samples of a problem would be the same",
+        ),
+        (
+            ["--dataset", "gsm9k"],
+            (
+                "--dataset: 'gsm9k' is not known; use gsm8k, hendrycks_math, an existing file or"
+                " folder, or a dotted path"
+            ),
+        ),
+        (["--dataset", "nowhere.jsonl"], "--dataset: there is no file or folder 'nowhere.jsonl'"),
+        (["--dataset", "gsm8k"], "use local files through --path"),
+        (
+            ["--dataset", "gsm8k", "--path", "nowhere"],
+            "--path: there is no file or folder 'nowhere'",
+        ),
+        (
+            ["--chat", "--backend", "vllm"],
+            "--backend: vllm holds no conversations here; use auto, unsloth or transformers",
+        ),
+        (["--from", "nowhere.jsonl"], "--from: run means nothing here; leave it out"),
+        (
+            ["--dataset", TEST, "--answer-column", "target"],
+            (
+                "no column 'target'; this dataset has question, answer (set --question-column and"
+                " --answer-column)"
+            ),
+        ),
+        (
+            ["--max-prompt-length", "3"],
+            "--max-prompt-length: 3 drops all 200 prompts; the shortest has",
+        ),
+        (
+            ["--max-completion-length", "9000"],
+            (
+                "--max-completion-length: prompts of 60 and completions of 9000 tokens are more"
+                " than the 8192 of context"
+            ),
+        ),
+        (
+            ["--backend", "vllm"],
+            (
+                "--backend: vllm cannot be used here, no NVIDIA GPU is visible; use auto or"
+                " transformers"
+            ),
+        ),
+        (
+            ["--backend", "unsloth"],
+            "--backend: unsloth cannot be used here, no NVIDIA GPU is visible",
+        ),
+        (["--backend", "tgi"], "--backend: invalid choice: 'tgi'"),
+        (["--tempreature", "1"], "--tempreature: unknown; did you mean --temperature?"),
+        (["--k", "none"], "--k: 'none' is not valid; use a whole number, 1 or more"),
+        (["--top-p", "2"], "--top-p: '2' is not valid; use a number, 1e-06 to 1"),
+        (["--temperature", "nan"], "--temperature: 'nan' is not valid"),
+        (["again"], "again: unknown; --help lists the flags"),
+        (
+            ["--to", "run/recipe.yaml", "--overwrite"],
+            "run/recipe.yaml: the first line is no header of an evaluation",
+        ),
+        (["--chat", "--k", "2"], "--chat: --k means nothing here; leave it out"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(
+    run_dir, capsys, flags, sentence
+):
     before = contents(Path())
     assert sentence in refusal(capsys, run_dir, *flags)
     assert contents(Path()) == before
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    ([], "RUN_DIR_OR_MODEL: missing; give a run directory, checkpoint, adapter or base model, or --from FILE"),
-    (["./nowhere"], "there is no folder './nowhere'"),
-    ([str(ROOT / "recipes")], "the folder holds no recipe.yaml, adapter_config.json or config.json"),
-    ([BASE], "--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file with questions and answers"),
-    ([BASE, "--dataset", TEST, "--base"], "is a base model itself; leave it out"),
-    (["--from", "nowhere.jsonl"], "nowhere.jsonl: cannot be read (No such file or directory); give an evaluation file"),
-    (["--from", TEST], "the first line is no header of an evaluation"),
-    (["--from", "run/evaluation/after.jsonl", "--k", "2"], "--k: 2 is more than the 1 sample of each problem"),
-    (["--from", "run/evaluation/after.jsonl", "--samples", "2"], "--from: --samples means nothing here; leave it out"),
-])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (
+            [],
+            (
+                "RUN_DIR_OR_MODEL: missing; give a run directory, checkpoint, adapter or base"
+                " model, or --from FILE"
+            ),
+        ),
+        (["./nowhere"], "there is no folder './nowhere'"),
+        (
+            [str(ROOT / "recipes")],
+            "the folder holds no recipe.yaml, adapter_config.json or config.json",
+        ),
+        (
+            [BASE],
+            (
+                "--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file"
+                " with questions and answers"
+            ),
+        ),
+        ([BASE, "--dataset", TEST, "--base"], "is a base model itself; leave it out"),
+        (
+            ["--from", "nowhere.jsonl"],
+            "nowhere.jsonl: cannot be read (No such file or directory); give an evaluation file",
+        ),
+        (["--from", TEST], "the first line is no header of an evaluation"),
+        (
+            ["--from", "run/evaluation/after.jsonl", "--k", "2"],
+            "--k: 2 is more than the 1 sample of each problem",
+        ),
+        (
+            ["--from", "run/evaluation/after.jsonl", "--samples", "2"],
+            "--from: --samples means nothing here; leave it out",
+        ),
+    ],
+)
 def test_targets_and_files_that_are_none_are_refused(run_dir, capsys, flags, sentence):
     assert sentence in refusal(capsys, *flags)
 
@@ -344,7 +608,10 @@ def test_a_damaged_file_is_refused_and_kept(run_dir, capsys):
     file.write_text("\n".join([*lines[:2], lines[2][:30], *lines[3:]]))
     damaged = file.read_bytes()
     for flags in ([run_dir, "--limit", "4"], ["--from", str(file)]):
-        assert "line 3: this is no completion; the file is damaged: restore it, or move it away" in refusal(capsys, *flags)
+        assert (
+            "line 3: this is no completion; the file is damaged: restore it, or move it away"
+            in refusal(capsys, *flags)
+        )
     assert file.read_bytes() == damaged
 
 
@@ -357,8 +624,17 @@ def test_a_file_that_is_no_evaluation_is_never_overwritten(run_dir, capsys):
 
 
 def test_help_and_refusals_import_nothing_heavy(tmp_path):
-    program = ("import sys; sys.path.insert(0, sys.argv.pop(1)); import evaluate_model\ntry: evaluate_model.main(sys.argv[1:])\nexcept SystemExit: pass\n"
-               "print('HEAVY', sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & sys.modules.keys()))")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import evaluate_model\ntry:"
+        " evaluate_model.main(sys.argv[1:])\nexcept SystemExit: pass\nprint('HEAVY',"
+        " sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & sys.modules.keys()))"
+    )
     for flags in (["--help"], ["--nonsense"], ["--from", "nowhere.jsonl"], [str(ROOT / "recipes")]):
-        run = subprocess.run([sys.executable, "-c", program, str(ROOT), *flags], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(ROOT), *flags],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=120,
+        )
         assert "HEAVY []" in run.stdout, run.stderr

@@ -1,4 +1,6 @@
-"""Sampling, grading, the file of completions and its scores, on the demo's real model and problems."""
+"""Sampling, grading, the file of completions and its scores, on the demo's real model and
+problems.
+"""
 
 import json
 import types
@@ -13,9 +15,9 @@ import reward_math
 from gtpo import evaluation, evaluation_file, generation, scores
 from gtpo.backends import Policy
 from gtpo.data import load_problems
+from gtpo.errors import RecipeError
 from gtpo.evaluation_file import EvaluationFile
 from gtpo.generation import Completion, Sampling, draw_seed, with_model
-from gtpo.errors import RecipeError
 from gtpo.sections import DatasetSection
 
 GREEDY, SAMPLED = Sampling(0.0, 1.0, 1, 36), Sampling(1.0, 1.0, 1, 36)
@@ -24,13 +26,17 @@ RIGHT = "<reasoning>\n1\n</reasoning>\n<answer>{}</answer>"
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    model, tokenizer = (kind.from_pretrained(ROOT / "demo/model") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model, tokenizer = (
+        kind.from_pretrained(ROOT / "demo/model") for kind in (AutoModelForCausalLM, AutoTokenizer)
+    )
     return Policy(model.train(), tokenizer, "transformers")
 
 
 @pytest.fixture(scope="module")
 def problems(policy):
-    section = DatasetSection(path=str(ROOT / "demo/data/test.jsonl"), system_instruction="Reason, then answer.")
+    section = DatasetSection(
+        path=str(ROOT / "demo/data/test.jsonl"), system_instruction="Reason, then answer."
+    )
     return load_problems(section, policy.tokenizer, 60, 0, shuffle=False).select(range(12))
 
 
@@ -46,37 +52,54 @@ def header(problems, prompts, sampling=SAMPLED, samples=2, weights="w") -> dict:
 # ---- drawing
 
 
-def test_a_completion_does_not_depend_on_its_batch_and_the_random_generators_stay_as_they_are(policy, prompts):
+def test_a_completion_does_not_depend_on_its_batch_and_the_random_generators_stay_as_they_are(
+    policy, prompts
+):
     seeds = [draw_seed(1, problem, 0) for problem in range(len(prompts))]
     before = torch.get_rng_state()
     together = with_model(policy, SAMPLED)(prompts, seeds)
-    alone = [with_model(policy, SAMPLED)([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds)]
+    alone = [
+        with_model(policy, SAMPLED)([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds)
+    ]
     assert together == alone
     assert torch.equal(torch.get_rng_state(), before) and policy.model.training
 
 
 def test_draws_follow_the_policy_at_the_temperature(policy, prompts):
     n, (prompt,) = 4000, prompts[3:4]
-    drawn = with_model(policy, Sampling(1.5, 1.0, 1, 1))([prompt] * n, [draw_seed(7, 0, i) for i in range(n)])
+    drawn = with_model(policy, Sampling(1.5, 1.0, 1, 1))(
+        [prompt] * n, [draw_seed(7, 0, i) for i in range(n)]
+    )
     ids = policy.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad(), policy.generating() as model:
         expected = (model(**ids).logits[0, -1] / 1.5).softmax(-1)
     likely, token = expected.max(-1)
     share = sum(completion.text == policy.tokenizer.decode(token) for completion in drawn) / n
-    assert 0.5 < likely < 0.99 and share == pytest.approx(likely.item(), abs=4 * (likely * (1 - likely) / n).sqrt().item())
+    assert 0.5 < likely < 0.99 and share == pytest.approx(
+        likely.item(), abs=4 * (likely * (1 - likely) / n).sqrt().item()
+    )
 
 
-def test_other_samples_and_other_seeds_draw_other_completions_and_the_same_the_same(policy, prompts):
+def test_other_samples_and_other_seeds_draw_other_completions_and_the_same_the_same(
+    policy, prompts
+):
     draw = with_model(policy, Sampling(3.0, 1.0, 1, 10))
-    first, again, sample, seed = (draw(prompts[:1], [draw_seed(*place)])[0].text for place in ((1, 0, 0), (1, 0, 0), (1, 0, 1), (2, 0, 0)))
+    first, again, sample, seed = (
+        draw(prompts[:1], [draw_seed(*place)])[0].text
+        for place in ((1, 0, 0), (1, 0, 0), (1, 0, 1), (2, 0, 0))
+    )
     assert first == again and len({first, sample, seed}) == 3
 
 
 def test_greedy_completions_are_those_of_plain_generate(policy, prompts):
     drawn = with_model(policy, GREEDY)(prompts, [0] * len(prompts))
-    batch = policy.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    batch = policy.tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    )
     with policy.generating() as model:
-        ids = model.generate(**batch, max_new_tokens=36, do_sample=False)[:, batch["input_ids"].shape[1]:]
+        ids = model.generate(**batch, max_new_tokens=36, do_sample=False)[
+            :, batch["input_ids"].shape[1] :
+        ]
     assert [c.text for c in drawn] == policy.tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert [c.tokens for c in drawn] == (ids != policy.tokenizer.pad_token_id).sum(1).tolist()
 
@@ -88,7 +111,12 @@ def test_what_a_model_wants_of_its_generation_is_left_out_as_in_training(policy,
     try:
         assert with_model(policy, GREEDY)(prompts, [0] * 12) == expected
     finally:
-        config.repetition_penalty, config.top_k, config.do_sample, config.num_beams = None, None, None, None
+        config.repetition_penalty, config.top_k, config.do_sample, config.num_beams = (
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def test_top_p_keeps_the_likeliest_tokens(policy, prompts):
@@ -99,7 +127,9 @@ def test_top_p_keeps_the_likeliest_tokens(policy, prompts):
 
 
 def test_a_completion_without_an_end_is_truncated_and_counts_its_tokens(policy, prompts):
-    whole, cut = (with_model(policy, Sampling(0.0, 1.0, 1, length))(prompts[:1], [0])[0] for length in (36, 5))
+    whole, cut = (
+        with_model(policy, Sampling(0.0, 1.0, 1, length))(prompts[:1], [0])[0] for length in (36, 5)
+    )
     assert not whole.truncated and whole.tokens > 5
     assert cut.truncated and cut.tokens == 5 and whole.text.startswith(cut.text)
 
@@ -107,7 +137,11 @@ def test_a_completion_without_an_end_is_truncated_and_counts_its_tokens(policy, 
 def test_the_adapter_can_be_switched_off(policy, prompts):
     import tiny
 
-    tuned = Policy(tiny.with_lora(AutoModelForCausalLM.from_pretrained(ROOT / "demo/model")), policy.tokenizer, "transformers")
+    tuned = Policy(
+        tiny.with_lora(AutoModelForCausalLM.from_pretrained(ROOT / "demo/model")),
+        policy.tokenizer,
+        "transformers",
+    )
     for name, parameter in tuned.model.named_parameters():
         if "lora_B" in name:
             parameter.data *= 20
@@ -121,28 +155,62 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
     asked = {}
 
     class LLM:
-        def __init__(self, model, *, tokenizer=None, trust_remote_code=False, quantization=None, seed=0, enable_lora=False,
-                     max_lora_rank=16, max_model_len=None):
+        def __init__(
+            self,
+            model,
+            *,
+            tokenizer=None,
+            trust_remote_code=False,
+            quantization=None,
+            seed=0,
+            enable_lora=False,
+            max_lora_rank=16,
+            max_model_len=None,
+        ):
             asked["llm"] = locals()
 
         def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
-            asked["requests"], asked["lora"] = list(zip(prompts, sampling_params, strict=True)), lora_request
+            asked["requests"], asked["lora"] = (
+                list(zip(prompts, sampling_params, strict=True)),
+                lora_request,
+            )
             end = policy.tokenizer.eos_token_id
             ids = [*policy.tokenizer.encode("<answer>6</answer>", add_special_tokens=False), end]
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=tuple(ids if i else ids[:2]))]) for i in range(len(prompts))]
+            return [
+                types.SimpleNamespace(
+                    outputs=[types.SimpleNamespace(token_ids=tuple(ids if i else ids[:2]))]
+                )
+                for i in range(len(prompts))
+            ]
 
     lora = types.SimpleNamespace(LoRARequest=lambda name, number, path: (name, number, path))
-    monkeypatch.setitem(__import__("sys").modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given))
+    monkeypatch.setitem(
+        __import__("sys").modules,
+        "vllm",
+        types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given),
+    )
     monkeypatch.setitem(__import__("sys").modules, "vllm.lora.request", lora)
-    sampler = generation.with_vllm("base/model", policy.tokenizer, SAMPLED, max_length=96, adapter=tmp_path, rank=20)
+    sampler = generation.with_vllm(
+        "base/model", policy.tokenizer, SAMPLED, max_length=96, adapter=tmp_path, rank=20
+    )
     cut, whole = sampler(True)(prompts[:2], [5, 6])
     assert cut.truncated and cut.tokens == 2
     assert whole == Completion("<answer>6</answer>", 4, False)
-    assert asked["llm"]["max_model_len"] == 96 and asked["llm"]["max_lora_rank"] == 32 and asked["llm"]["enable_lora"]
+    assert (
+        asked["llm"]["max_model_len"] == 96
+        and asked["llm"]["max_lora_rank"] == 32
+        and asked["llm"]["enable_lora"]
+    )
     (prompt, parameters), _ = asked["requests"]
     assert policy.tokenizer.decode(prompt["prompt_token_ids"]) == prompts[0]
-    assert parameters["seed"] == 5 and parameters["max_tokens"] == 36 and parameters["temperature"] == 1.0
-    assert parameters["ignore_eos"] and parameters["stop_token_ids"] == [policy.tokenizer.eos_token_id]
+    assert (
+        parameters["seed"] == 5
+        and parameters["max_tokens"] == 36
+        and parameters["temperature"] == 1.0
+    )
+    assert parameters["ignore_eos"] and parameters["stop_token_ids"] == [
+        policy.tokenizer.eos_token_id
+    ]
     assert asked["lora"] == ("adapter", 1, str(tmp_path))
     sampler(False)(prompts[:2], [5, 6])
     assert asked["lora"] is None
@@ -151,11 +219,22 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
 # ---- grading
 
 
-@pytest.mark.parametrize("text, reference", [
-    (RIGHT.format("1/2"), RIGHT.format("0.5")), (RIGHT.format("0.5"), RIGHT.format("2")), ("<answer>2</answer>", RIGHT.format("2")),
-    ("", RIGHT.format("2")), (RIGHT.format("73"), RIGHT.format("073")), (RIGHT.format("2") * 2, RIGHT.format("2")),
-    (RIGHT.format("5"), "<reasoning>\nfirst <answer>4</answer>, no\n</reasoning>\n<answer>5</answer>"), (RIGHT.format(""), RIGHT.format("")),
-])
+@pytest.mark.parametrize(
+    "text, reference",
+    [
+        (RIGHT.format("1/2"), RIGHT.format("0.5")),
+        (RIGHT.format("0.5"), RIGHT.format("2")),
+        ("<answer>2</answer>", RIGHT.format("2")),
+        ("", RIGHT.format("2")),
+        (RIGHT.format("73"), RIGHT.format("073")),
+        (RIGHT.format("2") * 2, RIGHT.format("2")),
+        (
+            RIGHT.format("5"),
+            "<reasoning>\nfirst <answer>4</answer>, no\n</reasoning>\n<answer>5</answer>",
+        ),
+        (RIGHT.format(""), RIGHT.format("")),
+    ],
+)
 def test_a_verdict_is_the_rewards(text, reference):
     row = evaluation.graded({"prompt": [], "answer": reference}, Completion(text, 1, False))
     (reward,) = reward_math.final_reward([text], [reference])
@@ -170,7 +249,9 @@ def run(path, problems, prompts, sampler, **settings):
     return evaluation.evaluate(file, sampler, problems, prompts, batch_size=5)
 
 
-def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes_on_with_the_same_draws(policy, problems, prompts, tmp_path):
+def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes_on_with_the_same_draws(
+    policy, problems, prompts, tmp_path
+):
     whole = run(tmp_path / "whole.jsonl", problems, prompts, with_model(policy, SAMPLED))
     batches = []
 
@@ -199,15 +280,29 @@ def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes
 def test_a_line_holds_what_can_be_recomputed(policy, problems, prompts, tmp_path):
     run(tmp_path / "e.jsonl", problems, prompts, with_model(policy, SAMPLED))
     first, *lines = map(json.loads, (tmp_path / "e.jsonl").read_text().splitlines())
-    assert first["header"]["problems"] == 12 and first["header"]["samples"] == 2 and first["header"]["model"] == "demo"
+    assert (
+        first["header"]["problems"] == 12
+        and first["header"]["samples"] == 2
+        and first["header"]["model"] == "demo"
+    )
     assert len(lines) == 24 and all(set(line) == set(evaluation_file.ROW) for line in lines)
     line = lines[0]
-    assert line["prompt"] == problems[line["problem"]]["prompt"] and line["reference"] == problems[line["problem"]]["answer"]
+    assert (
+        line["prompt"] == problems[line["problem"]]["prompt"]
+        and line["reference"] == problems[line["problem"]]["answer"]
+    )
 
 
 @pytest.fixture
 def whole_file(policy, problems, prompts, tmp_path):
-    run(tmp_path / "e.jsonl", problems, prompts, with_model(policy, GREEDY), sampling=GREEDY, samples=1)
+    run(
+        tmp_path / "e.jsonl",
+        problems,
+        prompts,
+        with_model(policy, GREEDY),
+        sampling=GREEDY,
+        samples=1,
+    )
     return tmp_path / "e.jsonl"
 
 
@@ -230,32 +325,73 @@ def test_a_missing_line_end_loses_nothing(policy, problems, prompts, whole_file)
     assert whole_file.read_bytes() == content
 
 
-@pytest.mark.parametrize("damage, sentence", [
-    (lambda lines: lines[:3] + [lines[3][:40]] + lines[4:], "line 4: this is no completion; the file is damaged: restore it"),
-    (lambda lines: lines[:3] + [lines[3]] + lines[3:], "line 5: problem .*, sample 0 is there twice"),
-    (lambda lines: lines[:2] + [lines[2].replace('"tokens": ', '"tokens": "many", "x": ')] + lines[3:], "line 3: 'tokens' is missing"),
-    (lambda lines: lines[:2] + [lines[2].replace('"correct": ', '"correct": 1, "x": ')] + lines[3:], "line 3: 'correct' is missing"),
-    (lambda lines: lines[:2] + [lines[2].replace('"sample": 0', '"sample": 7')] + lines[3:], "line 3: problem .*, sample 7 is beyond the 12 x 1"),
-    (lambda lines: lines[1:], "the first line is no header of an evaluation"),
-    (lambda lines: [lines[0].replace('"problems": 12', '"problems": "12"'), *lines[1:]], "the first line is no header"),
-    (lambda lines: ["\0\0"] + lines[1:], "the first line is no header"),
-    (lambda lines: [], "the file is empty"),
-])
-def test_damage_elsewhere_is_told_in_one_sentence_and_nothing_is_overwritten(problems, prompts, whole_file, damage, sentence):
-    whole_file.write_text("".join(line + "\n" for line in damage(whole_file.read_text().splitlines())))
+@pytest.mark.parametrize(
+    "damage, sentence",
+    [
+        (
+            lambda lines: lines[:3] + [lines[3][:40]] + lines[4:],
+            "line 4: this is no completion; the file is damaged: restore it",
+        ),
+        (
+            lambda lines: lines[:3] + [lines[3]] + lines[3:],
+            "line 5: problem .*, sample 0 is there twice",
+        ),
+        (
+            lambda lines: (
+                lines[:2] + [lines[2].replace('"tokens": ', '"tokens": "many", "x": ')] + lines[3:]
+            ),
+            "line 3: 'tokens' is missing",
+        ),
+        (
+            lambda lines: (
+                lines[:2] + [lines[2].replace('"correct": ', '"correct": 1, "x": ')] + lines[3:]
+            ),
+            "line 3: 'correct' is missing",
+        ),
+        (
+            lambda lines: lines[:2] + [lines[2].replace('"sample": 0', '"sample": 7')] + lines[3:],
+            "line 3: problem .*, sample 7 is beyond the 12 x 1",
+        ),
+        (lambda lines: lines[1:], "the first line is no header of an evaluation"),
+        (
+            lambda lines: [lines[0].replace('"problems": 12', '"problems": "12"'), *lines[1:]],
+            "the first line is no header",
+        ),
+        (lambda lines: ["\0\0"] + lines[1:], "the first line is no header"),
+        (lambda lines: [], "the file is empty"),
+    ],
+)
+def test_damage_elsewhere_is_told_in_one_sentence_and_nothing_is_overwritten(
+    problems, prompts, whole_file, damage, sentence
+):
+    whole_file.write_text(
+        "".join(line + "\n" for line in damage(whole_file.read_text().splitlines()))
+    )
     content = whole_file.read_bytes()
-    for use in (lambda: evaluation_file.read(whole_file), lambda: run(whole_file, problems, prompts, None, sampling=GREEDY, samples=1)):
+    for use in (
+        lambda: evaluation_file.read(whole_file),
+        lambda: run(whole_file, problems, prompts, None, sampling=GREEDY, samples=1),
+    ):
         with pytest.raises(RecipeError, match=sentence) as error:
             use()
         assert "\n" not in str(error.value)
     assert whole_file.read_bytes() == content
 
 
-@pytest.mark.parametrize("change, sentence", [
-    ({"samples": 3, "sampling": SAMPLED}, "holds an evaluation with samples 1, temperature 0.0; name another file with --to, or replace"),
-    ({"sampling": GREEDY._replace(seed=2)}, "holds an evaluation with seed 1;"),
-    ({"weights": "others"}, "holds an evaluation with other weights;"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            {"samples": 3, "sampling": SAMPLED},
+            (
+                "holds an evaluation with samples 1, temperature 0.0; name another file with --to,"
+                " or replace"
+            ),
+        ),
+        ({"sampling": GREEDY._replace(seed=2)}, "holds an evaluation with seed 1;"),
+        ({"weights": "others"}, "holds an evaluation with other weights;"),
+    ],
+)
 def test_other_settings_are_refused(problems, prompts, whole_file, change, sentence):
     content = whole_file.read_bytes()
     with pytest.raises(RecipeError, match=sentence):
@@ -269,7 +405,10 @@ def test_two_evaluations_into_one_file_are_noticed(problems, prompts, tmp_path):
     one, other = (EvaluationFile(tmp_path / "e.jsonl", header(problems, prompts)) for _ in range(2))
     row = {"problem": 0, "sample": 0, **evaluation.graded(problems[0], Completion("", 1, True))}
     with one:
-        with pytest.raises(RecipeError, match="another evaluation writes to it at the same time"), other:
+        with (
+            pytest.raises(RecipeError, match="another evaluation writes to it at the same time"),
+            other,
+        ):
             other.append(row)
         one.append(row)
     assert len(evaluation_file.read(tmp_path / "e.jsonl").rows) == 1
@@ -289,7 +428,9 @@ def test_a_gpu_without_memory_is_told_with_what_to_change(problems, prompts, tmp
     def exhausted(texts, seeds):
         raise torch.OutOfMemoryError("2 GiB")
 
-    with pytest.raises(RecipeError, match="no memory for 5 completions at a time; use a smaller one"):
+    with pytest.raises(
+        RecipeError, match="no memory for 5 completions at a time; use a smaller one"
+    ):
         run(tmp_path / "e.jsonl", problems, prompts, exhausted)
 
 
@@ -298,17 +439,36 @@ def test_a_gpu_without_memory_is_told_with_what_to_change(problems, prompts, tmp
 
 def row(problem: int, sample: int, answer: str | None, verdict: str, tokens: int = 10) -> dict:
     """verdict: + correct, - wrong, f malformed, t malformed and truncated"""
-    return {"problem": problem, "sample": sample, "answer": answer, "correct": verdict == "+", "well_formed": verdict in "+-",
-            "truncated": verdict == "t", "tokens": tokens}
+    return {
+        "problem": problem,
+        "sample": sample,
+        "answer": answer,
+        "correct": verdict == "+",
+        "well_formed": verdict in "+-",
+        "truncated": verdict == "t",
+        "tokens": tokens,
+    }
 
 
 def test_scores_are_means_over_problems():
     rows = [row(0, 0, "1", "+"), row(0, 1, "1", "-", 30), row(1, 1, None, "t"), row(1, 0, "5", "f")]
     found = scores.scores(rows, 2, [1, 2])
     means = {name: score.mean for name, score in found.scores.items()}
-    assert means == {"accuracy": 0.25, "pass@1": 0.25, "pass@2": 0.5, "maj@1": 0.5, "maj@2": 0.5, "format rate": 0.5,
-                     "truncated": 0.25, "mean length": 15.0}
-    assert found.problems == 2 and found.scores["accuracy"].low == 0.0 and found.scores["accuracy"].high == 0.5
+    assert means == {
+        "accuracy": 0.25,
+        "pass@1": 0.25,
+        "pass@2": 0.5,
+        "maj@1": 0.5,
+        "maj@2": 0.5,
+        "format rate": 0.5,
+        "truncated": 0.25,
+        "mean length": 15.0,
+    }
+    assert (
+        found.problems == 2
+        and found.scores["accuracy"].low == 0.0
+        and found.scores["accuracy"].high == 0.5
+    )
 
 
 def test_means_are_those_of_scores_and_resample_nothing(monkeypatch):
@@ -316,7 +476,10 @@ def test_means_are_those_of_scores_and_resample_nothing(monkeypatch):
     expected = {name: score.mean for name, score in scores.scores(rows, 2).scores.items()}
     monkeypatch.delattr(scores, "intervals")
     assert {name: score.mean for name, score in scores.means(rows, 2).scores.items()} == expected
-    assert scores.means(rows, 2).problems == 2 and str(scores.means(rows, 2)) == "accuracy 25.0%, format 50.0%"
+    assert (
+        scores.means(rows, 2).problems == 2
+        and str(scores.means(rows, 2)) == "accuracy 25.0%, format 50.0%"
+    )
 
 
 def test_what_is_not_well_formed_has_no_vote():
@@ -326,7 +489,10 @@ def test_what_is_not_well_formed_has_no_vote():
 
 def test_only_whole_problems_count():
     rows = [row(0, 0, "1", "+"), row(0, 1, "1", "+"), row(1, 0, "1", "-")]
-    assert scores.scores(rows, 2).problems == 1 and scores.scores(rows, 2).scores["accuracy"].mean == 1.0
+    assert (
+        scores.scores(rows, 2).problems == 1
+        and scores.scores(rows, 2).scores["accuracy"].mean == 1.0
+    )
     with pytest.raises(ValueError, match="no problem has all its samples"):
         scores.scores(rows[2:], 2)
 
@@ -337,8 +503,12 @@ def test_differences_are_taken_problem_by_problem():
     ours = [row(i, 0, "1", "-" if h else "+") for i, h in enumerate(hard)]
     found = scores.differences(ours, base, 1)
     assert found.problems == 40 and found.scores["accuracy"].mean == pytest.approx(0.05)
-    assert found.scores["accuracy"].low >= 0  # no problem got worse, which separate intervals would not show
-    assert scores.scores(ours, 1).scores["accuracy"].low < scores.scores(base, 1).scores["accuracy"].mean
+    # no problem got worse, which separate intervals would not show
+    assert found.scores["accuracy"].low >= 0
+    assert (
+        scores.scores(ours, 1).scores["accuracy"].low
+        < scores.scores(base, 1).scores["accuracy"].mean
+    )
 
 
 def test_the_table_shows_every_score_with_its_interval_and_signs_of_differences():
@@ -347,7 +517,13 @@ def test_the_table_shows_every_score_with_its_interval_and_signs_of_differences(
     text = scores.table({"trained": found, "difference": scores.differences(rows, rows, 1, [1])})
     assert "accuracy      100.0 % [100.0, 100.0]" in text and "+0.0 % [+0.0, +0.0]" in text
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
-        "accuracy", "pass@1", "maj@1", "format rate", "truncated", "mean length"]
+        "accuracy",
+        "pass@1",
+        "maj@1",
+        "format rate",
+        "truncated",
+        "mean length",
+    ]
 
 
 def test_problems_of_real_sets_are_evaluated(policy, shared_data, tmp_path):
@@ -356,6 +532,12 @@ def test_problems_of_real_sets_are_evaluated(policy, shared_data, tmp_path):
         problems = load_problems(section, policy.tokenizer, 2000, 0, shuffle=False)
         assert isinstance(problems, datasets.Dataset)
         texts = evaluation.rendered(problems, policy.tokenizer)
-        rows = run(tmp_path / f"{name}.jsonl", problems, texts, lambda prompts, seeds: [
-            Completion(problems[0]["answer"], 9, False) for _ in prompts], sampling=GREEDY, samples=1)
+        rows = run(
+            tmp_path / f"{name}.jsonl",
+            problems,
+            texts,
+            lambda prompts, seeds: [Completion(problems[0]["answer"], 9, False) for _ in prompts],
+            sampling=GREEDY,
+            samples=1,
+        )
         assert [r["correct"] for r in rows if r["problem"] == 0] == [True]

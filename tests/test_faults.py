@@ -1,4 +1,6 @@
-"""Real faults, injected: what is killed, stopped, filled or damaged loses nothing. `make soak` does more rounds of it."""
+"""Real faults, injected: what is killed, stopped, filled or damaged loses nothing. `make soak` does
+more rounds of it.
+"""
 
 import errno
 import json
@@ -12,19 +14,39 @@ import pytest
 from conftest import ROOT
 
 from gtpo import checkpoints, cli, trackers, troubles
-from gtpo.interruption import Interrupted, Interruption
 from gtpo.errors import RecipeError
+from gtpo.interruption import Interrupted, Interruption
 from gtpo.whole_files import files_written_aside, remove_leftovers, write_whole, written_aside
 
-FAULTS = ["sigkill", "sigterm", "second_ctrl_c", "truncated", "disk_full", "no_memory", "tracker_dies", "no_network"]
+FAULTS = [
+    "sigkill",
+    "sigterm",
+    "second_ctrl_c",
+    "truncated",
+    "disk_full",
+    "no_memory",
+    "tracker_dies",
+    "no_network",
+]
 
 
 @pytest.fixture(scope="module")
 def soak() -> dict[str, list[str]]:
     """What a short soak says of each fault: how many were injected, steps repeated, losses."""
     command = [sys.executable, "benchmarks/soak.py", "--rounds", "2", "--steps", "5", "--seed", "1"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900)
-    lines = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line.split()[:1] and line.split()[0] in FAULTS}
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    lines = {
+        line.split()[0]: line.split()
+        for line in done.stdout.splitlines()
+        if line.split()[:1] and line.split()[0] in FAULTS
+    }
     assert lines.keys() == {*FAULTS}, done.stdout + done.stderr
     return {**lines, "all": done.stdout.splitlines()}
 
@@ -49,7 +71,9 @@ def test_a_file_or_folder_that_is_not_written_to_its_end_leaves_the_old_one_as_i
     with pytest.raises(KeyError), files_written_aside(tmp_path) as aside:
         (aside / "a").write_text("half")
         raise KeyError
-    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"] and (
+        tmp_path / "a"
+    ).read_text() == "old"
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path):
@@ -60,7 +84,9 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]
 
 
-def test_what_a_crash_left_aside_is_removed_and_an_old_folder_without_a_successor_comes_back(tmp_path):
+def test_what_a_crash_left_aside_is_removed_and_an_old_folder_without_a_successor_comes_back(
+    tmp_path,
+):
     for name in (".partial-a", ".partial-old-b", ".partial-old-c", "c"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -81,7 +107,8 @@ def test_a_signal_with_nothing_to_save_ends_the_run_there_and_else_is_noted():
         with Interruption().watching() as interruption:
             with interruption.deferred():
                 os.kill(os.getpid(), signum)
-                os.kill(os.getpid(), signum)  # at the same time: the launcher's, and the terminal's
+                # at the same time: the launcher's, and the terminal's
+                os.kill(os.getpid(), signum)
             assert interruption.asked
             with pytest.raises(Interrupted, match="saved"):
                 interruption.stop_here("saved")
@@ -110,7 +137,10 @@ def test_a_signal_that_a_library_mistakes_for_an_error_of_its_own_stays_a_signal
     with Interruption().watching() as interruption:
         with pytest.raises(ZeroDivisionError), interruption.not_mistaken():
             1 / 0
-        with pytest.raises(Interrupted, match="nothing is lost") as stopped, interruption.not_mistaken():
+        with (
+            pytest.raises(Interrupted, match="nothing is lost") as stopped,
+            interruption.not_mistaken(),
+        ):
             lazy_import()
         assert stopped.value.exit_code == 143
         with pytest.raises(ZeroDivisionError), interruption.not_mistaken(), interruption.deferred():
@@ -120,7 +150,10 @@ def test_a_signal_that_a_library_mistakes_for_an_error_of_its_own_stays_a_signal
 # ---- one sentence
 
 
-RECIPE = "model: {model_name: some/model}\ndataset: {name: gsm8k}\ntraining: {per_device_train_batch_size: 8, gradient_checkpointing: false}\n"
+RECIPE = (
+    "model: {model_name: some/model}\ndataset: {name: gsm8k}\ntraining:"
+    " {per_device_train_batch_size: 8, gradient_checkpointing: false}\n"
+)
 
 
 def sentence(tmp_path, error: Exception, *, checkpoint: bool = True) -> str:
@@ -138,13 +171,22 @@ def test_too_little_memory_names_the_keys_that_help(tmp_path):
 
     with pytest.raises(RuntimeError) as real:
         torch.empty(2**50)
-    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
-    for error, device in ((real.value, "this machine"), (MemoryError(), "this machine"), (cuda, "the GPU")):
+    cuda = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ..."
+    )
+    for error, device in (
+        (real.value, "this machine"),
+        (MemoryError(), "this machine"),
+        (cuda, "the GPU"),
+    ):
         told = sentence(tmp_path, error)
         assert told.startswith(f"memory: {device} has too little for this recipe (")
-        assert ("Lower training.per_device_train_batch_size (now 8; raise gradient_accumulation_steps by as much), model.max_seq_length "
-                "(now 5500) or training.num_generations (now 8), or set training.gradient_checkpointing to true. Everything up to "
-                "checkpoint-7 is whole: go on with --resume --force-resume") in told
+        assert (
+            "Lower training.per_device_train_batch_size (now 8; raise gradient_accumulation_steps"
+            " by as much), model.max_seq_length (now 5500) or training.num_generations (now 8), or"
+            " set training.gradient_checkpointing to true. Everything up to checkpoint-7 is whole:"
+            " go on with --resume --force-resume" in told
+        )
 
 
 def test_a_disk_that_cannot_be_written_to_is_told_by_its_file_whichever_library_wrote(tmp_path):
@@ -152,12 +194,21 @@ def test_a_disk_that_cannot_be_written_to_is_told_by_its_file_whichever_library_
     from safetensors import SafetensorError
 
     full = OSError(errno.ENOSPC, "No space left on device", "/runs/completions.jsonl")
-    assert sentence(tmp_path, full, checkpoint=False) == (
-        "/runs/completions.jsonl: cannot be written (No space left on device); make room, or let it be written. There is no checkpoint "
-        "yet: start again with --resume")
+    assert (
+        sentence(tmp_path, full, checkpoint=False)
+        == "/runs/completions.jsonl: cannot be written (No space left on device); make room, or let"
+        " it be written. There is no checkpoint yet: start again with --resume"
+    )
     read_only = OSError(errno.EROFS, "Read-only file system", "/runs/x")
-    assert "Everything up to checkpoint-7 is whole: go on with --resume" in sentence(tmp_path, read_only)
-    assert "No space left on device (os error 28)" in sentence(tmp_path, SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"))
+    assert "Everything up to checkpoint-7 is whole: go on with --resume" in sentence(
+        tmp_path, read_only
+    )
+    assert "No space left on device (os error 28)" in sentence(
+        tmp_path,
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    )
     if os.path.exists("/dev/full"):
         with pytest.raises(RuntimeError) as real:
             torch.save({"a": torch.zeros(10**6)}, "/dev/full")
@@ -165,18 +216,32 @@ def test_a_disk_that_cannot_be_written_to_is_told_by_its_file_whichever_library_
 
 
 def test_an_error_of_the_code_stays_an_error(tmp_path):
-    for error in (KeyError("x"), FileNotFoundError(errno.ENOENT, "No such file", "x"), RuntimeError("shapes differ")):
+    for error in (
+        KeyError("x"),
+        FileNotFoundError(errno.ENOENT, "No such file", "x"),
+        RuntimeError("shapes differ"),
+    ):
         with pytest.raises(type(error)), troubles.explained(None, tmp_path):
             raise error
 
 
 def test_a_tracker_that_fails_is_told_once_and_left_out(caplog):
     calls = []
-    callback = type("WandbCallback", (), {"__module__": "transformers.integrations.integration_utils"})()
+    callback = type(
+        "WandbCallback", (), {"__module__": "transformers.integrations.integration_utils"}
+    )()
     for event in ("on_train_begin", *trackers.EVENTS):
-        setattr(callback, event, lambda *args, event=event, **kwargs: calls.append(event) or (_ for _ in ()).throw(OSError("gone\nfor good")))
+        setattr(
+            callback,
+            event,
+            lambda *args, event=event, **kwargs: (
+                calls.append(event) or (_ for _ in ()).throw(OSError("gone\nfor good"))
+            ),
+        )
     other = type("Console", (), {"on_log": lambda self: calls.append("console")})()
-    trainer = type("Trainer", (), {"callback_handler": type("Handler", (), {"callbacks": [callback, other]})})
+    trainer = type(
+        "Trainer", (), {"callback_handler": type("Handler", (), {"callbacks": [callback, other]})}
+    )
     trackers.let_training_go_on(trainer)
     with pytest.raises(OSError):
         callback.on_train_begin()
@@ -186,7 +251,9 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(caplog):
     other.on_log()
     assert calls == ["on_train_begin", "on_log", "console"]
     assert [record.getMessage() for record in caplog.records] == [
-        "[GTPO] wandb fails (OSError: gone); the run goes on without it, and its own files have everything"]
+        "[GTPO] wandb fails (OSError: gone); the run goes on without it, and its own files have"
+        " everything"
+    ]
 
 
 def test_a_checkpoint_is_not_there_before_it_is_whole(tmp_path, monkeypatch):

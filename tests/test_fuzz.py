@@ -1,4 +1,6 @@
-"""Hostile input, a little of it: benchmarks/fuzz.py brings more. Random texts by hypothesis; recipes, answers and runs by benchmarks/hostile.py."""
+"""Hostile input, a little of it: benchmarks/fuzz.py brings more. Random texts by hypothesis;
+recipes, answers and runs by benchmarks/hostile.py.
+"""
 
 import random
 import sys
@@ -16,14 +18,21 @@ from gtpo import answers, safe_text, yaml_text  # noqa: E402
 from reward_math import final_reward, released_reward  # noqa: E402
 
 FEW = settings(max_examples=80, deadline=None, derandomize=True, database=None)
-TEXTS = st.lists(st.one_of(st.sampled_from(hostile.PIECES), st.text(max_size=8)), max_size=12).map("".join)
+TEXTS = st.lists(st.one_of(st.sampled_from(hostile.PIECES), st.text(max_size=8)), max_size=12).map(
+    "".join
+)
 NUMBERS = st.integers(-(10**12), 10**12)
 
 
-@pytest.mark.parametrize("target, inputs", [("recipe", 80), ("answers", 200), ("rewards", 320), ("report", 256), ("console", 300)])
+@pytest.mark.parametrize(
+    "target, inputs",
+    [("recipe", 80), ("answers", 200), ("rewards", 320), ("report", 256), ("console", 300)],
+)
 def test_hostile_input_does_no_harm(target, inputs, monkeypatch):
     if target == "report":
-        monkeypatch.setitem(fuzz.TARGETS, "report", (lambda dice: fuzz.check_report(dice, 256), inputs))
+        monkeypatch.setitem(
+            fuzz.TARGETS, "report", (lambda dice: fuzz.check_report(dice, 256), inputs)
+        )
     outcome = fuzz.run(target, inputs, seed=2)
     assert outcome.failures == [] and outcome.inputs >= inputs
 
@@ -36,11 +45,23 @@ def test_a_failure_is_found_with_the_seed_that_repeats_it(monkeypatch):
     assert what.startswith("ZeroDivisionError") and random.Random(number).random() < 0.5
 
 
-@pytest.mark.parametrize("hack", ["<script>", "<img src=x>", "<!-- x -->", "</details>", "<a href='http://x'>x</a>", "<p onclick=x>x</p>"])
+@pytest.mark.parametrize(
+    "hack",
+    [
+        "<script>",
+        "<img src=x>",
+        "<!-- x -->",
+        "</details>",
+        "<a href='http://x'>x</a>",
+        "<p onclick=x>x</p>",
+    ],
+)
 def test_the_check_of_a_page_sees_what_has_escaped(hack, monkeypatch):
     import jinja2
 
-    monkeypatch.setattr(jinja2.Environment, "__init__", _without_escaping(jinja2.Environment.__init__))
+    monkeypatch.setattr(
+        jinja2.Environment, "__init__", _without_escaping(jinja2.Environment.__init__)
+    )
     monkeypatch.setattr(hostile, "text", lambda dice, pieces=12: hack)
     with pytest.raises(AssertionError):
         fuzz.check_report(random.Random(0), 16)
@@ -63,7 +84,9 @@ def test_only_the_right_number_is_paid(text, wrong, right):
     answer = answers.format_reference(text, str(wrong))
     for reward in (final_reward,):
         [paid] = reward([answer], [str(right)])
-        assert paid == (20 if wrong == right and answers.format_score(answer) == 10 else paid) and (paid < 20 or wrong == right)
+        assert paid == (20 if wrong == right and answers.format_score(answer) == 10 else paid) and (
+            paid < 20 or wrong == right
+        )
     assert released_reward([answer], [str(right)])[0] >= 0
 
 
@@ -75,8 +98,15 @@ def test_any_text_becomes_printable_once_and_for_all(text):
     assert all(c.isprintable() or c in "\n\t" or not c.isascii() for c in shown)
 
 
-PLAIN = st.recursive(st.none() | st.booleans() | st.integers(-(2**63), 2**63) | st.floats(allow_nan=False) | st.text(),
-                     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4), max_leaves=12)
+PLAIN = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
 
 
 @FEW

@@ -1,4 +1,6 @@
-"""A hub name is looked up shortly: in the cache, then with one request; each outcome is one sentence."""
+"""A hub name is looked up shortly: in the cache, then with one request; each outcome is one
+sentence.
+"""
 
 import httpx
 import huggingface_hub
@@ -7,8 +9,8 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from gtpo.base_model import check_model
-from gtpo.hub import look_up
 from gtpo.errors import RecipeError
+from gtpo.hub import look_up
 
 
 @pytest.fixture
@@ -23,7 +25,11 @@ def hub(monkeypatch, tmp_path):
             asked.append((name, timeout))
             if isinstance(outcome, Exception):
                 raise outcome
-            return huggingface_hub.ModelInfo(id=name, gated="gated" in outcome and "manual", siblings=[{"rfilename": file} for file in outcome])
+            return huggingface_hub.ModelInfo(
+                id=name,
+                gated="gated" in outcome and "manual",
+                siblings=[{"rfilename": file} for file in outcome],
+            )
 
         for method in ("model_info", "dataset_info"):
             monkeypatch.setattr(huggingface_hub.HfApi, method, info)
@@ -45,7 +51,9 @@ def test_what_the_hub_has_is_accepted_after_one_request(hub):
     assert look() == ["config.json", "model.safetensors"] and asked == [("some/model", 5)]
 
 
-@pytest.mark.parametrize("kind, folder", [("model", "models--some--model"), ("dataset", "datasets--some--model")])
+@pytest.mark.parametrize(
+    "kind, folder", [("model", "models--some--model"), ("dataset", "datasets--some--model")]
+)
 def test_what_is_in_the_cache_is_not_asked_for(hub, tmp_path, kind, folder):
     asked = hub(httpx.ConnectError("no network"))
     (tmp_path / folder / "snapshots" / "abc").mkdir(parents=True)
@@ -56,7 +64,9 @@ def test_what_is_in_the_cache_is_not_asked_for(hub, tmp_path, kind, folder):
 def test_a_gated_model_is_refused_without_a_token_and_accepted_with_one(hub, monkeypatch):
     hub(["config.json", "gated"])
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(RecipeError, match="'some/model' is gated; accept its licence on the hub and set HF_TOKEN"):
+    with pytest.raises(
+        RecipeError, match="'some/model' is gated; accept its licence on the hub and set HF_TOKEN"
+    ):
         look()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
     assert look()
@@ -64,18 +74,38 @@ def test_a_gated_model_is_refused_without_a_token_and_accepted_with_one(hub, mon
 
 def test_weights_that_can_hold_code_are_refused_before_they_are_downloaded(hub):
     hub(["config.json", "pytorch_model-00001-of-00002.bin"])
-    with pytest.raises(RecipeError, match="'some/model' has its weights in pytorch_model-00001-of-00002.bin, which could run code"):
+    with pytest.raises(
+        RecipeError,
+        match=(
+            "'some/model' has its weights in pytorch_model-00001-of-00002.bin, which could run code"
+        ),
+    ):
         check_model("some/model")
     hub(["config.json", "pytorch_model.bin", "model.safetensors", "training_args.bin"])
     check_model("some/model")
 
 
-@pytest.mark.parametrize("outcome, sentence", [
-    (RepositoryNotFoundError("404", response=response(404)), "the hub has no model 'some/model' that you may see; check the name, or set HF_TOKEN"),
-    (GatedRepoError("403", response=response(403)), "'some/model' is gated; accept its licence on the hub and set HF_TOKEN"),
-    (httpx.ConnectError("no network"), "is not in the local cache and the hub cannot be reached (ConnectError); connect to the network, or use a local folder"),
-    (httpx.ReadTimeout("slow"), "the hub cannot be reached (ReadTimeout)"),
-])
+@pytest.mark.parametrize(
+    "outcome, sentence",
+    [
+        (
+            RepositoryNotFoundError("404", response=response(404)),
+            "the hub has no model 'some/model' that you may see; check the name, or set HF_TOKEN",
+        ),
+        (
+            GatedRepoError("403", response=response(403)),
+            "'some/model' is gated; accept its licence on the hub and set HF_TOKEN",
+        ),
+        (
+            httpx.ConnectError("no network"),
+            (
+                "is not in the local cache and the hub cannot be reached (ConnectError); connect to"
+                " the network, or use a local folder"
+            ),
+        ),
+        (httpx.ReadTimeout("slow"), "the hub cannot be reached (ReadTimeout)"),
+    ],
+)
 def test_each_other_outcome_is_one_sentence(hub, outcome, sentence):
     hub(outcome)
     with pytest.raises(RecipeError) as caught:

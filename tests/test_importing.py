@@ -25,7 +25,14 @@ def test_the_collector_is_off_inside_and_as_it_was_afterwards():
 
 
 @pytest.mark.parametrize("before, frozen", [("import json", True), ("import torch", False)])
-def test_only_what_was_there_before_any_tensor_could_be_is_left_out_of_later_collections(before, frozen):
-    code = f"{before}\nimport gc\nfrom gtpo.importing import collector_off\nwith collector_off():\n    import email\nprint(gc.get_freeze_count() > 0)"
-    said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def test_only_what_was_there_before_any_tensor_could_be_is_left_out_of_later_collections(
+    before, frozen
+):
+    code = (
+        f"{before}\nimport gc\nfrom gtpo.importing import collector_off\nwith collector_off():\n   "
+        " import email\nprint(gc.get_freeze_count() > 0)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert said.strip() == str(frozen)

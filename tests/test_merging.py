@@ -1,4 +1,6 @@
-"""Generating with the adapter merged: the same policy, and base weights that are bit for bit what they were."""
+"""Generating with the adapter merged: the same policy, and base weights that are bit for bit what
+they were.
+"""
 
 import pytest
 import tiny
@@ -33,10 +35,14 @@ def test_a_merged_model_says_the_same_and_gets_its_base_weights_back(model):
     with merged(model):
         inside = model(IDS).logits
         assert all(layer.merged for layer in layers(model)) and len(layers(model)) == 14
-        assert not torch.equal(layers(model)[0].base_layer.weight, before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"])
+        assert not torch.equal(
+            layers(model)[0].base_layer.weight,
+            before["base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"],
+        )
     assert torch.allclose(inside, expected, atol=1e-4) and expected.std() > 0.1
     with model.disable_adapter():
-        assert not torch.allclose(model(IDS).logits, expected, atol=1e-2)  # the adapter does say something
+        # the adapter does say something
+        assert not torch.allclose(model(IDS).logits, expected, atol=1e-2)
     assert not any(layer.merged for layer in layers(model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert memory == [layer.base_layer.weight.data_ptr() for layer in layers(model)]
@@ -80,7 +86,8 @@ def test_weights_that_are_cast_by_autocast_are_not_merged(model, monkeypatch):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # a process has one precision, and trainers before had another
+    # a process has one precision, and trainers before had another
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     assert merged_layers(Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)) == 0
 
 
@@ -94,7 +101,9 @@ def test_large_models_are_not_merged(model, monkeypatch):
 
 def with_options(**options):
     torch.manual_seed(1)
-    return get_peft_model(tiny.tiny_model(tiny.tiny_tokenizer()), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+    return get_peft_model(
+        tiny.tiny_model(tiny.tiny_tokenizer()), LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+    )
 
 
 @pytest.mark.parametrize("options", [{"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
@@ -108,18 +117,29 @@ def test_a_head_that_is_the_embedding_is_not_merged():
     base = tiny.tiny_model(tiny.tiny_tokenizer())
     base.config.tie_word_embeddings = True
     base.lm_head.weight = base.model.embed_tokens.weight
-    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", ensure_weight_tying=False))
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            r=4,
+            target_modules=["q_proj", "lm_head"],
+            task_type="CAUSAL_LM",
+            ensure_weight_tying=False,
+        ),
+    )
     embedding = base.model.embed_tokens.weight.clone()
     with merged(model):
         assert torch.equal(base.model.embed_tokens.weight, embedding)
-        assert [name for name, module in model.named_modules() if getattr(module, "merged", False)] == [
-            f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+        assert [
+            name for name, module in model.named_modules() if getattr(module, "merged", False)
+        ] == [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
 def test_trl_generates_with_the_adapter_merged_and_trains_without(tmp_path):
     import gradients
 
-    trainer = gradients.make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", str(tmp_path), max_steps=2)
+    trainer = gradients.make_trainer(
+        "gtpo.gtpo_training.UnslothGTPOTrainer", str(tmp_path), max_steps=2
+    )
     merging.generate_merged(trainer)
     seen = {"generate": [], "loss": []}
 

@@ -1,4 +1,6 @@
-"""What a run's model card says: the method by its name, the numbers of its files, and nothing of this machine."""
+"""What a run's model card says: the method by its name, the numbers of its files, and nothing of
+this machine.
+"""
 
 import json
 import re
@@ -38,20 +40,57 @@ def recipe_with(*flags: str):
 
 def test_a_run_writes_its_card_and_one_into_every_checkpoint(here, monkeypatch):  # noqa: F811
     monkeypatch.setenv("SOME_API_KEY", "x" * 8)
-    assert train_model.main(demo_flags("--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "8",
-                                       "--env.HF_TOKEN", "hf_secretsecretsecretsecret")) == 0
+    assert (
+        train_model.main(
+            demo_flags(
+                "--evaluation.path",
+                str(ROOT / "demo/data/test.jsonl"),
+                "--evaluation.limit",
+                "8",
+                "--env.HF_TOKEN",
+                "hf_secretsecretsecretsecret",
+            )
+        )
+        == 0
+    )
     folder = run_dir(here)
     card = ModelCard.load(folder / "README.md")
-    assert card.data.to_dict() == {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["gtpo", "lora", "trl"]}
-    assert "**GTPO** (Group-relative Trajectory-based Policy Optimization, [arXiv 2508.03772]" in card.text
-    last = [row for row in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "reward" in row][-1]
-    for text in ("| reward | " + f"{last['reward']:.4g}", "| before | 8 | 1 | 0.0 |", "| after | 8 | 1 | 0.0 |", "rank 16, alpha 16",
-                 "threshold 0.7 nats, gamma 0.1, lambda 2.0", "local files (`train.jsonl`), split train", "| optimizer steps | 2 |"):
+    assert card.data.to_dict() == {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["gtpo", "lora", "trl"],
+    }
+    assert (
+        "**GTPO** (Group-relative Trajectory-based Policy Optimization, [arXiv 2508.03772]"
+        in card.text
+    )
+    last = [
+        row
+        for row in json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        if "reward" in row
+    ][-1]
+    for text in (
+        "| reward | " + f"{last['reward']:.4g}",
+        "| before | 8 | 1 | 0.0 |",
+        "| after | 8 | 1 | 0.0 |",
+        "rank 16, alpha 16",
+        "threshold 0.7 nats, gamma 0.1, lambda 2.0",
+        "local files (`train.jsonl`), split train",
+        "| optimizer steps | 2 |",
+    ):
         assert text in card.text, text
     early = (folder / "checkpoint-1/README.md").read_text()
-    assert "| optimizer steps | 1 |" in early and "GTPO" in early and "More Information Needed" not in early
+    assert (
+        "| optimizer steps | 1 |" in early
+        and "GTPO" in early
+        and "More Information Needed" not in early
+    )
     assert export_model.main([str(folder), str(here / "merged")]) == 0
-    for file in (folder / "README.md", folder / "checkpoint-2/README.md", here / "merged/README.md"):
+    for file in (
+        folder / "README.md",
+        folder / "checkpoint-2/README.md",
+        here / "merged/README.md",
+    ):
         text = file.read_text()
         for private in ("GRPO", "None", str(ROOT), str(here), "hf_secret", "xxxxxxxx", "HF_TOKEN"):
             assert private not in text, (file, private)
@@ -60,16 +99,48 @@ def test_a_run_writes_its_card_and_one_into_every_checkpoint(here, monkeypatch):
         (code,) = re.findall(r"```python\n(.*?)```", (place / "README.md").read_text(), re.DOTALL)
         exec(compile(code.replace("FOLDER_OR_REPOSITORY", str(place)), "card", "exec"), {})
     merged = ModelCard.load(here / "merged/README.md")
-    assert merged.data.library_name == "transformers" and "| after | 8 |" in merged.text and "rounding alone" in merged.text
+    assert (
+        merged.data.library_name == "transformers"
+        and "| after | 8 |" in merged.text
+        and "rounding alone" in merged.text
+    )
 
 
-@pytest.mark.parametrize("path, trainer, tag, expected", [
-    ("gtpo.gtpo_training.UnslothGTPOTrainer", UnslothGTPOTrainer, "gtpo", "trained with **GTPO** ("),
-    ("custom_trainer.released.ReleasedGTPOTrainer", ReleasedGTPOTrainer, "gtpo", "computed as in its authors' released code"),
-    ("custom_trainer.original.UnslothGRPOTrainer", UnslothGRPOTrainer, "grpo", "trained with **GRPO** ("),
-    ("test_model_card.MyTrainer", MyTrainer, "gtpo", "by `test_model_card.MyTrainer`, a variant of **GTPO** ("),
-    ("test_model_card.MyBaseline", MyBaseline, "grpo", "by `test_model_card.MyBaseline`, a variant of **GRPO** ("),
-])
+@pytest.mark.parametrize(
+    "path, trainer, tag, expected",
+    [
+        (
+            "gtpo.gtpo_training.UnslothGTPOTrainer",
+            UnslothGTPOTrainer,
+            "gtpo",
+            "trained with **GTPO** (",
+        ),
+        (
+            "custom_trainer.released.ReleasedGTPOTrainer",
+            ReleasedGTPOTrainer,
+            "gtpo",
+            "computed as in its authors' released code",
+        ),
+        (
+            "custom_trainer.original.UnslothGRPOTrainer",
+            UnslothGRPOTrainer,
+            "grpo",
+            "trained with **GRPO** (",
+        ),
+        (
+            "test_model_card.MyTrainer",
+            MyTrainer,
+            "gtpo",
+            "by `test_model_card.MyTrainer`, a variant of **GTPO** (",
+        ),
+        (
+            "test_model_card.MyBaseline",
+            MyBaseline,
+            "grpo",
+            "by `test_model_card.MyBaseline`, a variant of **GRPO** (",
+        ),
+    ],
+)
 def test_the_method_is_named_for_what_it_is(tmp_path, path, trainer, tag, expected):
     text = card_of(recipe_with("--trainer.class_path", path), trainer, tmp_path)
     assert expected in text and ModelCard(text).data.tags[0] == tag
@@ -83,36 +154,68 @@ def test_hub_names_are_metadata_and_local_ones_are_not(tmp_path):
     assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-3B-Instruct", "adapter")
     assert data.datasets == ["openai/gsm8k"]
     for base in (str(tmp_path), "../model", "~/model"):
-        text = card_of(recipe_with("--model-name", base, "--dataset.path", str(tmp_path / "mine.jsonl")), UnslothGTPOTrainer, tmp_path)
+        text = card_of(
+            recipe_with("--model-name", base, "--dataset.path", str(tmp_path / "mine.jsonl")),
+            UnslothGTPOTrainer,
+            tmp_path,
+        )
         data = ModelCard(text).data
-        assert data.base_model is None and data.datasets is None and str(tmp_path.parent) not in text
+        assert (
+            data.base_model is None and data.datasets is None and str(tmp_path.parent) not in text
+        )
 
 
 def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
     recipe = recipe_with("--trainer.class_path", "test_model_card.MyTrainer")
     (tmp_path / "README.md").write_text(card_of(recipe, MyTrainer, tmp_path))
-    saved = SimpleNamespace(recipe=recipe, base="Qwen/Qwen2.5-3B-Instruct", adapter=tmp_path, run_dir=tmp_path)
+    saved = SimpleNamespace(
+        recipe=recipe, base="Qwen/Qwen2.5-3B-Instruct", adapter=tmp_path, run_dir=tmp_path
+    )
     text = model_card.merged_card(saved, "bfloat16", "as good as equal")
-    assert "a variant of **GTPO**" in text and "Held against base model and adapter after merging: as good as equal." in text
-    assert "The recipe loads the base model in 4 bits; merged into, and compared on, is the one in 16 bits." in text
+    assert (
+        "a variant of **GTPO**" in text
+        and "Held against base model and adapter after merging: as good as equal." in text
+    )
+    assert (
+        "The recipe loads the base model in 4 bits; merged into, and compared on, is the one in 16"
+        " bits." in text
+    )
     assert ModelCard(text).data.base_model_relation == "finetune"
     (tmp_path / "README.md").unlink()
-    assert "by `test_model_card.MyTrainer`, a trainer that its recipe names" in model_card.merged_card(saved, "bfloat16", "")
+    assert (
+        "by `test_model_card.MyTrainer`, a trainer that its recipe names"
+        in model_card.merged_card(saved, "bfloat16", "")
+    )
 
 
 def test_a_merged_checkpoint_has_no_other_adapters_figures(tmp_path):
     run, evaluations = tmp_path / "run", tmp_path / "run/evaluation"
     for folder, step in ((run, 12), (run / "checkpoint-6", 6)):
         folder.mkdir(exist_ok=True, parents=True)
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
-    for name, header in (("before", {"weights": "step 0"}), ("step-6", {"weights": "step 6"}), ("after", {"weights": "step 12"}),
-                         ("base-test", {"adapter": None}), ("test", {"adapter": str(run)}), ("checkpoint-6-test", {"adapter": str(run / "checkpoint-6")})):
+        (folder / "trainer_state.json").write_text(
+            json.dumps({"global_step": step, "log_history": []})
+        )
+    for name, header in (
+        ("before", {"weights": "step 0"}),
+        ("step-6", {"weights": "step 6"}),
+        ("after", {"weights": "step 12"}),
+        ("base-test", {"adapter": None}),
+        ("test", {"adapter": str(run)}),
+        ("checkpoint-6-test", {"adapter": str(run / "checkpoint-6")}),
+    ):
         write_evaluation(evaluations / f"{name}.jsonl", [[True]], **header)
     found = {}
     for adapter in (run, run / "checkpoint-6"):
-        text = model_card.merged_card(SimpleNamespace(recipe=recipe_with(), base="a/b", adapter=adapter, run_dir=run), "bfloat16", "equal")
+        text = model_card.merged_card(
+            SimpleNamespace(recipe=recipe_with(), base="a/b", adapter=adapter, run_dir=run),
+            "bfloat16",
+            "equal",
+        )
         found[adapter.name] = set(re.findall(r"^\| (\S+) \| 1 \| 1 \|", text, re.MULTILINE))
-    assert found == {"run": {"before", "after", "test"}, "checkpoint-6": {"before", "step-6", "checkpoint-6-test"}}
+    assert found == {
+        "run": {"before", "after", "test"},
+        "checkpoint-6": {"before", "step-6", "checkpoint-6-test"},
+    }
 
 
 def test_an_adapter_without_a_recipe_claims_no_method(tmp_path):

@@ -5,11 +5,15 @@ import torch
 
 
 def test_conflict_tokens_of_both_signs_weigh_nothing_and_all_others_one(tmp_path):
-    lines = recordings.record("custom_trainer.neutral.NeutralGTPOTrainer", tmp_path, peaked=4.0)["lines"]
+    lines = recordings.record("custom_trainer.neutral.NeutralGTPOTrainer", tmp_path, peaked=4.0)[
+        "lines"
+    ]
     marked = 0
     for line in lines:
         length = len(line["ids"])
-        conflicts = [place < line["prefix"] or place >= length - line["suffix"] for place in range(length)]
+        conflicts = [
+            place < line["prefix"] or place >= length - line["suffix"] for place in range(length)
+        ]
         assert line["weights"] == [0.0 if conflict else 1.0 for conflict in conflicts]
         marked += sum(conflicts) * (line["advantage"] > 0)
     assert marked, "no conflict token of a positive completion: nothing was tested"
@@ -20,6 +24,9 @@ def test_the_weight_of_the_recipe_does_not_matter(monkeypatch):
     from gtpo import gtpo_training
 
     monkeypatch.setattr(gtpo_training, "W_RAW", 7.0)
-    rollout = {"prefix": torch.tensor([[True, False]] * 2), "suffix": torch.tensor([[False, False]] * 2),
-               "advantages": torch.tensor([1.0, -1.0])}
+    rollout = {
+        "prefix": torch.tensor([[True, False]] * 2),
+        "suffix": torch.tensor([[False, False]] * 2),
+        "advantages": torch.tensor([1.0, -1.0]),
+    }
     assert NeutralGTPOTrainer.token_weights(None, rollout).tolist() == [[0.0, 1.0], [0.0, 1.0]]

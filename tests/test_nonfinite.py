@@ -1,4 +1,6 @@
-"""Losses and gradients that are not finite: the step is skipped, for any trainer, and a run of nothing else ends."""
+"""Losses and gradients that are not finite: the step is skipped, for any trainer, and a run of
+nothing else ends.
+"""
 
 import logging
 
@@ -22,7 +24,11 @@ class Poison:
 
         def changed(model, inputs, *args, **kwargs):  # below what SkipNonFiniteSteps has wrapped
             loss = parent(trainer, model, inputs, *args, **kwargs)
-            return change(loss) if trainer.model.training and trainer.state.global_step + 1 in steps else loss
+            return (
+                change(loss)
+                if trainer.model.training and trainer.state.global_step + 1 in steps
+                else loss
+            )
 
         trainer.compute_loss = changed
         keep = self
@@ -34,12 +40,26 @@ class Poison:
         trainer.add_callback(Keep())
 
     def weights(self) -> torch.Tensor:
-        return torch.cat([p.detach().flatten().clone() for p in self.trainer.model.parameters() if p.requires_grad])
+        return torch.cat(
+            [
+                p.detach().flatten().clone()
+                for p in self.trainer.model.parameters()
+                if p.requires_grad
+            ]
+        )
 
 
 def poisoned(folder, class_path, steps, change, limit=None, **options):
-    trainer = gradients.make_trainer(class_path, str(folder), **{"optim": "adamw_torch", "weight_decay": 0.1, "max_steps": 3, **options})
-    for own in [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, SkipNonFiniteSteps)]:
+    trainer = gradients.make_trainer(
+        class_path,
+        str(folder),
+        **{"optim": "adamw_torch", "weight_decay": 0.1, "max_steps": 3, **options},
+    )
+    for own in [
+        callback
+        for callback in trainer.callback_handler.callbacks
+        if isinstance(callback, SkipNonFiniteSteps)
+    ]:
         trainer.remove_callback(own)
         trainer.non_finite = None  # so that a new one is put above the poison
     poison = Poison(trainer, steps, change)
@@ -47,14 +67,26 @@ def poisoned(folder, class_path, steps, change, limit=None, **options):
 
 
 @pytest.mark.parametrize("class_path", TRAINERS)
-@pytest.mark.parametrize("change", [lambda loss: loss * float("nan"), lambda loss: loss + torch.inf], ids=["gradients", "loss alone"])
-def test_the_step_is_skipped_counted_and_said_and_training_goes_on(tmp_path, caplog, class_path, change):
+@pytest.mark.parametrize(
+    "change",
+    [lambda loss: loss * float("nan"), lambda loss: loss + torch.inf],
+    ids=["gradients", "loss alone"],
+)
+def test_the_step_is_skipped_counted_and_said_and_training_goes_on(
+    tmp_path, caplog, class_path, change
+):
     trainer, poison, skipping, seen = poisoned(tmp_path, class_path, {2}, change)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    changed = [not torch.equal(before, after) for before, after in zip(poison.after, poison.after[1:])]
+    changed = [
+        not torch.equal(before, after) for before, after in zip(poison.after, poison.after[1:])
+    ]
     assert changed == [True, False, True]  # no update, no decay, no momentum
-    assert [logs["gtpo/skipped_steps"] for logs in seen["logs"][:3]] == [0, 1, 1] and skipping.skipped == 1
+    assert [logs["gtpo/skipped_steps"] for logs in seen["logs"][:3]] == [
+        0,
+        1,
+        1,
+    ] and skipping.skipped == 1
     assert "Step 2 skipped" in caplog.text and skipping.stopped_by is None
 
 
@@ -63,28 +95,50 @@ def test_gtpos_trainer_skips_without_being_told_and_is_guarded_once(tmp_path):
     assert skip_non_finite(trainer, 5) is trainer.non_finite and trainer.non_finite.limit == 5
     assert sum(isinstance(c, SkipNonFiniteSteps) for c in trainer.callback_handler.callbacks) == 1
     parent = trainer._parent_loss
-    trainer._parent_loss = lambda *args: parent(*args) * (float("nan") if torch.is_grad_enabled() else 1.0)
+    trainer._parent_loss = lambda *args: (
+        parent(*args) * (float("nan") if torch.is_grad_enabled() else 1.0)
+    )
     before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     trainer.train()
-    assert trainer.non_finite.skipped == 1 and all(torch.equal(p, before[n]) for n, p in trainer.model.named_parameters())
+    assert trainer.non_finite.skipped == 1 and all(
+        torch.equal(p, before[n]) for n, p in trainer.model.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("class_path", TRAINERS)
-def test_past_the_limit_in_a_row_the_run_stops_with_a_checkpoint_of_the_last_good_state(tmp_path, class_path):
-    trainer, poison, skipping, seen = poisoned(tmp_path, class_path, {2, 4, 5, 6, 7}, lambda loss: loss * float("nan"), limit=2, max_steps=9)
+def test_past_the_limit_in_a_row_the_run_stops_with_a_checkpoint_of_the_last_good_state(
+    tmp_path, class_path
+):
+    trainer, poison, skipping, seen = poisoned(
+        tmp_path,
+        class_path,
+        {2, 4, 5, 6, 7},
+        lambda loss: loss * float("nan"),
+        limit=2,
+        max_steps=9,
+    )
     trainer.train()
     assert trainer.state.global_step == 6 and skipping.stopped_by.startswith(
-        "Step 6: 3 steps in a row had a loss or gradients that are not finite, more than training.max_skipped_steps (2)")
+        "Step 6: 3 steps in a row had a loss or gradients that are not finite, more than"
+        " training.max_skipped_steps (2)"
+    )
     from safetensors.torch import load_file
 
     saved = load_file(tmp_path / "checkpoint-6/adapter_model.safetensors")
-    assert poison.after[3].isfinite().all() and all(tensor.isfinite().all() for tensor in saved.values())
-    assert torch.equal(torch.cat([t.flatten() for t in saved.values()]).sort().values, poison.after[3].sort().values)
+    assert poison.after[3].isfinite().all() and all(
+        tensor.isfinite().all() for tensor in saved.values()
+    )
+    assert torch.equal(
+        torch.cat([t.flatten() for t in saved.values()]).sort().values,
+        poison.after[3].sort().values,
+    )
     assert trainer.state.log_history[5]["gtpo/skipped_steps"] == 4
 
 
 def test_weights_that_are_not_finite_are_never_saved_and_stop_the_run(tmp_path):
-    trainer, poison, skipping, seen = poisoned(tmp_path, TRAINERS[1], set(), None, max_steps=9, save_strategy="steps", save_steps=1)
+    trainer, poison, skipping, seen = poisoned(
+        tmp_path, TRAINERS[1], set(), None, max_steps=9, save_strategy="steps", save_steps=1
+    )
 
     class Overflow(TrainerCallback):  # what too large a learning rate does
         def on_optimizer_step(self, args, state, control, **kwargs):
@@ -93,12 +147,16 @@ def test_weights_that_are_not_finite_are_never_saved_and_stop_the_run(tmp_path):
 
     trainer.add_callback(Overflow())
     trainer.train()
-    assert skipping.poisoned and skipping.stopped_by.startswith("Step 2: the weights are not finite any more, and nothing of them is saved")
+    assert skipping.poisoned and skipping.stopped_by.startswith(
+        "Step 2: the weights are not finite any more, and nothing of them is saved"
+    )
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 
 
 def test_the_count_survives_a_checkpoint_and_a_run_that_was_stopped_begins_a_new_row(tmp_path):
-    trainer, _, skipping, _ = poisoned(tmp_path, TRAINERS[1], {1, 2}, lambda loss: loss * float("nan"), limit=1)
+    trainer, _, skipping, _ = poisoned(
+        tmp_path, TRAINERS[1], {1, 2}, lambda loss: loss * float("nan"), limit=1
+    )
     trainer.train()
     resumed, _, again, _ = poisoned(tmp_path, TRAINERS[1], set(), None)
     again.restore(skipping.resume_state())

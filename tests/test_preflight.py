@@ -1,4 +1,6 @@
-"""`--check`: what can fail early does, with a sentence each, and what is fine says so; the model's weights are not loaded."""
+"""`--check`: what can fail early does, with a sentence each, and what is fine says so; the model's
+weights are not loaded.
+"""
 
 import importlib.util
 import json
@@ -27,8 +29,17 @@ def here(tmp_path, monkeypatch):
 
 
 def demo(*flags: str) -> list[str]:
-    return [str(ROOT / "recipes/demo.yaml"), "--model-name", str(ROOT / "demo/model"), "--dataset.path", str(ROOT / "demo/data/test.jsonl"),
-            "--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--check", *flags]
+    return [
+        str(ROOT / "recipes/demo.yaml"),
+        "--model-name",
+        str(ROOT / "demo/model"),
+        "--dataset.path",
+        str(ROOT / "demo/data/test.jsonl"),
+        "--evaluation.path",
+        str(ROOT / "demo/data/test.jsonl"),
+        "--check",
+        *flags,
+    ]
 
 
 def findings(capsys, *flags: str, code: int) -> dict[str, list[dict]]:
@@ -50,29 +61,95 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"Ready: {len(lines) - 1} ok."
     assert [text[:19].split(maxsplit=1)[1].strip() for text in lines[:-1]] == [
-        "recipe", "run directory", "trackers", "model files", "data files", "hub token", "backend", "trainer", "tokenizer", "dataset", "held-out", "options", "reward", "model",
-        "memory", "disk"]
-    assert all(text.startswith("ok    ") and text[6:19].strip() and text[19:21] == "  " and text[21] != " " for text in lines[:-1])
+        "recipe",
+        "run directory",
+        "trackers",
+        "model files",
+        "data files",
+        "hub token",
+        "backend",
+        "trainer",
+        "tokenizer",
+        "dataset",
+        "held-out",
+        "options",
+        "reward",
+        "model",
+        "memory",
+        "disk",
+    ]
+    assert all(
+        text.startswith("ok    ") and text[6:19].strip() and text[19:21] == "  " and text[21] != " "
+        for text in lines[:-1]
+    )
     text = "\n".join(lines)
-    for said in ("200 problems; 0 of 200 dropped, longer than 60 prompt tokens; the longest prompt left has ", "8 x 8 completions per optimizer step",
-                 "reward_math.final_reward pays: reference 20, empty 0, truncated 1.5, wrong but containing 10, another row's 10",
-                 "192,320 parameters, and 47,104 in the adapter", "at worst 1.", "3 checkpoints of ", "none", "not needed: the model is a folder here",
-                 "gtpo.gtpo_training.UnslothGTPOTrainer, with adamw_torch"):
+    for said in (
+        (
+            "200 problems; 0 of 200 dropped, longer than 60 prompt tokens; the longest prompt left"
+            " has "
+        ),
+        "8 x 8 completions per optimizer step",
+        (
+            "reward_math.final_reward pays: reference 20, empty 0, truncated 1.5, wrong but"
+            " containing 10, another row's 10"
+        ),
+        "192,320 parameters, and 47,104 in the adapter",
+        "at worst 1.",
+        "3 checkpoints of ",
+        "none",
+        "not needed: the model is a folder here",
+        "gtpo.gtpo_training.UnslothGTPOTrainer, with adamw_torch",
+    ):
         assert said in text, said
     assert not (here / "runs").exists() and "\x1b" not in text
 
 
 def test_every_failure_is_told_at_once_and_what_needs_it_is_said_to_be_unchecked(here, capsys):
     (here / "runs").write_text("")
-    (here / "mine.py").write_text("print('noise')\nimport trl\nclass NoTrainer: pass\ndef pay(completions, **kwargs): raise KeyError('judge is away')\n")
-    found = findings(capsys, "--trainer.class_path", "mine.NoTrainer", "--trainer.reward_funcs", "mine.pay", "reward_math.released_reward",
-                     "--output_root", "runs/a", "--training.max_prompt_length", "31", "--model.load_in_4bit", "true",
-                     "--training.optimizer", "adamw_8bit", "--model.target_modules", "nothing", "--evaluation.split", "nothing", code=2)
+    (here / "mine.py").write_text(
+        "print('noise')\nimport trl\nclass NoTrainer: pass\ndef pay(completions, **kwargs): raise"
+        " KeyError('judge is away')\n"
+    )
+    found = findings(
+        capsys,
+        "--trainer.class_path",
+        "mine.NoTrainer",
+        "--trainer.reward_funcs",
+        "mine.pay",
+        "reward_math.released_reward",
+        "--output_root",
+        "runs/a",
+        "--training.max_prompt_length",
+        "31",
+        "--model.load_in_4bit",
+        "true",
+        "--training.optimizer",
+        "adamw_8bit",
+        "--model.target_modules",
+        "nothing",
+        "--evaluation.split",
+        "nothing",
+        code=2,
+    )
     verdicts = {name: [f["verdict"] for f in several] for name, several in found.items()}
     assert verdicts == {
-        "recipe": ["ok"], "run directory": ["fail"], "trackers": ["ok"], "model files": ["ok"], "data files": ["fail"], "hub token": ["ok"], "backend": ["ok"],
-        "trainer": ["fail"], "tokenizer": ["ok"], "dataset": verdicts["dataset"], "held-out": ["fail"], "options": ["warn"], "reward": ["fail", "warn"], "model": ["fail"],
-        "memory": ["warn"], "disk": ["warn"]}
+        "recipe": ["ok"],
+        "run directory": ["fail"],
+        "trackers": ["ok"],
+        "model files": ["ok"],
+        "data files": ["fail"],
+        "hub token": ["ok"],
+        "backend": ["ok"],
+        "trainer": ["fail"],
+        "tokenizer": ["ok"],
+        "dataset": verdicts["dataset"],
+        "held-out": ["fail"],
+        "options": ["warn"],
+        "reward": ["fail", "warn"],
+        "model": ["fail"],
+        "memory": ["warn"],
+        "disk": ["warn"],
+    }
     assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in found["trainer"][0]["sentence"]
     assert "KeyError: 'judge is away', mine.py line 4" in found["reward"][0]["sentence"]
     assert found["reward"][1]["details"]["paid"]["wrong but containing"] == [20] * 8
@@ -81,33 +158,91 @@ def test_every_failure_is_told_at_once_and_what_needs_it_is_said_to_be_unchecked
 
 
 def test_what_falls_back_on_this_machine_is_a_warning(here, capsys):
-    found = findings(capsys, "--model.backend", "auto", "--training.optimizer", "adamw_8bit", "--training.per_device_train_batch_size", "3", "--training.max_prompt_length", "28",
-                     "--training.report_to", "wandb", code=0)
+    found = findings(
+        capsys,
+        "--model.backend",
+        "auto",
+        "--training.optimizer",
+        "adamw_8bit",
+        "--training.per_device_train_batch_size",
+        "3",
+        "--training.max_prompt_length",
+        "28",
+        "--training.report_to",
+        "wandb",
+        code=0,
+    )
     assert [f["verdict"] for f in found["trainer"]] == ["warn", "warn", "ok"]
-    assert found["trainer"][0]["sentence"].startswith("training.per_device_train_batch_size raised from 3 to 8 completions")
-    assert "adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead" in found["trainer"][1]["sentence"]
-    assert found["dataset"][0]["verdict"] == "warn" and "the length filter drops " in found["dataset"][0]["sentence"]
+    assert found["trainer"][0]["sentence"].startswith(
+        "training.per_device_train_batch_size raised from 3 to 8 completions"
+    )
+    assert (
+        "adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead"
+        in found["trainer"][1]["sentence"]
+    )
+    assert (
+        found["dataset"][0]["verdict"] == "warn"
+        and "the length filter drops " in found["dataset"][0]["sentence"]
+    )
     assert found["trackers"][-1]["sentence"] == "wandb, offline"
 
 
-@pytest.mark.parametrize("flags, failed", [
-    (["--training.report_to", "mlflow"], "trackers: training.report_to: the package mlflow is not installed; run: pip install mlflow, or use none"),
-    (["--training.use_vllm", "true"], "trainer: training.use_vllm: the package vllm is not installed"),
-    (["--training.save_strategy", "best"], "options: training: `args.metric_for_best_model` must be provided"),
-    (["--training.fsdp", "full_shard"], "options: training: Using fsdp only works in distributed training."),
-    (["--training.seed=-1"], "recipe: training.seed: -1 is too small; use 0 or more"),
-    (["--training.seed", str(2**32)], "recipe: training.seed: 4294967296 is too large; use less than 2**32"),
-    (["--dataset.split", "train[5:3]"], "dataset: dataset: no row of 'train[5:3]' has a question and an answer; choose another split or path"),
-    (["--evaluation.split", "train[5:3]"], "held-out: evaluation: no row of 'train[5:3]' has a question and an answer"),
-    (["--evaluation.path", "nowhere"], "held-out: evaluation.path: there is no file or folder 'nowhere'"),
-])
-def test_what_a_run_would_refuse_only_with_the_model_in_memory_fails_here(here, capsys, flags, failed):
+@pytest.mark.parametrize(
+    "flags, failed",
+    [
+        (
+            ["--training.report_to", "mlflow"],
+            (
+                "trackers: training.report_to: the package mlflow is not installed; run: pip"
+                " install mlflow, or use none"
+            ),
+        ),
+        (
+            ["--training.use_vllm", "true"],
+            "trainer: training.use_vllm: the package vllm is not installed",
+        ),
+        (
+            ["--training.save_strategy", "best"],
+            "options: training: `args.metric_for_best_model` must be provided",
+        ),
+        (
+            ["--training.fsdp", "full_shard"],
+            "options: training: Using fsdp only works in distributed training.",
+        ),
+        (["--training.seed=-1"], "recipe: training.seed: -1 is too small; use 0 or more"),
+        (
+            ["--training.seed", str(2**32)],
+            "recipe: training.seed: 4294967296 is too large; use less than 2**32",
+        ),
+        (
+            ["--dataset.split", "train[5:3]"],
+            (
+                "dataset: dataset: no row of 'train[5:3]' has a question and an answer; choose"
+                " another split or path"
+            ),
+        ),
+        (
+            ["--evaluation.split", "train[5:3]"],
+            "held-out: evaluation: no row of 'train[5:3]' has a question and an answer",
+        ),
+        (
+            ["--evaluation.path", "nowhere"],
+            "held-out: evaluation.path: there is no file or folder 'nowhere'",
+        ),
+    ],
+)
+def test_what_a_run_would_refuse_only_with_the_model_in_memory_fails_here(
+    here, capsys, flags, failed
+):
     if "vllm" in failed and importlib.util.find_spec("vllm"):
         pytest.skip("vllm is installed")
     name, _, sentence = failed.partition(": ")
     found = findings(capsys, *flags, code=2)
     assert found[name][-1]["sentence"].startswith(sentence)
-    assert {name for name, several in found.items() if several[-1]["verdict"] == "fail"} <= {name, "data files"}
+    assert {name for name, several in found.items() if several[-1]["verdict"] == "fail"} <= {
+        name,
+        "data files",
+    }
 
 
 def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys, monkeypatch):
@@ -120,15 +255,32 @@ def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys, 
 
 def test_without_the_model_what_needs_it_is_not_checked_and_the_rest_is(here, capsys):
     found = findings(capsys, "--model-name", str(here), code=2)
-    assert [name for name, several in found.items() if several[-1]["verdict"] == "fail"] == ["model files"]
-    assert [name for name, several in found.items() if several[-1]["sentence"].startswith("not checked")] == [
-        "tokenizer", "dataset", "held-out", "options", "rewards", "model", "memory", "disk"]
+    assert [name for name, several in found.items() if several[-1]["verdict"] == "fail"] == [
+        "model files"
+    ]
+    assert [
+        name for name, several in found.items() if several[-1]["sentence"].startswith("not checked")
+    ] == ["tokenizer", "dataset", "held-out", "options", "rewards", "model", "memory", "disk"]
 
 
 def test_no_token_is_in_what_a_check_says(here, capsys):
-    (here / "mine.py").write_text("import os\ndef pay(completions, **kwargs): raise KeyError(os.environ['MY_TOKEN'] + '\\x1b[31m')\n")
-    found = findings(capsys, "--trainer.reward_funcs", "mine.pay", "--env.MY_TOKEN", "the-secret-of-the-recipe", code=2)
-    assert "[secret]" in found["reward"][0]["sentence"] and "the-secret" not in json.dumps(found) and "\\u001b" not in json.dumps(found)
+    (here / "mine.py").write_text(
+        "import os\ndef pay(completions, **kwargs): raise KeyError(os.environ['MY_TOKEN'] +"
+        " '\\x1b[31m')\n"
+    )
+    found = findings(
+        capsys,
+        "--trainer.reward_funcs",
+        "mine.pay",
+        "--env.MY_TOKEN",
+        "the-secret-of-the-recipe",
+        code=2,
+    )
+    assert (
+        "[secret]" in found["reward"][0]["sentence"]
+        and "the-secret" not in json.dumps(found)
+        and "\\u001b" not in json.dumps(found)
+    )
 
 
 def test_somebody_elses_error_is_a_failure_and_the_other_checks_go_on(monkeypatch):
@@ -139,10 +291,23 @@ def test_somebody_elses_error_is_a_failure_and_the_other_checks_go_on(monkeypatc
         facts.recipe = 1
         return "fine"
 
-    monkeypatch.setattr(preflight, "STEPS", [("first", (), load), ("second", ("recipe",), explode), ("third", ("recipe",), lambda facts: "fine"),
-                                             ("fourth", ("shape",), explode)])
+    monkeypatch.setattr(
+        preflight,
+        "STEPS",
+        [
+            ("first", (), load),
+            ("second", ("recipe",), explode),
+            ("third", ("recipe",), lambda facts: "fine"),
+            ("fourth", ("shape",), explode),
+        ],
+    )
     found = list(preflight.findings(checks.Facts(cli.CommandLine(), Request(), 1)))
-    assert [(f.verdict, f.check) for f in found] == [("ok", "first"), ("fail", "second"), ("ok", "third"), ("warn", "fourth")]
+    assert [(f.verdict, f.check) for f in found] == [
+        ("ok", "first"),
+        ("fail", "second"),
+        ("ok", "third"),
+        ("warn", "fourth"),
+    ]
     assert found[1].sentence == "ZeroDivisionError: of a library"
 
 
@@ -150,32 +315,76 @@ def test_a_line_is_coloured_on_a_terminal_only():
     finding = Finding("warn", "disk", "little\x1b[2J\nroom")
     assert line(finding, colour=False) == "warn  disk           little\\x1b[2J room"
     assert line(finding, colour=True) == "\x1b[33mwarn\x1b[0m  disk           little\\x1b[2J room"
-    assert conclusion([finding, finding, Finding("fail", "a", "b"), Finding("ok", "a", "b")]) == "Not ready: 1 ok, 2 warnings, 1 failure."
+    assert (
+        conclusion([finding, finding, Finding("fail", "a", "b"), Finding("ok", "a", "b")])
+        == "Not ready: 1 ok, 2 warnings, 1 failure."
+    )
 
 
-BIG = Shape(parameters=10**9, quantizable=9 * 10**8, adapter=10**7, layers=10, hidden=1000, intermediate=4000, kv=500, heads=10, vocabulary=100_000)
+BIG = Shape(
+    parameters=10**9,
+    quantizable=9 * 10**8,
+    adapter=10**7,
+    layers=10,
+    hidden=1000,
+    intermediate=4000,
+    kv=500,
+    heads=10,
+    vocabulary=100_000,
+)
 
 
 def test_too_little_memory_names_three_keys_that_help(monkeypatch):
     recipe = cli.read_recipe([str(ROOT / "recipes/demo.yaml"), "--model.max_seq_length", "2000"])
     monkeypatch.setattr(room, "_free", lambda cuda: (2 * 2**30, "the card"))
-    with pytest.raises(room.RecipeError, match=r"at worst .* GiB \(logits .*\), and the card has 2.0 GiB free; lower "
-                                               "training.per_device_train_batch_size, model.max_seq_length, training.max_prompt_length"):
-        room.memory(recipe, BIG._replace(plain_head=False), backend="transformers", processes=1, longest=60, optimizer=8)
-    assert room._keys_that_help({"sampling": 5, "weights": 3, "libraries": 1}, Load(1, 1, 1, 1))[:1] == ["training.gradient_accumulation_steps"]
+    with pytest.raises(
+        room.RecipeError,
+        match=r"at worst .* GiB \(logits .*\), and the card has 2.0 GiB free; lower "
+        "training.per_device_train_batch_size, model.max_seq_length, training.max_prompt_length",
+    ):
+        room.memory(
+            recipe,
+            BIG._replace(plain_head=False),
+            backend="transformers",
+            processes=1,
+            longest=60,
+            optimizer=8,
+        )
+    assert room._keys_that_help({"sampling": 5, "weights": 3, "libraries": 1}, Load(1, 1, 1, 1))[
+        :1
+    ] == ["training.gradient_accumulation_steps"]
 
 
 def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_records():
     def said(*flags, free=10**12):
-        return room.disk(cli.read_recipe([str(ROOT / "recipes/demo.yaml"), *flags]), 512 * 2**20, free=free, problems=2000, processes=1)
+        return room.disk(
+            cli.read_recipe([str(ROOT / "recipes/demo.yaml"), *flags]),
+            512 * 2**20,
+            free=free,
+            problems=2000,
+            processes=1,
+        )
 
-    assert said("--training.save_steps", "10").startswith("at most 5.5 GiB (11 checkpoints of 512 MiB, completions.jsonl 0.005)")
-    assert said("--training.save_steps", "10", "--training.save_total_limit", "2").startswith("at most 1.5 GiB (3 checkpoints")
+    assert said("--training.save_steps", "10").startswith(
+        "at most 5.5 GiB (11 checkpoints of 512 MiB, completions.jsonl 0.005)"
+    )
+    assert said("--training.save_steps", "10", "--training.save_total_limit", "2").startswith(
+        "at most 1.5 GiB (3 checkpoints"
+    )
     assert said("--training.save_steps", "0.25").startswith("at most 2.5 GiB (5 checkpoints")
-    with pytest.raises(room.RecipeError, match="and the disk has 1.0 GiB free; set training.save_total_limit"):
+    with pytest.raises(
+        room.RecipeError, match="and the disk has 1.0 GiB free; set training.save_total_limit"
+    ):
         said(free=2**30)
 
 
 def test_the_steps_of_a_run_follow_from_its_problems():
-    recipe = cli.read_recipe([str(ROOT / "recipes/demo.yaml"), "--training.max_steps=-1", "--training.num_train_epochs", "2"])
+    recipe = cli.read_recipe(
+        [
+            str(ROOT / "recipes/demo.yaml"),
+            "--training.max_steps=-1",
+            "--training.num_train_epochs",
+            "2",
+        ]
+    )
     assert room.total_steps(recipe, 2000, 1) == 500  # 8 prompts a step

@@ -1,15 +1,17 @@
-"""The README is a promise: its commands parse, its files exist, its names can be found, its YAML is valid."""
+"""The README is a promise: its commands parse, its files exist, its names can be found, its YAML is
+valid.
+"""
 
 import re
 import shlex
 
-import evaluate_model
-import export_model
 import pytest
-import report_run
 from conftest import ROOT
 from test_saved import save_adapter
 
+import evaluate_model
+import export_model
+import report_run
 from gtpo import cli, gtpo_training
 from gtpo.dotted_paths import check_dotted_path
 from gtpo.schema import leaves
@@ -57,8 +59,12 @@ def test_there_are_at_least_seven_example_commands():
 
 def test_every_file_it_names_exists():
     tree = re.search(r"```text\n(train_model\.py .*?)```", README, re.DOTALL)[1]
-    named = set(re.findall(r"^(\S+)", tree, re.MULTILINE)) | set(re.findall(r"gtpo/\w+\.py", README))
-    named |= set(re.findall(r"`((?:recipes|demo|gtpo|tests)/[\w/]+\.\w+|requirements[\w-]*\.txt)`", README))
+    named = set(re.findall(r"^(\S+)", tree, re.MULTILINE)) | set(
+        re.findall(r"gtpo/\w+\.py", README)
+    )
+    named |= set(
+        re.findall(r"`((?:recipes|demo|gtpo|tests)/[\w/]+\.\w+|requirements[\w-]*\.txt)`", README)
+    )
     assert len(named) > 20
     for name in named:
         assert (ROOT / name).exists(), name
@@ -73,7 +79,9 @@ def test_its_pictures_exist_and_are_small(page):
 
 
 def test_every_program_behind_a_figure_exists():
-    programs = re.findall(r"^python (benchmarks/\w+\.py)", (ROOT / "docs/performance.md").read_text(), re.MULTILINE)
+    programs = re.findall(
+        r"^python (benchmarks/\w+\.py)", (ROOT / "docs/performance.md").read_text(), re.MULTILINE
+    )
     assert len(set(programs)) >= 6
     for program in programs:
         assert (ROOT / program).exists(), program
@@ -85,7 +93,9 @@ def test_every_python_file_of_the_product_is_in_its_tree():
             assert str(file.relative_to(ROOT)) in README, file
 
 
-@pytest.mark.parametrize("dotted", sorted(set(re.findall(r"`((?:gtpo|custom_trainer|reward_math)\.[\w.]+\w)`", README))))
+@pytest.mark.parametrize(
+    "dotted", sorted(set(re.findall(r"`((?:gtpo|custom_trainer|reward_math)\.[\w.]+\w)`", README)))
+)
 def test_every_dotted_name_can_be_found(dotted):
     assert check_dotted_path("README", dotted) is None
 
@@ -93,8 +103,24 @@ def test_every_dotted_name_can_be_found(dotted):
 def test_the_reference_names_every_key_and_no_other():
     reference = README.split("## Recipe reference")[1].split("\n- ")[0]
     named = set(re.findall(r"`(\w+)`", reference))
-    keys = {path[-1] for path, info, section in leaves() if section != "training" or info.default is not None or path[-1] == "max_prompt_length"}
-    sections = {"env", "model", "dataset", "training", "trainer", "rewards", "gtpo_runtime", "evaluation", "watch", "alarm", "wandb"}
+    keys = {
+        path[-1]
+        for path, info, section in leaves()
+        if section != "training" or info.default is not None or path[-1] == "max_prompt_length"
+    }
+    sections = {
+        "env",
+        "model",
+        "dataset",
+        "training",
+        "trainer",
+        "rewards",
+        "gtpo_runtime",
+        "evaluation",
+        "watch",
+        "alarm",
+        "wandb",
+    }
     assert keys - named == set()
     assert named - keys - sections == {"HF_TOKEN"}
 
@@ -102,7 +128,9 @@ def test_the_reference_names_every_key_and_no_other():
 def test_the_runtime_table_tells_the_constants_values():
     for name, value in re.findall(r"`([A-Z_]+)` = ([\d.e-]+)", README):
         source = (ROOT / "gtpo/gtpo_training.py").read_text()
-        assert float(re.search(rf"^{name} = ([\d.e-]+)", source, re.MULTILINE)[1]) == float(value), name
+        assert float(re.search(rf"^{name} = ([\d.e-]+)", source, re.MULTILINE)[1]) == float(
+            value
+        ), name
         assert hasattr(gtpo_training, name)
 
 
@@ -124,9 +152,21 @@ def test_every_python_example_runs(monkeypatch, tmp_path, tiny_policy):
 def test_the_flags_and_switches_it_names_exist():
     from gtpo.schema import ALIASES, SWITCHES, key_path
 
-    ours = re.sub(r"^(vllm|git|torchrun|accelerate|python llama.cpp/).*$", "", README, flags=re.MULTILINE)  # other programs have flags of their own
-    of_parsers = [flag for verb in (export_model, evaluate_model) for action in verb.parser()._actions for flag in action.option_strings]
+    # other programs have flags of their own
+    ours = re.sub(
+        r"^(vllm|git|torchrun|accelerate|python llama.cpp/).*$", "", README, flags=re.MULTILINE
+    )
+    of_parsers = [
+        flag
+        for verb in (export_model, evaluate_model)
+        for action in verb.parser()._actions
+        for flag in action.option_strings
+    ]
     for flag in set(re.findall(r"--([A-Za-z_][\w.-]*)", ours)):
         key = flag.replace("-", "_")
-        known = key in ALIASES or key in SWITCHES or key_path(key.split(".")) or key == "section.key"
-        assert known or f"--{flag} " in report_run.__doc__ or f"--{flag}" in [*of_parsers, "--export"], flag
+        known = (
+            key in ALIASES or key in SWITCHES or key_path(key.split(".")) or key == "section.key"
+        )
+        assert (
+            known or f"--{flag} " in report_run.__doc__ or f"--{flag}" in [*of_parsers, "--export"]
+        ), flag

@@ -2,7 +2,6 @@
 
 import json
 
-import gradients
 import pytest
 import recordings
 import torch
@@ -13,31 +12,48 @@ from gtpo.token_texts import TokenTexts
 GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"
 
 
-@pytest.fixture(scope="module", params=[GTPO, GRPO, "custom_trainer.released.ReleasedGTPOTrainer",
-                                        "benchmarks.ablations.WithoutTokenWeights"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        GTPO,
+        GRPO,
+        "custom_trainer.released.ReleasedGTPOTrainer",
+        "benchmarks.ablations.WithoutTokenWeights",
+    ],
+)
 def recorded(request, tmp_path_factory):
-    return request.param, recordings.record(request.param, tmp_path_factory.mktemp("recorded"), reward=recordings.some_unjudged)
+    return request.param, recordings.record(
+        request.param, tmp_path_factory.mktemp("recorded"), reward=recordings.some_unjudged
+    )
 
 
 def test_each_completion_has_one_line_in_the_order_of_its_group(recorded):
     _, run = recorded
-    assert [(line["step"], line["rollout"], line["group"], line["row"]) for line in run["lines"]] == [
-        (step, step, group, row) for step in (1, 2) for group in range(4) for row in range(4)]
+    assert [
+        (line["step"], line["rollout"], line["group"], line["row"]) for line in run["lines"]
+    ] == [(step, step, group, row) for step in (1, 2) for group in range(4) for row in range(4)]
 
 
 def test_rewards_advantages_and_weights_are_those_of_the_rollout(recorded):
     class_path, run = recorded
     for start, rollout in zip((0, 16), run["rollouts"], strict=True):
-        for line, advantage, mask, ids in zip(run["lines"][start:], rollout["advantages"], rollout["completion_mask"],
-                                              rollout["completion_ids"]):
+        for line, advantage, mask, ids in zip(
+            run["lines"][start:],
+            rollout["advantages"],
+            rollout["completion_mask"],
+            rollout["completion_ids"],
+        ):
             assert line["advantage"] == pytest.approx(advantage.item(), rel=1e-6)
             assert line["ids"] == ids[mask.bool()].tolist()
         for i, line in enumerate(run["lines"][start : start + 16]):
             if class_path == GRPO:
                 assert line["weights"] is None and line["kept"] is None
             else:
-                assert line["weights"] == pytest.approx(rollout["token_weights"][i, : len(line["ids"])].tolist(), abs=1e-6)
-                assert line["kept"] is ("released" not in class_path or line["entropy"] <= 0.7)  # it starts above the threshold
+                assert line["weights"] == pytest.approx(
+                    rollout["token_weights"][i, : len(line["ids"])].tolist(), abs=1e-6
+                )
+                # it starts above the threshold
+                assert line["kept"] is ("released" not in class_path or line["entropy"] <= 0.7)
 
 
 def test_what_cannot_be_judged_is_null(recorded):
@@ -45,7 +61,11 @@ def test_what_cannot_be_judged_is_null(recorded):
     unjudged = [line for line in lines if line["reward"] is None]
     assert 0 < len(unjudged) < len(lines)
     for line in lines:
-        assert (line["reward"] is None) == line["completion"].startswith("a") == (line["rewards"]["some_unjudged"] is None)
+        assert (
+            (line["reward"] is None)
+            == line["completion"].startswith("a")
+            == (line["rewards"]["some_unjudged"] is None)
+        )
     assert all(line["advantage"] == 0 for line in unjudged)
 
 
@@ -54,8 +74,17 @@ def test_runs_are_the_conflict_runs_of_the_group_for_every_trainer(recorded):
     for rollout in recorded[1]["rollouts"]:
         for group in range(4):
             rows = slice(4 * group, 4 * group + 4)
-            runs = shaping.conflict_runs(*(rollout[name][rows] for name in ("completion_ids", "completion_mask", "advantages")))
-            lines = [line for line in recorded[1]["lines"] if line["rollout"] == rollout["number"] and line["group"] == group]
+            runs = shaping.conflict_runs(
+                *(
+                    rollout[name][rows]
+                    for name in ("completion_ids", "completion_mask", "advantages")
+                )
+            )
+            lines = [
+                line
+                for line in recorded[1]["lines"]
+                if line["rollout"] == rollout["number"] and line["group"] == group
+            ]
             for side, run in zip(("prefix", "suffix"), runs):
                 assert [line[side] for line in lines] == run.sum(1).tolist()
             found += sum(line["prefix"] + line["suffix"] for line in lines)
@@ -65,14 +94,17 @@ def test_runs_are_the_conflict_runs_of_the_group_for_every_trainer(recorded):
 def test_entropies_are_those_of_the_policy_that_sampled(recorded):
     assert recorded[1]["entropy_error"] < 6e-4  # three decimals are kept
     for line in recorded[1]["lines"]:
-        assert line["entropy"] == pytest.approx(sum(line["entropies"]) / len(line["entropies"]), abs=1e-3)
+        assert line["entropy"] == pytest.approx(
+            sum(line["entropies"]) / len(line["entropies"]), abs=1e-3
+        )
 
 
 def test_texts_and_truncation_agree_with_the_ids(recorded):
     lines = recorded[1]["lines"]
     for line in lines:
         assert len(line["tokens"]) == len(line["ids"]) == len(line["entropies"])
-        assert "".join(line["tokens"]).translate({ord("^"): "", ord("?"): ""}) == line["completion"]  # special tokens
+        # special tokens
+        assert "".join(line["tokens"]).translate({ord("^"): "", ord("?"): ""}) == line["completion"]
         assert line["truncated"] == (line["tokens"][-1] != "^")
         assert isinstance(line["prompt"], str) and line["answer"] is None
     assert {line["truncated"] for line in lines} == {True, False}
@@ -81,23 +113,36 @@ def test_texts_and_truncation_agree_with_the_ids(recorded):
 @pytest.mark.parametrize("class_path", [GTPO, GRPO])
 def test_recording_does_not_change_a_bit_of_training(tmp_path, class_path):
     options = {"optim": "adamw_torch", "max_steps": 2, "num_iterations": 2}
-    adapters = [recordings.record(class_path, tmp_path, record=record, **options)["adapter"] for record in (True, False)]
+    adapters = [
+        recordings.record(class_path, tmp_path, record=record, **options)["adapter"]
+        for record in (True, False)
+    ]
     assert adapters[0].keys() == adapters[1].keys()
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
 
 
 @pytest.mark.parametrize("class_path", [GTPO, GRPO])
 def test_a_rollout_over_several_steps_and_iterations_is_recorded_once(tmp_path, class_path):
-    lines = recordings.record(class_path, tmp_path, steps_per_generation=4, per_device_train_batch_size=4, num_iterations=2,
-                              max_steps=6)["lines"]
+    lines = recordings.record(
+        class_path,
+        tmp_path,
+        steps_per_generation=4,
+        per_device_train_batch_size=4,
+        num_iterations=2,
+        max_steps=6,
+    )["lines"]
     assert [(line["rollout"], line["group"], line["row"]) for line in lines] == [
-        (rollout, group, row) for rollout in (1, 2) for group in range(4) for row in range(4)]
-    for rollout, steps in ((1, {1, 2}), (2, {5, 6})):  # steps 3 and 4 go over the first rollout again
+        (rollout, group, row) for rollout in (1, 2) for group in range(4) for row in range(4)
+    ]
+    # steps 3 and 4 go over the first rollout again
+    for rollout, steps in ((1, {1, 2}), (2, {5, 6})):
         assert {line["step"] for line in lines if line["rollout"] == rollout} == steps
 
 
 def test_a_rollout_that_the_run_does_not_finish_is_recorded_as_far_as_it_was_trained_on(tmp_path):
-    lines = recordings.record(GTPO, tmp_path, steps_per_generation=4, per_device_train_batch_size=4, max_steps=1)["lines"]
+    lines = recordings.record(
+        GTPO, tmp_path, steps_per_generation=4, per_device_train_batch_size=4, max_steps=1
+    )["lines"]
     assert len(lines) == 8 and {line["step"] for line in lines} == {1}
 
 
@@ -105,7 +150,10 @@ def test_per_token_lists_can_be_thinned_out(tmp_path):
     lines = recordings.record(GTPO, tmp_path, max_steps=3, tokens_every=2)["lines"]
     assert {line["step"] for line in lines if "ids" in line} == {1, 3}
     assert {line["step"] for line in lines if "entropy" in line and "prefix" in line} == {1, 2, 3}
-    assert all(({"ids", "tokens", "weights", "entropies"} <= line.keys()) == (line["step"] != 2) for line in lines)
+    assert all(
+        ({"ids", "tokens", "weights", "entropies"} <= line.keys()) == (line["step"] != 2)
+        for line in lines
+    )
 
 
 def test_equal_rewards_make_no_conflicts_when_rounding_is_divided_by_their_spread(tmp_path):
@@ -149,7 +197,8 @@ def test_token_texts_add_up_where_one_character_is_several_tokens():
     texts = TokenTexts(tokenizer)(ids)
     assert len(texts) == len(ids) and "".join(texts) == text + tokenizer.eos_token
     assert "" in texts and "\U0001f600" in texts  # with the last of its tokens
-    assert "".join(TokenTexts(tokenizer)(ids[:-6])) == tokenizer.decode(ids[:-6])  # cut inside a character
+    # cut inside a character
+    assert "".join(TokenTexts(tokenizer)(ids[:-6])) == tokenizer.decode(ids[:-6])
 
 
 def test_token_texts_keep_the_spaces_that_sentencepiece_drops_at_a_start():

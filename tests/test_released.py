@@ -1,4 +1,6 @@
-"""The released behaviour: the golden `reference` columns, and the trainer that reproduces the authors' logs."""
+"""The released behaviour: the golden `reference` columns, and the trainer that reproduces the
+authors' logs.
+"""
 
 import gradients
 import pytest
@@ -12,8 +14,12 @@ from gtpo import gtpo_training, shaping
 @pytest.mark.parametrize("case", golden("conflict_cases.json"), ids=by_name)
 def test_golden_conflicts_follow_the_released_code(case):
     weights, conflict_mask, n_conflict = released.released_conflicts(
-        torch.tensor(case["ids"]), torch.tensor(case["mask"]), torch.tensor(case["advantages"], dtype=torch.float64),
-        pad_id=case["pad_id"], vocab_size=case["vocab_size"], weight=case["w_raw"],
+        torch.tensor(case["ids"]),
+        torch.tensor(case["mask"]),
+        torch.tensor(case["advantages"], dtype=torch.float64),
+        pad_id=case["pad_id"],
+        vocab_size=case["vocab_size"],
+        weight=case["w_raw"],
     )
     expected = case["reference"]
     assert torch.equal(weights, torch.tensor(expected["delta"], dtype=torch.float64))
@@ -27,16 +33,35 @@ def test_golden_objective_follows_the_released_code(case):
     hidden = torch.tensor(case["hidden"], dtype=torch.float64, requires_grad=True)
     ids, mask = torch.tensor(case["ids"]), torch.tensor(case["mask"])
     advantages = torch.tensor(case["advantages"], dtype=torch.float64)
-    log_probs = (hidden[:, :-1] @ torch.tensor(case["lm_head"], dtype=torch.float64).T).log_softmax(-1)
+    log_probs = (hidden[:, :-1] @ torch.tensor(case["lm_head"], dtype=torch.float64).T).log_softmax(
+        -1
+    )
     weights, _, n_conflict = released.released_conflicts(
-        ids, mask, advantages, pad_id=knobs["pad_id"], vocab_size=case["V"], weight=knobs["w_raw"])
+        ids, mask, advantages, pad_id=knobs["pad_id"], vocab_size=case["V"], weight=knobs["w_raw"]
+    )
     losses, entropy, kept, coefficient = released.released_loss(
-        log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1), log_probs, mask, advantages, weights, n_conflict,
-        scale=knobs["gamma"], threshold=knobs["reference_ent_threshold"], eps=knobs["eps"])
+        log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1),
+        log_probs,
+        mask,
+        advantages,
+        weights,
+        n_conflict,
+        scale=knobs["gamma"],
+        threshold=knobs["reference_ent_threshold"],
+        eps=knobs["eps"],
+    )
     losses.sum().backward()
-    for found, name in ((entropy, "entropies"), (coefficient, "coef"), (weights, "delta"), (losses, "loss_per_completion"),
-                        (losses.sum(), "loss"), (hidden.grad, "grad_hidden")):
-        assert torch.allclose(found.detach(), torch.tensor(expected[name], dtype=torch.float64), rtol=0, atol=1e-9), name
+    for found, name in (
+        (entropy, "entropies"),
+        (coefficient, "coef"),
+        (weights, "delta"),
+        (losses, "loss_per_completion"),
+        (losses.sum(), "loss"),
+        (hidden.grad, "grad_hidden"),
+    ):
+        assert torch.allclose(
+            found.detach(), torch.tensor(expected[name], dtype=torch.float64), rtol=0, atol=1e-9
+        ), name
     assert kept.int().tolist() == expected["gate"] and n_conflict.tolist() == expected["n_conflict"]
 
 
@@ -46,24 +71,41 @@ def odd_ones_win(completions, **kwargs):
 
 
 def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
-    """sum_i -(A_i - 0.1 H_i) (sum_t lambda_{i,t} / |o_i|) / max(n_i, 1), the gate on whatever the initial entropy."""
+    """sum_i -(A_i - 0.1 H_i) (sum_t lambda_{i,t} / |o_i|) / max(n_i, 1), the gate on whatever the
+    initial entropy.
+    """
     trainer = gradients.make_trainer(
-        "custom_trainer.released.ReleasedGTPOTrainer", str(tmp_path), peaked=4.0, num_generations=8,
-        per_device_train_batch_size=8, gradient_accumulation_steps=1, reward=odd_ones_win)
+        "custom_trainer.released.ReleasedGTPOTrainer",
+        str(tmp_path),
+        peaked=4.0,
+        num_generations=8,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        reward=odd_ones_win,
+    )
     gtpo_training.ENT_THRESHOLD = 0.5
     seen = gradients.watch(trainer)
     completion_entropies = []
     log = trainer._log_entropies
-    trainer._log_entropies = lambda: (completion_entropies.append(trainer.seen_by_loss["completion_entropy"]), log())
+    trainer._log_entropies = lambda: (
+        completion_entropies.append(trainer.seen_by_loss["completion_entropy"]),
+        log(),
+    )
     trainer.initial_entropy = 99.0  # above the threshold: the paper's gate would be off
     try:
         trainer.train()
     finally:
         gtpo_training.ENT_THRESHOLD = 0.7
     rollout = seen["rollouts"][0]  # one group, as TRL shuffled it afterwards: sums do not mind
-    ids, mask, advantages = rollout["completion_ids"], rollout["completion_mask"], rollout["advantages"]
+    ids, mask, advantages = (
+        rollout["completion_ids"],
+        rollout["completion_mask"],
+        rollout["advantages"],
+    )
     prefix, suffix = shaping.conflict_runs(ids, mask, advantages)
-    weights = shaping.token_weights(prefix, advantages, 2.0) * shaping.token_weights(suffix, advantages, 2.0)
+    weights = shaping.token_weights(prefix, advantages, 2.0) * shaping.token_weights(
+        suffix, advantages, 2.0
+    )
     longer = torch.maximum(prefix.sum(1), suffix.sum(1)).clamp(min=1)
     entropy = entropy_by_row(trainer, rollout, completion_entropies[0])
     coefficient = torch.where(entropy <= 0.5, advantages - 0.1 * entropy, 0.0)
@@ -73,9 +115,17 @@ def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
 
 
 def entropy_by_row(trainer, rollout, shuffled):
-    """The entropies of the shuffled micro-batch in the rollout's own order, matched by completion."""
+    """The entropies of the shuffled micro-batch in the rollout's own order, matched by
+    completion.
+    """
     batch = trainer._micro_batch
-    rows = [next(i for i in range(len(shuffled)) if torch.equal(batch["completion_ids"][i], ids)
-                 and torch.equal(batch["prompt_ids"][i], prompt))
-            for ids, prompt in zip(rollout["completion_ids"], rollout["prompt_ids"], strict=True)]
+    rows = [
+        next(
+            i
+            for i in range(len(shuffled))
+            if torch.equal(batch["completion_ids"][i], ids)
+            and torch.equal(batch["prompt_ids"][i], prompt)
+        )
+        for ids, prompt in zip(rollout["completion_ids"], rollout["prompt_ids"], strict=True)
+    ]
     return shuffled[rows]

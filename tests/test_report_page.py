@@ -1,12 +1,14 @@
-"""A report in a real headless Chromium: what is seen, what pointing and keys do, and that nothing is fetched or run."""
+"""A report in a real headless Chromium: what is seen, what pointing and keys do, and that nothing
+is fetched or run.
+"""
 
 import json
-import re
 
 import pytest
+from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
+
 import report_run
 from benchmarks.screenshots import NARROW, WIDE, browser, set_scheme, why_no_browser
-from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
 
 pytestmark = pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser()))
 
@@ -20,11 +22,22 @@ GROUPS = {  # number -> rows
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of two steps, in which one completion, prompt, reference and name are hostile."""
-    lines = [line for step in (1, 2) for number, rows in GROUPS.items() for line in group(rows, step=step, number=number)]
+    lines = [
+        line
+        for step in (1, 2)
+        for number, rows in GROUPS.items()
+        for line in group(rows, step=step, number=number)
+    ]
     for line in lines:
         if line["group"] == 1:
-            line |= {"prompt": [{"role": EVIL, "content": EVIL}], "answer": EVIL, "kept": line["row"] == 0}
-    run = write_run(tmp_path_factory.mktemp("report") / "run", lines, rising(30), recipe={"run_name": EVIL})
+            line |= {
+                "prompt": [{"role": EVIL, "content": EVIL}],
+                "answer": EVIL,
+                "kept": line["row"] == 0,
+            }
+    run = write_run(
+        tmp_path_factory.mktemp("report") / "run", lines, rising(30), recipe={"run_name": EVIL}
+    )
     write_evaluation(run / "evaluation" / "a<b>.jsonl", [[True]])
     assert report_run.main([str(run)]) == 0
     return run
@@ -56,13 +69,17 @@ def choose(page, select: str, text: str) -> None:
     from selenium.webdriver.support.select import Select
 
     options = Select(find(page, select)[0])
-    options.select_by_visible_text(next(option.text for option in options.options if text in option.text))
+    options.select_by_visible_text(
+        next(option.text for option in options.options if text in option.text)
+    )
 
 
 def shown_tokens(page) -> list[list[str]]:
     """The text of every token by completion, in the order of the page."""
-    return page.execute_script("""
-        return [...document.querySelectorAll('.tokens')].map(row => [...row.querySelectorAll('.token')].map(t => t.textContent))""")
+    return page.execute_script(
+        """
+        return [...document.querySelectorAll('.tokens')].map(row => [...row.querySelectorAll('.token')].map(t => t.textContent))"""
+    )
 
 
 def press(page, *keys) -> None:
@@ -73,7 +90,11 @@ def press(page, *keys) -> None:
 
 def current(page) -> tuple[int, int]:
     """Row and place of the token that has the focus."""
-    return tuple(page.execute_script("const d = document.activeElement.dataset; return [Number(d.row), Number(d.place)]"))
+    return tuple(
+        page.execute_script(
+            "const d = document.activeElement.dataset; return [Number(d.row), Number(d.place)]"
+        )
+    )
 
 
 def test_the_page_has_no_console_errors_and_asks_for_nothing(page):
@@ -83,38 +104,67 @@ def test_the_page_has_no_console_errors_and_asks_for_nothing(page):
             choose(page, "#group", number)
     assert page.get_log("browser") == []
     messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
-    requested = {message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"}
+    requested = {
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    }
     assert {url.partition(":")[0] for url in requested} <= {"file", "data"}
     assert [url for url in requested if url.startswith("file:")] == [page.current_url]
 
 
 def test_a_request_would_be_seen_and_is_forbidden(page):
-    """The two checks above can fail: the console and the page's own policy see a script that wants something."""
-    page.execute_script("const i = new Image(); i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i)")
-    assert "Content Security Policy" in " ".join(entry["message"] for entry in page.get_log("browser"))
+    """The two checks above can fail: the console and the page's own policy see a script that wants
+    something.
+    """
+    page.execute_script(
+        "const i = new Image(); i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i)"
+    )
+    assert "Content Security Policy" in " ".join(
+        entry["message"] for entry in page.get_log("browser")
+    )
 
 
 def test_the_completions_are_there_token_by_token_better_beside_worse(page):
-    assert [heading.text for heading in find(page, ".sides h3")] == ["Better than the group (2)", "Worse than the group (2)"]
+    assert [heading.text for heading in find(page, ".sides h3")] == [
+        "Better than the group (2)",
+        "Worse than the group (2)",
+    ]
     tokens = shown_tokens(page)
     assert tokens[0] == [token.replace("\n", "⏎") for token in RIGHT]
-    assert tokens[3] == [token.replace("\n", "⏎") for token in [*WRONG[:3], "·", "=7\n", *WRONG[4:]]]
-    assert find(page, ".tokens")[0].text == "<reasoning>⏎\n2+2=4⏎\n</reasoning>⏎\n<answer>4</answer><end>"
+    assert tokens[3] == [
+        token.replace("\n", "⏎") for token in [*WRONG[:3], "·", "=7\n", *WRONG[4:]]
+    ]
+    assert (
+        find(page, ".tokens")[0].text
+        == "<reasoning>⏎\n2+2=4⏎\n</reasoning>⏎\n<answer>4</answer><end>"
+    )
     better, worse = (side.rect for side in find(page, ".sides > div"))
     assert better["y"] == worse["y"] and better["x"] + better["width"] <= worse["x"]
-    assert "A +5.00" in find(page, ".about")[0].text and "reward 20.00" in find(page, ".about")[0].text
-    assert "What is 2+2?" in find(page, "#prompt")[0].text and "<answer>4</answer>" in find(page, "#prompt")[0].text
+    assert (
+        "A +5.00" in find(page, ".about")[0].text and "reward 20.00" in find(page, ".about")[0].text
+    )
+    assert (
+        "What is 2+2?" in find(page, "#prompt")[0].text
+        and "<answer>4</answer>" in find(page, "#prompt")[0].text
+    )
 
 
 def test_colours_and_lines_say_what_weights_and_runs_are(page, run):
     lines = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()][:4]
-    found = page.execute_script("""
-        return [...document.querySelectorAll('.tokens .token')].map(t => [t.dataset.row, t.dataset.place, t.className])""")
+    found = page.execute_script(
+        """
+        return [...document.querySelectorAll('.tokens .token')].map(t => [t.dataset.row, t.dataset.place, t.className])"""
+    )
     names = {0.0: "protected", 1.0: "", 2.0: "amplified"}
     for row, place, classes in found:
         line, place = lines[int(row)], int(place)
-        expected = {"token", names[line["weights"][place]], "prefix" if place < line["prefix"] else "",
-                    "suffix" if place >= len(line["ids"]) - line["suffix"] else ""} - {""}
+        expected = {
+            "token",
+            names[line["weights"][place]],
+            "prefix" if place < line["prefix"] else "",
+            "suffix" if place >= len(line["ids"]) - line["suffix"] else "",
+        } - {""}
         assert set(classes.split()) == expected
     assert len(found) == sum(len(line["ids"]) for line in lines)
 
@@ -123,7 +173,9 @@ def test_a_filtered_completion_says_so(page):
     choose(page, "#group", "prompt 2")
     kept, filtered = find(page, ".completion")
     assert "kept ✓" in kept.text and "filtered" not in kept.get_attribute("class")
-    assert "filtered ✗ no gradient" in filtered.text and "filtered" in filtered.get_attribute("class")
+    assert "filtered ✗ no gradient" in filtered.text and "filtered" in filtered.get_attribute(
+        "class"
+    )
 
 
 def test_pointing_at_a_token_shows_its_entropy_its_weight_and_why_it_is_in_conflict(page):
@@ -132,8 +184,14 @@ def test_pointing_at_a_token_shows_its_entropy_its_weight_and_why_it_is_in_confl
     assert "entropy" not in find(page, "#inspector")[0].text
     ActionChains(page).move_to_element(find(page, '[data-row="1"][data-place="2"]')[0]).perform()
     said = find(page, "#inspector")[0].text
-    assert "2+2 entropy 0.003 nats · weight 0, protected · place 3 from the left, 9 from the right · prefix run" in said
-    assert "the same token stands at this place from the left in 2 better completions, so it is not unlearnt here" in said
+    assert (
+        "2+2 entropy 0.003 nats · weight 0, protected · place 3 from the left, 9 from the right ·"
+        " prefix run" in said
+    )
+    assert (
+        "the same token stands at this place from the left in 2 better completions, so it is not"
+        " unlearnt here" in said
+    )
     assert "the same in #1+, #3+, #4−." in said
 
 
@@ -142,12 +200,16 @@ def test_pointing_highlights_the_same_token_at_the_same_place(page):
 
     def marked(name):
         cells = find(page, f"#completions .{name}")
-        return {(cell.get_attribute("data-row"), cell.get_attribute("data-place")) for cell in cells}
+        return {
+            (cell.get_attribute("data-row"), cell.get_attribute("data-place")) for cell in cells
+        }
 
-    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="10"]')[0]).perform()  # the last one: from the right
+    # the last one: from the right
+    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="10"]')[0]).perform()
     assert marked("same-opposite") == {("1", "10"), ("3", "11")}
     assert marked("same-side") == {("2", "10")}
-    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="3"]')[0]).perform()  # =4, which no worse one has
+    # =4, which no worse one has
+    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="3"]')[0]).perform()
     assert marked("same-opposite") == set()
     assert "no worse completion has this token at this place" in find(page, "#inspector")[0].text
 
@@ -167,8 +229,16 @@ def test_the_keyboard_reaches_and_walks_the_tokens(page):
     press(page, Keys.TAB)
     assert current(page) == (0, 0)
     walked = []
-    for key in (Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT, Keys.END, Keys.ARROW_UP, Keys.HOME,
-                Keys.ARROW_LEFT):
+    for key in (
+        Keys.ARROW_RIGHT,
+        Keys.ARROW_RIGHT,
+        Keys.ARROW_DOWN,
+        Keys.ARROW_LEFT,
+        Keys.END,
+        Keys.ARROW_UP,
+        Keys.HOME,
+        Keys.ARROW_LEFT,
+    ):
         press(page, key)
         walked.append(current(page))
     assert walked == [(0, 1), (0, 2), (2, 2), (2, 1), (2, 10), (0, 10), (0, 0), (0, 0)]
@@ -184,8 +254,12 @@ def test_the_keyboard_reaches_and_walks_the_tokens(page):
 def test_every_token_and_control_has_a_name_for_those_who_hear_the_page(page):
     labels = [cell.get_attribute("aria-label") for cell in find(page, "[role=gridcell]")]
     assert labels[0] == "<reasoning>, weight 2, entropy 0.001 nats" and all(labels)
-    assert page.execute_script("return [...document.querySelectorAll('select')].every(s => s.labels.length === 1)")
-    assert page.execute_script("return [...document.querySelectorAll('figure')].every(f => f.getAttribute('aria-label'))")
+    assert page.execute_script(
+        "return [...document.querySelectorAll('select')].every(s => s.labels.length === 1)"
+    )
+    assert page.execute_script(
+        "return [...document.querySelectorAll('figure')].every(f => f.getAttribute('aria-label'))"
+    )
     assert find(page, "[aria-live=polite]")
 
 
@@ -203,7 +277,14 @@ def test_signs_that_cannot_be_seen_are_written_out(chromium, tmp_path):
     run = write_run(tmp_path / "run", group([([*RIGHT[:3], *signs], 20.0), (WRONG, 1.0)]))
     assert report_run.main([str(run)]) == 0
     chromium.get((run / "report.html").as_uri())
-    assert shown_tokens(chromium)[0][3:] == ["\\u202eabc", "\\u200b", "a\\u0000", "⇥tab", "∅", "a⏎\n⏎\nb⏎"]
+    assert shown_tokens(chromium)[0][3:] == [
+        "\\u202eabc",
+        "\\u200b",
+        "a\\u0000",
+        "⇥tab",
+        "∅",
+        "a⏎\n⏎\nb⏎",
+    ]
 
 
 def test_another_step_can_be_chosen(page):
@@ -245,9 +326,20 @@ return arguments[0].map((pair) => {
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_stands_out_from_its_ground_in_light_and_in_dark(page, dark):
     set_scheme(page, dark=dark)
-    text = [[ink, ground] for ink in ("--ink", "--faint", "--link") for ground in ("--page", "--card")]
-    text += [["--ink", "--protected"], ["--ink", "--amplified"], ["--yes", "--card"], ["--no", "--card"], ["--careful", "--card"]]
-    lines = [[f"--series-{i}", "--card"] for i in range(2)] + [["--protected-line", "--page"], ["--amplified-line", "--page"]]
+    text = [
+        [ink, ground] for ink in ("--ink", "--faint", "--link") for ground in ("--page", "--card")
+    ]
+    text += [
+        ["--ink", "--protected"],
+        ["--ink", "--amplified"],
+        ["--yes", "--card"],
+        ["--no", "--card"],
+        ["--careful", "--card"],
+    ]
+    lines = [[f"--series-{i}", "--card"] for i in range(2)] + [
+        ["--protected-line", "--page"],
+        ["--amplified-line", "--page"],
+    ]
     assert min(page.execute_script(CONTRAST, text)) >= 4.5
     assert min(page.execute_script(CONTRAST, lines)) >= 3
 
@@ -263,10 +355,23 @@ def test_a_narrow_screen_shows_everything_below_each_other(run):
 
 def test_long_words_and_labels_make_no_page_wider(chromium, tmp_path):
     layers = [f"layer_{i}_with_a_long_name" for i in range(30)]
-    runs = [write_run(tmp_path / name, group(GROUPS[0]), rising(30), recipe={"model": {"target_modules": modules}})
-            for name, modules in (("a", layers), ("b", layers[:20]))]
-    (runs[0] / "versions.json").write_text(json.dumps({"commit": "c" * 80, "platform": "Linux-" + "x" * 80}))
-    assert report_run.main([*map(str, runs), "--out", str(tmp_path / "both")]) == report_run.main([str(runs[0])]) == 0
+    runs = [
+        write_run(
+            tmp_path / name,
+            group(GROUPS[0]),
+            rising(30),
+            recipe={"model": {"target_modules": modules}},
+        )
+        for name, modules in (("a", layers), ("b", layers[:20]))
+    ]
+    (runs[0] / "versions.json").write_text(
+        json.dumps({"commit": "c" * 80, "platform": "Linux-" + "x" * 80})
+    )
+    assert (
+        report_run.main([*map(str, runs), "--out", str(tmp_path / "both")])
+        == report_run.main([str(runs[0])])
+        == 0
+    )
     chromium.get((tmp_path / "both" / "report.html").as_uri())
     assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     with browser(NARROW) as narrow:
@@ -275,11 +380,19 @@ def test_long_words_and_labels_make_no_page_wider(chromium, tmp_path):
 
 
 def test_two_configurations_have_a_legend_and_a_run_to_choose(chromium, tmp_path):
-    runs = [write_run(tmp_path / name, group(GROUPS[0], weight=weight), rising(3), recipe=recipe) for name, weight, recipe in (
-        ("a", 2.0, {}), ("b", None, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}}))]
+    runs = [
+        write_run(tmp_path / name, group(GROUPS[0], weight=weight), rising(3), recipe=recipe)
+        for name, weight, recipe in (
+            ("a", 2.0, {}),
+            ("b", None, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}}),
+        )
+    ]
     assert report_run.main([*map(str, runs), "--out", str(tmp_path / "both")]) == 0
     chromium.get((tmp_path / "both" / "report.html").as_uri())
-    assert [item.text for item in find(chromium, "#curves .legend li")][:2] == ["UnslothGTPOTrainer", "UnslothGRPOTrainer"]
+    assert [item.text for item in find(chromium, "#curves .legend li")][:2] == [
+        "UnslothGTPOTrainer",
+        "UnslothGRPOTrainer",
+    ]
     assert not find(chromium, "#would-be")[0].is_displayed()
     choose(chromium, "#run", "UnslothGRPOTrainer")
     assert find(chromium, "#would-be")[0].is_displayed()

@@ -1,4 +1,6 @@
-"""Reports without a browser: what is read from a run directory, what is said of it, and what is written."""
+"""Reports without a browser: what is read from a run directory, what is said of it, and what is
+written.
+"""
 
 import json
 import random
@@ -7,11 +9,11 @@ import subprocess
 import sys
 
 import pytest
-import report_run
 import torch
 from conftest import ROOT
 from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
 
+import report_run
 from gtpo import curves, reports
 from gtpo.completion_log import Completion, CompletionLog
 from gtpo.configurations import configurations, differences
@@ -30,7 +32,9 @@ def log_of(tmp_path, lines) -> CompletionLog:
 
 def told(record) -> dict[str, object]:
     """The three answers of one run, by the first words of their questions."""
-    return dict(zip(("learn", "stable", "protected"), answers(configurations([record])[0]), strict=True))
+    return dict(
+        zip(("learn", "stable", "protected"), answers(configurations([record])[0]), strict=True)
+    )
 
 
 # ---- the completions file
@@ -39,7 +43,12 @@ def told(record) -> dict[str, object]:
 def test_protected_texts_are_counted_once_per_completion(tmp_path):
     log = log_of(tmp_path, group([(RIGHT, 20.0), (WRONG, 10.0), (WRONG, 10.0)]))
     assert dict(log.pieces) == {"<reasoning>\n": 2, "2+2": 2, "</answer><end>": 2}
-    assert (log.protected_completions, log.worse, log.protected_tokens, log.amplified_tokens) == (2, 2, 10, 5)
+    assert (log.protected_completions, log.worse, log.protected_tokens, log.amplified_tokens) == (
+        2,
+        2,
+        10,
+        5,
+    )
 
 
 def test_tags_in_a_row_are_one_text(tmp_path):
@@ -56,8 +65,18 @@ def test_a_cut_last_line_is_left_out_and_counted(tmp_path):
     assert (log.completions, log.unreadable) == (2, 1)
 
 
-@pytest.mark.parametrize("line", [
-    "[]", "null", "{}", '{"step": "x"}', "\x00", '{"step": 1, "group": 0, "row": 0, "tokens": 7}', "{" * 5000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "null",
+        "{}",
+        '{"step": "x"}',
+        "\x00",
+        '{"step": 1, "group": 0, "row": 0, "tokens": 7}',
+        "{" * 5000,
+    ],
+)
 def test_a_line_that_is_no_completion_is_left_out(tmp_path, line):
     run = write_run(tmp_path / "run", group(TWO))
     with (run / "completions.jsonl").open("a") as file:
@@ -67,10 +86,20 @@ def test_a_line_that_is_no_completion_is_left_out(tmp_path, line):
 
 
 def test_what_a_resumed_run_did_again_replaces_what_it_did_before(tmp_path):
-    before = [line for step in (1, 2, 3) for line in group([(RIGHT, 20.0), (WRONG, 0.0)], step=step)]
-    again = [line for step in (2, 3) for line in group([(RIGHT, 20.0), (WRONG, 18.0)], step=step, rollout=step - 1)]
+    before = [
+        line for step in (1, 2, 3) for line in group([(RIGHT, 20.0), (WRONG, 0.0)], step=step)
+    ]
+    again = [
+        line
+        for step in (2, 3)
+        for line in group([(RIGHT, 20.0), (WRONG, 18.0)], step=step, rollout=step - 1)
+    ]
     log = log_of(tmp_path, before + again)
-    assert {step: values["reward"] for step, values in log.averages().items()} == {1: 10.0, 2: 19.0, 3: 19.0}
+    assert {step: values["reward"] for step, values in log.averages().items()} == {
+        1: 10.0,
+        2: 19.0,
+        3: 19.0,
+    }
     assert [group.step for group in log.groups] == [1, 2, 3]
 
 
@@ -100,10 +129,25 @@ def test_lists_that_do_not_fit_together_are_not_shown():
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), "9" * 5000, -0.0, 10**30, None])
 def test_numbers_that_are_none_do_not_stop_a_report(tmp_path, nonsense):
     lines = group(TWO)
-    lines[0] |= {"reward": nonsense, "advantage": nonsense, "entropy": nonsense, "rewards": {"r": nonsense},
-                 "weights": [nonsense] * len(RIGHT), "entropies": [nonsense] * len(RIGHT)}
-    history = [{"step": step, "reward": nonsense, "gtpo/completion_entropy": nonsense, "grad_norm": 1.0} for step in range(1, 9)]
-    run = write_run(tmp_path / "run", lines, history, max_steps=nonsense, recipe={"gtpo_runtime": {"ent_threshold": "high"}})
+    lines[0] |= {
+        "reward": nonsense,
+        "advantage": nonsense,
+        "entropy": nonsense,
+        "rewards": {"r": nonsense},
+        "weights": [nonsense] * len(RIGHT),
+        "entropies": [nonsense] * len(RIGHT),
+    }
+    history = [
+        {"step": step, "reward": nonsense, "gtpo/completion_entropy": nonsense, "grad_norm": 1.0}
+        for step in range(1, 9)
+    ]
+    run = write_run(
+        tmp_path / "run",
+        lines,
+        history,
+        max_steps=nonsense,
+        recipe={"gtpo_runtime": {"ent_threshold": "high"}},
+    )
     page = reports.render([read_run(run)], []).decode()
     assert json.loads(data_of(page), parse_constant=pytest.fail)["runs"]
 
@@ -116,15 +160,24 @@ def test_a_run_without_a_final_state_reports_from_its_newest_readable_checkpoint
     (run / "checkpoint-10").mkdir()
     (run / "checkpoint-10" / "trainer_state.json").write_text('{"log_history": [{"st')
     record = read_run(run)
-    assert (record.finished, record.last_step, record.max_steps, record.state_file.parent.name) == (False, 4, 10, "checkpoint-4")
+    assert (record.finished, record.last_step, record.max_steps, record.state_file.parent.name) == (
+        False,
+        4,
+        10,
+        "checkpoint-4",
+    )
     assert "step 4 of 10 is the last one known" in " ".join(told(record)["stable"].sentences)
 
 
 def test_completions_go_on_where_the_checkpoint_ends(tmp_path):
     lines = [line for step in (1, 2, 3) for line in group(TWO, step=step)]
-    record = read_run(write_run(tmp_path / "run", lines, [{"step": 1, "reward": 7.0}], checkpoint=1))
+    record = read_run(
+        write_run(tmp_path / "run", lines, [{"step": 1, "reward": 7.0}], checkpoint=1)
+    )
     assert record.series("reward") == {1: 7.0, 2: 15.0, 3: 15.0}
-    assert record.series("gtpo/frac_conflict_tokens") == dict.fromkeys((1, 2, 3), pytest.approx(10 / 22))
+    assert record.series("gtpo/frac_conflict_tokens") == dict.fromkeys(
+        (1, 2, 3), pytest.approx(10 / 22)
+    )
 
 
 def test_a_run_with_completions_alone_has_a_report(tmp_path):
@@ -137,38 +190,72 @@ def test_a_run_with_completions_alone_has_a_report(tmp_path):
 
 
 def test_runs_that_differ_in_the_seed_and_the_name_are_one_configuration(tmp_path):
-    runs = [read_run(write_run(tmp_path / f"s{seed}", history=[{"step": 1, "reward": float(seed)}], recipe={
-        "run_name": f"s{seed}", "model": {"random_seed": seed}})) for seed in (1, 2, 3)]
+    runs = [
+        read_run(
+            write_run(
+                tmp_path / f"s{seed}",
+                history=[{"step": 1, "reward": float(seed)}],
+                recipe={"run_name": f"s{seed}", "model": {"random_seed": seed}},
+            )
+        )
+        for seed in (1, 2, 3)
+    ]
     found = configurations(runs)
-    assert [(configuration.label, len(configuration.runs)) for configuration in found] == [("s1 (3 seeds)", 3)]
+    assert [(configuration.label, len(configuration.runs)) for configuration in found] == [
+        ("s1 (3 seeds)", 3)
+    ]
     assert found[0].series("reward") == {1: [1.0, 2.0, 3.0]}
     assert differences(runs) == {"run_name": ["s1", "s2", "s3"], "model.random_seed": [1, 2, 3]}
 
 
 def test_runs_with_the_same_seed_are_no_seeds(tmp_path):
-    runs = [read_run(write_run(tmp_path / name, history=ONE_CURVE, recipe={"run_name": name})) for name in "ab"]
+    runs = [
+        read_run(write_run(tmp_path / name, history=ONE_CURVE, recipe={"run_name": name}))
+        for name in "ab"
+    ]
     assert [configuration.label for configuration in configurations(runs)] == ["a (2 runs)"]
 
 
 def test_the_legend_names_what_differs_between_recipes(tmp_path):
-    recipes = [{}, {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}},
-               {"training": {"learning_rate": 5e-4}}]
-    runs = [read_run(write_run(tmp_path / str(i), history=rising(3), recipe=recipe)) for i, recipe in enumerate(recipes)]
+    recipes = [
+        {},
+        {"trainer": {"class_path": "custom_trainer.original.UnslothGRPOTrainer"}},
+        {"training": {"learning_rate": 5e-4}},
+    ]
+    runs = [
+        read_run(write_run(tmp_path / str(i), history=rising(3), recipe=recipe))
+        for i, recipe in enumerate(recipes)
+    ]
     assert [configuration.label for configuration in configurations(runs)] == [
-        "UnslothGTPOTrainer, learning_rate 0.0001", "UnslothGRPOTrainer, learning_rate 0.0001",
-        "UnslothGTPOTrainer, learning_rate 0.0005"]
+        "UnslothGTPOTrainer, learning_rate 0.0001",
+        "UnslothGRPOTrainer, learning_rate 0.0001",
+        "UnslothGTPOTrainer, learning_rate 0.0005",
+    ]
 
 
 def test_curves_of_seeds_have_their_mean_and_one_standard_deviation(tmp_path):
     assert curves._binned({1: [1.0, 3.0], 2: [5.0]}, most=10) == (
-        [1, 2], [2.0, 5.0], [pytest.approx(2 - 2**0.5), 5.0], [pytest.approx(2 + 2**0.5), 5.0])
+        [1, 2],
+        [2.0, 5.0],
+        [pytest.approx(2 - 2**0.5), 5.0],
+        [pytest.approx(2 + 2**0.5), 5.0],
+    )
     steps, means, _, _ = curves._binned({step: [float(step)] for step in range(1, 1001)}, most=100)
     assert (len(steps), steps[0], means[-1]) == (100, 5.5, 995.5)
 
 
 def test_every_metric_of_the_list_has_a_panel_and_the_entropy_its_threshold(tmp_path):
-    found = configurations([read_run(write_run(tmp_path / "run", history=rising(30, evaluation__accuracy=lambda s: 0.5),
-                                               recipe={"gtpo_runtime": {"ent_threshold": 0.65}}))])
+    found = configurations(
+        [
+            read_run(
+                write_run(
+                    tmp_path / "run",
+                    history=rising(30, evaluation__accuracy=lambda s: 0.5),
+                    recipe={"gtpo_runtime": {"ent_threshold": 0.65}},
+                )
+            )
+        ]
+    )
     svgs = curves.inline_svgs(found)
     assert set(svgs) == {panel.name for panel in curves.PANELS}
     assert [name for name, svg in svgs.items() if "threshold 0.65" in svg] == ["entropy"]
@@ -187,39 +274,68 @@ def test_entropy_falling_towards_zero_is_drawn_on_a_log_scale(tmp_path):
 
 
 def test_a_rising_reward_is_learning_and_a_falling_one_is_not(tmp_path):
-    for name, reward, word in (("up", lambda s: 5 + s, "yes"), ("down", lambda s: 50 - s, "it got worse"),
-                               ("flat", lambda s: 5 + s % 2, "no clear change")):
-        assert told(read_run(write_run(tmp_path / name, history=rising(40, reward=reward))))["learn"].word == word
-    assert told(read_run(write_run(tmp_path / "short", history=rising(3))))["learn"].word == "too early to say"
+    for name, reward, word in (
+        ("up", lambda s: 5 + s, "yes"),
+        ("down", lambda s: 50 - s, "it got worse"),
+        ("flat", lambda s: 5 + s % 2, "no clear change"),
+    ):
+        assert (
+            told(read_run(write_run(tmp_path / name, history=rising(40, reward=reward))))[
+                "learn"
+            ].word
+            == word
+        )
+    assert (
+        told(read_run(write_run(tmp_path / "short", history=rising(3))))["learn"].word
+        == "too early to say"
+    )
 
 
 def test_the_summary_gives_the_numbers(tmp_path):
-    run = write_run(tmp_path / "run", [line for step in (1, 40) for line in group(TWO, step=step)], rising(40))
+    run = write_run(
+        tmp_path / "run", [line for step in (1, 40) for line in group(TWO, step=step)], rising(40)
+    )
     for name, right in (("before", 1), ("after", 3)):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[i < right] for i in range(4)])
     learn, stable, protected = told(read_run(run)).values()
     assert learn.sentences[:3] == [
         "The mean reward went from 5.75 (steps 1 to 5) to 14.50 (steps 36 to 40).",
         "Meanwhile well-formed completions went from 100% to 100%, correct ones from 50% to 50%.",
-        "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 % interval +0.0 to +100.0), "
-        "format from 100.0% to 100.0%."]
-    assert stable.word == "yes" and "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
-    assert protected.sentences[1] == ("GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage, and "
-                                      "amplified 10 in better ones.")
+        (
+            "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 %"
+            " interval +0.0 to +100.0), format from 100.0% to 100.0%."
+        ),
+    ]
+    assert (
+        stable.word == "yes"
+        and "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
+    )
+    assert (
+        protected.sentences[1]
+        == "GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage,"
+        " and "
+        "amplified 10 in better ones."
+    )
     assert protected.texts[0] == ("<reasoning>\n", 2)
 
 
-@pytest.mark.parametrize(("changes", "worry"), [
-    ({"reward": lambda s: 5 + s % 2 + (s if s < 30 else 0)}, "reward fell"),
-    ({"gtpo__completion_entropy": lambda s: 0.4 if s < 20 else 0.01}, "nearly deterministic"),
-    ({"gtpo__completion_entropy": lambda s: 0.02 * s}, "entropy above the threshold"),
-    ({"gtpo__frac_filtered": lambda s: float(s > 30)}, "filter switched off everything"),
-    ({"gtpo__skipped_steps": lambda s: s // 10}, "skipped steps"),
-    ({"completions__clipped_ratio": lambda s: s / 40}, "most completions truncated"),
-    ({"alarm__low_entropy": lambda s: 0.001 if s in (7, 9) else None}, "2 alarms"),
-])
+@pytest.mark.parametrize(
+    ("changes", "worry"),
+    [
+        ({"reward": lambda s: 5 + s % 2 + (s if s < 30 else 0)}, "reward fell"),
+        ({"gtpo__completion_entropy": lambda s: 0.4 if s < 20 else 0.01}, "nearly deterministic"),
+        ({"gtpo__completion_entropy": lambda s: 0.02 * s}, "entropy above the threshold"),
+        ({"gtpo__frac_filtered": lambda s: float(s > 30)}, "filter switched off everything"),
+        ({"gtpo__skipped_steps": lambda s: s // 10}, "skipped steps"),
+        ({"completions__clipped_ratio": lambda s: s / 40}, "most completions truncated"),
+        ({"alarm__low_entropy": lambda s: 0.001 if s in (7, 9) else None}, "2 alarms"),
+    ],
+)
 def test_what_is_not_stable_is_named(tmp_path, changes, worry):
-    history = [{name: value for name, value in entry.items() if value is not None} for entry in rising(40, **changes)]
+    history = [
+        {name: value for name, value in entry.items() if value is not None}
+        for entry in rising(40, **changes)
+    ]
     stable = told(read_run(write_run(tmp_path / "run", history=history)))["stable"]
     assert (stable.verdict, stable.word) == ("careful", worry)
 
@@ -229,19 +345,29 @@ def test_alarms_are_told_with_their_evidence_and_drawn(tmp_path):
     for step, condition in ((12, "entropy_low"), (12, "truncated"), (20, "entropy_low")):
         history[step - 1][f"alarm/{condition}"] = 1.0
     run = write_run(tmp_path / "run", history=history[:25], checkpoint=25)
-    said = [(12, "the mean entropy is 0.001"), (12, "90% are cut off"), (20, "still low"), (27, "after the checkpoint")]
-    (run / "train.log").write_text("".join(f"WARNING gtpo.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in said))
+    said = [
+        (12, "the mean entropy is 0.001"),
+        (12, "90% are cut off"),
+        (20, "still low"),
+        (27, "after the checkpoint"),
+    ]
+    (run / "train.log").write_text(
+        "".join(f"WARNING gtpo.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in said)
+    )
     stable = told(read_run(run))["stable"]
     assert stable.word == "4 alarms; not finished"
     assert [sentence for sentence in stable.sentences if sentence.startswith("Alarm")] == [
         "Alarm (entropy low) 2 times, first at step 12: the mean entropy is 0.001.",
         "Alarm (truncated) at step 12: 90% are cut off.",
-        "Alarm at step 27: after the checkpoint."]
+        "Alarm at step 27: after the checkpoint.",
+    ]
     assert report_run.main([str(run)]) == 0
     assert "Dotted verticals are alarms." in (run / "report.html").read_text()
 
 
-def test_a_trainer_without_weights_protected_nothing_and_the_report_says_what_gtpo_would_have(tmp_path):
+def test_a_trainer_without_weights_protected_nothing_and_the_report_says_what_gtpo_would_have(
+    tmp_path,
+):
     run = write_run(tmp_path / "run", group(TWO, weight=None))
     protected = told(read_run(run))["protected"]
     assert protected.word == "nothing: no token weights"
@@ -253,7 +379,9 @@ def test_a_trainer_without_weights_protected_nothing_and_the_report_says_what_gt
 
 def test_the_first_the_middle_the_last_and_the_steps_with_most_conflicts_are_shown(tmp_path):
     alike = [(RIGHT, 20.0), ([*RIGHT[:-2], "!", "<end>"], 3.0)]
-    lines = [line for step in range(1, 12) for line in group(alike if step in (4, 8) else TWO, step=step)]
+    lines = [
+        line for step in range(1, 12) for line in group(alike if step in (4, 8) else TWO, step=step)
+    ]
     record = read_run(write_run(tmp_path / "run", lines))
     assert list(choose_steps(record, [])) == [1, 4, 6, 8, 11]
     assert list(choose_steps(record, [2])) == [1, 2, 4, 6, 8, 11]
@@ -265,11 +393,18 @@ def test_the_first_the_middle_the_last_and_the_steps_with_most_conflicts_are_sho
 
 def test_a_completion_too_long_to_show_keeps_both_its_ends(tmp_path):
     long = ["<start>", *(f"w{i}" for i in range(30_000)), "<end>"]
-    found = configurations([read_run(write_run(tmp_path / "run", group([(long, 1.0), (["<start>", "<end>"], 0.0)])))])
+    found = configurations(
+        [read_run(write_run(tmp_path / "run", group([(long, 1.0), (["<start>", "<end>"], 0.0)])))]
+    )
     view = conflict_view(found, [], size=10**7)
     row = view["runs"][0]["steps"][0]["groups"][0]["rows"][0]
     assert (row["length"], row["left"], len(row["tokens"])) == (30_002, 6_000, 12_000)
-    assert [view["tokens"][row["tokens"][i]] for i in (0, 5_999, 6_000, -1)] == ["<start>", "w5998", "w24001", "<end>"]
+    assert [view["tokens"][row["tokens"][i]] for i in (0, 5_999, 6_000, -1)] == [
+        "<start>",
+        "w5998",
+        "w24001",
+        "<end>",
+    ]
     assert row["weights"] == [[2.0, 1], [1.0, 30_000], [2.0, 1]]
 
 
@@ -287,10 +422,23 @@ def test_a_huge_completions_file_still_makes_a_page_below_five_megabytes(tmp_pat
     words = [f"word{i} " for i in range(50_000)]
 
     def text():
-        return ["<reasoning>", *(words[i] for i in torch.randint(len(words), (2500,)).tolist()), "</answer>"]
+        return [
+            "<reasoning>",
+            *(words[i] for i in torch.randint(len(words), (2500,)).tolist()),
+            "</answer>",
+        ]
 
-    run = write_run(tmp_path / "run", [line for step in range(1, 6) for number in range(2) for line in group(
-        [(text(), float(row % 2)) for row in range(16)], step=step, number=number)])
+    run = write_run(
+        tmp_path / "run",
+        [
+            line
+            for step in range(1, 6)
+            for number in range(2)
+            for line in group(
+                [(text(), float(row % 2)) for row in range(16)], step=step, number=number
+            )
+        ],
+    )
     assert (run / "completions.jsonl").stat().st_size > 10_000_000
     assert report_run.main([str(run)]) == 0
     page = (run / "report.html").read_text()
@@ -302,20 +450,33 @@ def test_a_huge_completions_file_still_makes_a_page_below_five_megabytes(tmp_pat
 
 
 def data_of(page: str) -> str:
-    return re.search(r'<script type="application/json" id="view">(.*?)</script>', page, re.DOTALL)[1]
+    return re.search(r'<script type="application/json" id="view">(.*?)</script>', page, re.DOTALL)[
+        1
+    ]
 
 
 def test_texts_of_a_model_cannot_leave_their_place(tmp_path):
-    evil = '</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>"\'&amp;\u2028\ud800'
-    lines = group([([*RIGHT, evil], 20.0), ([*WRONG, evil], 10.0)], prompt=[{"role": evil, "content": evil}], answer=evil,
-                  completion=evil)
+    evil = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>\"'&amp;\u2028\ud800"
+    lines = group(
+        [([*RIGHT, evil], 20.0), ([*WRONG, evil], 10.0)],
+        prompt=[{"role": evil, "content": evil}],
+        answer=evil,
+        completion=evil,
+    )
     run = write_run(tmp_path / "run", lines, ONE_CURVE, recipe={"run_name": "x<b>&"})
-    text = (run / "completions.jsonl").read_text().replace("\\ud800", "")  # half of a pair is no JSON for everybody
+    # half of a pair is no JSON for everybody
+    text = (run / "completions.jsonl").read_text().replace("\\ud800", "")
     (run / "completions.jsonl").write_text(text)
     assert report_run.main([str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert page.count("<script") == 2 == page.count("</script") and "<img" not in page and "<b>" not in page
-    assert json.loads(data_of(page))["runs"][0]["steps"][0]["groups"][0]["reference"] == evil.replace("\ud800", "")
+    assert (
+        page.count("<script") == 2 == page.count("</script")
+        and "<img" not in page
+        and "<b>" not in page
+    )
+    assert json.loads(data_of(page))["runs"][0]["steps"][0]["groups"][0][
+        "reference"
+    ] == evil.replace("\ud800", "")
 
 
 def test_the_page_forbids_the_browser_to_fetch_anything(tmp_path):
@@ -323,7 +484,9 @@ def test_the_page_forbids_the_browser_to_fetch_anything(tmp_path):
     report_run.main([str(run)])
     page = (run / "report.html").read_text()
     assert "default-src 'none'" in page
-    assert not re.search(r"""(?:src|href)=["'](?!data:|#)|url\(|@import""", page.replace("clip-path=\"url(#", ""))
+    assert not re.search(
+        r"""(?:src|href)=["'](?!data:|#)|url\(|@import""", page.replace('clip-path="url(#', "")
+    )
 
 
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
@@ -339,8 +502,13 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
         assert f"{name}: exists and is no report of ours" in capsys.readouterr().err
         assert (run / name).read_text() == "mine"
         (run / name).write_bytes(kept)
-    assert {path.name for path in run.iterdir()} == {"curves.png", "recipe.yaml", "report.html", "trainer_state.json",
-                                                     "versions.json"}
+    assert {path.name for path in run.iterdir()} == {
+        "curves.png",
+        "recipe.yaml",
+        "report.html",
+        "trainer_state.json",
+        "versions.json",
+    }
 
 
 def test_several_runs_go_into_a_folder_of_their_own(tmp_path, monkeypatch):
@@ -348,8 +516,11 @@ def test_several_runs_go_into_a_folder_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert report_run.main(runs) == 0 and report_run.main([*runs, "--out", "other"]) == 0
     assert report_run.main([*runs, "--out", "deep/er/page.html"]) == 0
-    for page, picture in (("report/report.html", "report/curves.png"), ("other/report.html", "other/curves.png"),
-                          ("deep/er/page.html", "deep/er/page.png")):
+    for page, picture in (
+        ("report/report.html", "report/curves.png"),
+        ("other/report.html", "other/curves.png"),
+        ("deep/er/page.html", "deep/er/page.png"),
+    ):
         assert (tmp_path / page).read_text().startswith("<!DOCTYPE html>")
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -358,7 +529,9 @@ def test_a_recipe_and_its_flags_name_the_run_directory(tmp_path, monkeypatch, ca
     monkeypatch.chdir(ROOT)
     flags = ["recipes/demo.yaml", "--output_root", str(tmp_path), "--training.max_steps", "3"]
     assert report_run.main(flags) == 2
-    run = re.search(rf"error: ({tmp_path}/demo_\S+): there is no such run directory", capsys.readouterr().err)[1]
+    run = re.search(
+        rf"error: ({tmp_path}/demo_\S+): there is no such run directory", capsys.readouterr().err
+    )[1]
     write_run(tmp_path / run, history=ONE_CURVE)
     assert report_run.main([*flags, "--out", str(tmp_path / "out")]) == 0
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
@@ -368,13 +541,30 @@ def test_evaluations_are_tabled_with_their_intervals_and_in_their_order(tmp_path
     run = write_run(tmp_path / "run", history=ONE_CURVE)
     for name in ("mine", "after", "step-100", "step-20", "before"):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[True], [False]])
-    write_evaluation(run / "evaluation" / "many.jsonl", [[True, False], [False, False]], temperature=0.7)
+    write_evaluation(
+        run / "evaluation" / "many.jsonl", [[True, False], [False, False]], temperature=0.7
+    )
     assert report_run.main([str(run)]) == 0
     table = (run / "report.html").read_text().split('id="evaluation"')[1].split("</table>")[0]
-    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", table)]
-    assert [row[0] for row in rows] == ["evaluation", "before", "step-20", "step-100", "after", "many", "mine"]
+    rows = [
+        re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
+        for row in re.findall(r"<tr>(.*?)</tr>", table)
+    ]
+    assert [row[0] for row in rows] == [
+        "evaluation",
+        "before",
+        "step-20",
+        "step-100",
+        "after",
+        "many",
+        "mine",
+    ]
     many = dict(zip(rows[0], rows[5], strict=True))
-    assert (many["accuracy"], many["pass@2"], many["temperature"]) == ("25.0 % [0.0, 50.0]", "50.0 % [0.0, 100.0]", "0.7")
+    assert (many["accuracy"], many["pass@2"], many["temperature"]) == (
+        "25.0 % [0.0, 50.0]",
+        "50.0 % [0.0, 100.0]",
+        "0.7",
+    )
     assert dict(zip(rows[0], rows[1], strict=True))["pass@2"] == "-"
 
 
@@ -386,7 +576,10 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
     (run / "evaluation" / "other.jsonl").write_text('{"a": 1}\n')
     record = read_run(run)
     assert (record.evaluations["cut"].scores.problems, list(record.evaluations)) == (1, ["cut"])
-    assert len(record.notes) == 2 and "cut.jsonl: its last line was cut, and is left out" in record.notes[0]
+    assert (
+        len(record.notes) == 2
+        and "cut.jsonl: its last line was cut, and is left out" in record.notes[0]
+    )
     assert "other.jsonl: the first line is no header of an evaluation" in record.notes[1]
 
 
@@ -404,44 +597,73 @@ def test_what_was_evaluated_on_fewer_problems_after_is_no_change_of_accuracy(tmp
 def test_noise_alone_is_seldom_called_learning_or_a_fall(tmp_path, steps):
     draw, verdicts, falls = random.Random(steps), [], 0
     for i in range(60):
-        run = write_run(tmp_path / f"run-{i}", history=rising(steps, reward=lambda s: 10 + draw.gauss(0, 1)))
+        run = write_run(
+            tmp_path / f"run-{i}", history=rising(steps, reward=lambda s: 10 + draw.gauss(0, 1))
+        )
         learn, stable, _ = told(read_run(run)).values()
         verdicts.append(learn.word)
         falls += "reward fell" in stable.word
-    assert verdicts.count("too early to say" if steps < 10 else "no clear change") >= 45 and falls <= 10
+    assert (
+        verdicts.count("too early to say" if steps < 10 else "no clear change") >= 45
+        and falls <= 10
+    )
 
 
 def test_a_report_loads_no_model(tmp_path):
     run = write_run(tmp_path / "run", group(TWO), ONE_CURVE)
-    code = f"import sys, report_run; report_run.main([{str(run)!r}]); print({{'torch', 'transformers', 'trl'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        f"import sys, report_run; report_run.main([{str(run)!r}]); print({{'torch', 'transformers',"
+        " 'trl'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.endswith("set()\n")
 
 
 def test_help_needs_neither_matplotlib_nor_jinja2():
-    code = "import sys, report_run; report_run.main(['--help']); print({'matplotlib', 'jinja2'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = (
+        "import sys, report_run; report_run.main(['--help']); print({'matplotlib', 'jinja2'} &"
+        " set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "--steps" in done.stdout and done.stdout.endswith("set()\n")
 
 
 # ---- what cannot be reported
 
 
-@pytest.mark.parametrize(("words", "sentence"), [
-    ([], "no run given; use: python report_run.py RUN [RUN ...]"),
-    (["missing"], "missing: there is no such run directory; give the one that train_model.py printed last"),
-    (["empty"], "empty: is no run directory (it has no recipe.yaml)"),
-    (["run/checkpoint-3"], "run/checkpoint-3: is no run directory (it has no recipe.yaml); give "),
-    (["new"], "new: there is nothing to report yet"),
-    (["broken"], "broken/recipe.yaml: is no recipe"),
-    (["run", "--outt", "x"], "--outt: unknown flag; use --out and --steps"),
-    (["run", "--out"], "--out: needs a value"),
-    (["run", "--out", "file"], "--out: file is a file; give a folder"),
-    (["run", "--out", "file/deeper"], "file/deeper: cannot be written to"),
-    (["run", "--steps"], "--steps: needs numbers"),
-    (["nothing.yaml"], "nothing.yaml: there is no such recipe file"),
-])
-def test_what_cannot_be_reported_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, words, sentence):
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "no run given; use: python report_run.py RUN [RUN ...]"),
+        (
+            ["missing"],
+            (
+                "missing: there is no such run directory; give the one that train_model.py printed"
+                " last"
+            ),
+        ),
+        (["empty"], "empty: is no run directory (it has no recipe.yaml)"),
+        (
+            ["run/checkpoint-3"],
+            "run/checkpoint-3: is no run directory (it has no recipe.yaml); give ",
+        ),
+        (["new"], "new: there is nothing to report yet"),
+        (["broken"], "broken/recipe.yaml: is no recipe"),
+        (["run", "--outt", "x"], "--outt: unknown flag; use --out and --steps"),
+        (["run", "--out"], "--out: needs a value"),
+        (["run", "--out", "file"], "--out: file is a file; give a folder"),
+        (["run", "--out", "file/deeper"], "file/deeper: cannot be written to"),
+        (["run", "--steps"], "--steps: needs numbers"),
+        (["nothing.yaml"], "nothing.yaml: there is no such recipe file"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_sentence_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, words, sentence
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

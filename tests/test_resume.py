@@ -15,8 +15,25 @@ from gtpo import checkpoints
 @pytest.fixture(scope="module")
 def proof() -> str:
     """What the proof says of its hardest cases, briefly: of GTPO, and of the baseline."""
-    command = [sys.executable, "benchmarks/resume_proof.py", "--steps", "4", "--at", "1", "3", "--cases", *CASES]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    command = [
+        sys.executable,
+        "benchmarks/resume_proof.py",
+        "--steps",
+        "4",
+        "--at",
+        "1",
+        "3",
+        "--cases",
+        *CASES,
+    ]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert "interruptions in" in done.stdout, done.stdout + done.stderr
     return done.stdout
 
@@ -35,48 +52,94 @@ def test_the_proof_sees_a_difference_of_one_bit_or_one_line():
 
     one = {"a": torch.tensor([1.0]), "b": [1, {"c": b"x"}], "d": float("nan"), "e": 1}
     assert resume_proof.differences(one, {**one, "a": torch.tensor([1.0]), "d": float("nan")}) == []
-    other = {"a": torch.tensor([1.0 + 2**-23]), "b": [1, {"c": b"y"}], "d": 0.0, "e": 1.0, "f": None}
+    other = {
+        "a": torch.tensor([1.0 + 2**-23]),
+        "b": [1, {"c": b"y"}],
+        "d": 0.0,
+        "e": 1.0,
+        "f": None,
+    }
     assert resume_proof.differences(one, other) == ["/a", "/b/1/c", "/d", "/e"]
-    assert resume_proof.differences({"b": [1]}, {"b": [1, 2]}) == ["/b"] and resume_proof.differences({}, {"f": 1}) == ["/f"]
+    assert resume_proof.differences({"b": [1]}, {"b": [1, 2]}) == [
+        "/b"
+    ] and resume_proof.differences({}, {"f": 1}) == ["/f"]
 
 
 def test_it_works_for_a_trainer_without_a_recipe_and_for_somebodys_class(tmp_path):
-    assert resumes.where_resumed_runs_differ("custom_trainer.released.ReleasedGTPOTrainer", tmp_path, steps=[1, 3]) == []
+    assert (
+        resumes.where_resumed_runs_differ(
+            "custom_trainer.released.ReleasedGTPOTrainer", tmp_path, steps=[1, 3]
+        )
+        == []
+    )
 
 
 def test_what_transformers_and_trl_restore_is_not_enough(tmp_path, monkeypatch):
     from gtpo.exact_resume import ExactResume
 
     monkeypatch.setattr(ExactResume, "on_train_begin", lambda *args, **kwargs: None)
-    differences = resumes.where_resumed_runs_differ("custom_trainer.original.UnslothGRPOTrainer", tmp_path, steps=[1])
+    differences = resumes.where_resumed_runs_differ(
+        "custom_trainer.original.UnslothGRPOTrainer", tmp_path, steps=[1]
+    )
     assert any("weights" in place for place in differences) and "1/completions" in differences
 
 
-def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_run_like_that(tmp_path):
+def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_run_like_that(
+    tmp_path,
+):
     from transformers import TrainerCallback
 
     rates = {}
 
     class Rates(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-            rates.setdefault(args.output_dir, []).append([(group["lr"], group["weight_decay"]) for group in optimizer.param_groups])
+            rates.setdefault(args.output_dir, []).append(
+                [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+            )
 
-    options = {"lr_scheduler_type": "linear", "learning_rate": 1e-2, "callback": Rates(), "steps_per_generation": 2, "num_iterations": 1}
-    resumes.train("custom_trainer.original.UnslothGRPOTrainer", tmp_path / "first", **{**options, "max_steps": 2})
+    options = {
+        "lr_scheduler_type": "linear",
+        "learning_rate": 1e-2,
+        "callback": Rates(),
+        "steps_per_generation": 2,
+        "num_iterations": 1,
+    }
+    resumes.train(
+        "custom_trainer.original.UnslothGRPOTrainer",
+        tmp_path / "first",
+        **{**options, "max_steps": 2},
+    )
     other = {**options, "learning_rate": 4e-3, "weight_decay": 0.5, "max_steps": 4}
     resumes.train("custom_trainer.original.UnslothGRPOTrainer", tmp_path / "straight", **other)
-    resumes.train("custom_trainer.original.UnslothGRPOTrainer", tmp_path / "resumed", **other, changed=True,
-                  checkpoint=checkpoints.read(tmp_path / "first/checkpoint-2"))
+    resumes.train(
+        "custom_trainer.original.UnslothGRPOTrainer",
+        tmp_path / "resumed",
+        **other,
+        changed=True,
+        checkpoint=checkpoints.read(tmp_path / "first/checkpoint-2"),
+    )
     assert rates[str(tmp_path / "resumed")] == rates[str(tmp_path / "straight")][2:]
     assert rates[str(tmp_path / "resumed")][0][0] == (pytest.approx(2e-3), 0.5)
 
 
-def test_a_rollout_that_cannot_be_kept_is_told_and_costs_exactness_alone(tmp_path, monkeypatch, caplog):
+def test_a_rollout_that_cannot_be_kept_is_told_and_costs_exactness_alone(
+    tmp_path, monkeypatch, caplog
+):
     from gtpo import exact_resume
 
     keep = exact_resume._plain
-    is_rollout = lambda value: isinstance(value, list) and value and isinstance(value[0], dict) and "completion_ids" in value[0]  # noqa: E731
-    monkeypatch.setattr(exact_resume, "_plain", lambda value: keep([object()] if is_rollout(value) else value))
+    is_rollout = lambda value: (
+        isinstance(value, list)
+        and value
+        and isinstance(value[0], dict)
+        and "completion_ids" in value[0]
+    )  # noqa: E731
+    monkeypatch.setattr(
+        exact_resume, "_plain", lambda value: keep([object()] if is_rollout(value) else value)
+    )
     resumes.train("custom_trainer.original.UnslothGRPOTrainer", tmp_path / "run", max_steps=1)
-    assert "A run resumed from step 1 will not go on exactly: a object cannot be kept in a checkpoint" in caplog.text
+    assert (
+        "A run resumed from step 1 will not go on exactly: a object cannot be kept in a checkpoint"
+        in caplog.text
+    )
     assert checkpoints.read(tmp_path / "run/checkpoint-1").step == 1

@@ -1,4 +1,6 @@
-"""What somebody names to use a model: found without loading, loaded as it was trained, refused with a sentence."""
+"""What somebody names to use a model: found without loading, loaded as it was trained, refused with
+a sentence.
+"""
 
 import json
 import logging
@@ -23,7 +25,11 @@ TEXT = "How many are left?"
 
 def save_adapter(folder: Path, base: str, *, tokenizer=None, **model_options) -> Path:
     """An adapter that is not zero on the tiny model `base`, with its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(base) if not model_options else tiny.tiny_model(tiny.tiny_tokenizer(), **model_options)
+    model = (
+        AutoModelForCausalLM.from_pretrained(base)
+        if not model_options
+        else tiny.tiny_model(tiny.tiny_tokenizer(), **model_options)
+    )
     model.name_or_path = base
     tiny.with_lora(model).save_pretrained(folder)
     (tokenizer or tiny.tiny_tokenizer()).save_pretrained(folder)
@@ -34,7 +40,9 @@ def save_adapter(folder: Path, base: str, *, tokenizer=None, **model_options) ->
 def whole_run(tmp_path_factory, tiny_policy) -> Path:
     """A run directory as training leaves it: recipe, two checkpoints, adapter and tokenizer."""
     folder = tmp_path_factory.mktemp("runs") / "a-run"
-    recipe = read_recipe([str(ROOT / "recipes/demo.yaml"), "--model-name", tiny_policy, "--model.lora_rank", "4"])
+    recipe = read_recipe(
+        [str(ROOT / "recipes/demo.yaml"), "--model-name", tiny_policy, "--model.lora_rank", "4"]
+    )
     for place in ("checkpoint-5", "checkpoint-10", "."):
         save_adapter(folder / place, tiny_policy)
     with (folder / "recipe.yaml").open("w") as file:
@@ -69,7 +77,12 @@ def refusal(target, **options) -> str:
 
 def test_a_run_is_its_adapter_its_base_and_its_recipe(run_dir, tiny_policy):
     saved = find_saved(str(run_dir))
-    assert (saved.kind, saved.base, saved.adapter, saved.run_dir) == ("run", tiny_policy, run_dir, run_dir)
+    assert (saved.kind, saved.base, saved.adapter, saved.run_dir) == (
+        "run",
+        tiny_policy,
+        run_dir,
+        run_dir,
+    )
     assert saved.recipe.run_name == "demo" and saved.section.max_seq_length == 96
 
 
@@ -91,14 +104,24 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_and_named(run_dir, caplog)
 
 def test_a_checkpoint_knows_the_recipe_of_its_run(run_dir, tiny_policy, monkeypatch):
     saved = find_saved(str(run_dir / "checkpoint-5"))
-    assert (saved.kind, saved.base, saved.adapter, saved.run_dir) == ("checkpoint", tiny_policy, run_dir / "checkpoint-5", run_dir)
+    assert (saved.kind, saved.base, saved.adapter, saved.run_dir) == (
+        "checkpoint",
+        tiny_policy,
+        run_dir / "checkpoint-5",
+        run_dir,
+    )
     monkeypatch.chdir(run_dir / "checkpoint-5")
     assert find_saved(".").recipe == saved.recipe
 
 
 def test_a_plain_adapter_names_its_base_itself(tmp_path, tiny_policy):
     saved = find_saved(str(save_adapter(tmp_path / "adapter", tiny_policy)))
-    assert (saved.kind, saved.base, saved.recipe, saved.run_dir) == ("adapter", tiny_policy, None, None)
+    assert (saved.kind, saved.base, saved.recipe, saved.run_dir) == (
+        "adapter",
+        tiny_policy,
+        None,
+        None,
+    )
 
 
 def test_a_base_model_is_a_folder_or_a_hub_name(tiny_policy, tmp_path, monkeypatch):
@@ -134,10 +157,14 @@ def test_a_relative_base_counts_from_the_current_directory(run_dir, tiny_policy,
 def test_what_is_loaded_is_what_peft_loads(run_dir, tiny_policy, place):
     saved = find_saved(str(run_dir / place))
     policy = load_saved(saved)
-    expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_policy), saved.adapter)
+    expected = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_policy), saved.adapter
+    )
     ids = policy.tokenizer(TEXT, return_tensors="pt")["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(tiny_policy)(ids).logits
-    assert torch.equal(logits(policy), expected(ids).logits) and not torch.allclose(logits(policy), base, atol=0.1)
+    assert torch.equal(logits(policy), expected(ids).logits) and not torch.allclose(
+        logits(policy), base, atol=0.1
+    )
     assert torch.equal(logits(load_saved(saved, adapter=False)), base)
     assert not policy.model.training and policy.backend == "transformers"
 
@@ -145,7 +172,9 @@ def test_what_is_loaded_is_what_peft_loads(run_dir, tiny_policy, place):
 def test_a_trainable_one_has_its_lora_weights_and_no_others_to_train(run_dir):
     policy = load_saved(find_saved(str(run_dir)), trainable=True)
     names = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
-    assert policy.model.training and len(names) == 2 * 7 * 2 and all("lora_" in name for name in names)
+    assert (
+        policy.model.training and len(names) == 2 * 7 * 2 and all("lora_" in name for name in names)
+    )
 
 
 def test_the_tokenizer_and_chat_template_saved_with_the_adapter_are_kept(run_dir, tiny_policy):
@@ -158,22 +187,36 @@ def test_the_tokenizer_and_chat_template_saved_with_the_adapter_are_kept(run_dir
 
 def test_an_adapter_on_the_embeddings_is_loaded_too(tmp_path, tiny_policy):
     model = AutoModelForCausalLM.from_pretrained(tiny_policy)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"))
-    torch.nn.init.normal_(adapted.get_submodule("base_model.model.model.embed_tokens.lora_embedding_A")["default"])
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    )
+    torch.nn.init.normal_(
+        adapted.get_submodule("base_model.model.model.embed_tokens.lora_embedding_A")["default"]
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     policy = load_saved(find_saved(str(tmp_path / "adapter")))
-    assert torch.equal(logits(policy), adapted.eval()(policy.tokenizer(TEXT, return_tensors="pt")["input_ids"]).logits)
+    assert torch.equal(
+        logits(policy),
+        adapted.eval()(policy.tokenizer(TEXT, return_tensors="pt")["input_ids"]).logits,
+    )
 
 
 def test_a_model_without_a_recipe_is_loaded_within_its_context(tiny_policy):
-    assert load_saved(find_saved(tiny_policy)).model.config.max_position_embeddings == 2048  # shorter than the default length
-    with pytest.raises(RecipeError, match="model.max_seq_length: 4000 is more than the 2048 tokens"):
+    # shorter than the default length
+    assert load_saved(find_saved(tiny_policy)).model.config.max_position_embeddings == 2048
+    with pytest.raises(
+        RecipeError, match="model.max_seq_length: 4000 is more than the 2048 tokens"
+    ):
         load_saved(find_saved(tiny_policy), max_seq_length=4000, max_prompt_length=4000)
 
 
 def test_a_run_trained_with_unsloth_loads_where_there_is_no_gpu(run_dir):
     text = (run_dir / "recipe.yaml").read_text()
-    (run_dir / "recipe.yaml").write_text(text.replace("backend: transformers", "backend: unsloth").replace("load_in_4bit: false", "load_in_4bit: true"))
+    (run_dir / "recipe.yaml").write_text(
+        text.replace("backend: transformers", "backend: unsloth").replace(
+            "load_in_4bit: false", "load_in_4bit: true"
+        )
+    )
     assert load_saved(find_saved(str(run_dir))).backend == "transformers"
 
 
@@ -186,7 +229,9 @@ def test_what_is_not_there_or_no_model_is_refused_with_a_sentence(tmp_path):
     (tmp_path / "file").touch()
     assert "it is a file" in refusal(tmp_path / "file")
     told = refusal("runs/mistyped")
-    assert "'runs/mistyped' is not in the local cache" in told and told.endswith("use a local folder (there is none called 'runs/mistyped' here)")
+    assert "'runs/mistyped' is not in the local cache" in told and told.endswith(
+        "use a local folder (there is none called 'runs/mistyped' here)"
+    )
 
 
 def test_a_run_without_an_adapter_is_refused(run_dir):
@@ -211,8 +256,13 @@ def test_a_damaged_recipe_or_adapter_is_refused(run_dir):
 def test_an_adapter_that_names_no_base_or_one_that_is_gone_is_refused(tmp_path, tiny_policy):
     folder = save_adapter(tmp_path / "adapter", tiny_policy)
     config = json.loads((folder / "adapter_config.json").read_text())
-    for base, expected in ((None, "names no base model"), ("/gone/model", "base model: there is no folder '/gone/model'")):
-        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    for base, expected in (
+        (None, "names no base model"),
+        ("/gone/model", "base model: there is no folder '/gone/model'"),
+    ):
+        (folder / "adapter_config.json").write_text(
+            json.dumps({**config, "base_model_name_or_path": base})
+        )
         assert expected in refusal(folder)
 
 
@@ -230,13 +280,24 @@ def test_a_base_model_of_other_shapes_is_refused(run_dir, tmp_path):
     config.hidden_size, config.head_dim = 32, 16
     type(tiny.tiny_model(tokenizer))(config).save_pretrained(wide)
     tokenizer.save_pretrained(wide)
-    assert "down_proj is (16, 4) in the adapter and (32, 4) in the model" in misfit(find_saved(str(run_dir), base=str(wide)))
+    assert "down_proj is (16, 4) in the adapter and (32, 4) in the model" in misfit(
+        find_saved(str(run_dir), base=str(wide))
+    )
 
 
-@pytest.mark.parametrize("layers, expected", [
-    (1, "the adapter has weights for model.layers.1.mlp.down_proj, which the model does not have"),
-    (3, "the adapter has no weights for model.layers.2.mlp.down_proj"),
-])
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        (
+            1,
+            (
+                "the adapter has weights for model.layers.1.mlp.down_proj, which the model does not"
+                " have"
+            ),
+        ),
+        (3, "the adapter has no weights for model.layers.2.mlp.down_proj"),
+    ],
+)
 def test_a_base_model_with_other_layers_is_refused(run_dir, tmp_path, layers, expected):
     tokenizer = tiny.tiny_tokenizer()
     config = tiny.tiny_model(tokenizer).config
@@ -246,7 +307,9 @@ def test_a_base_model_with_other_layers_is_refused(run_dir, tmp_path, layers, ex
 
 
 def test_a_base_model_with_another_vocabulary_is_refused(run_dir, tmp_path):
-    base = tiny.save_tiny_policy(tmp_path / "other", alphabet="abc" + "".join(chr(i) for i in range(200, 292)) + "\n")
+    base = tiny.save_tiny_policy(
+        tmp_path / "other", alphabet="abc" + "".join(chr(i) for i in range(200, 292)) + "\n"
+    )
     assert "its tokenizer has another vocabulary" in misfit(find_saved(str(run_dir), base=base))
 
 
@@ -259,5 +322,9 @@ def test_a_base_model_without_its_weights_is_refused(run_dir, tiny_policy, tmp_p
 
 def test_weights_with_other_names_are_refused_not_left_out(run_dir):
     file = run_dir / "adapter_model.safetensors"
-    save_file({name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}, file)
-    assert "which the model does not have" in misfit(find_saved(str(run_dir))) or "has no weights for" in misfit(find_saved(str(run_dir)))
+    save_file(
+        {name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}, file
+    )
+    assert "which the model does not have" in misfit(
+        find_saved(str(run_dir))
+    ) or "has no weights for" in misfit(find_saved(str(run_dir)))

@@ -1,4 +1,6 @@
-"""lambda, delta and gamma: against drawn examples, the golden cases, and the paper's formulas as naive loops."""
+"""lambda, delta and gamma: against drawn examples, the golden cases, and the paper's formulas as
+naive loops.
+"""
 
 import json
 import random
@@ -14,7 +16,9 @@ NO_TOKEN = "."  # drawn padding; `_` draws a masked-out token inside a completio
 
 
 def group(*rows: str):
-    """ids, mask and advantages of drawn completions: "+ abcX" is positive, "- abcY" negative, "0 abc" neither."""
+    """ids, mask and advantages of drawn completions: "+ abcX" is positive, "- abcY" negative, "0
+    abc" neither.
+    """
     width = max(len(row) - 2 for row in rows)
     texts = [row[2:].ljust(width, NO_TOKEN) for row in rows]
     ids = torch.tensor([[ord(c) for c in text] for text in texts])
@@ -25,7 +29,10 @@ def group(*rows: str):
 def drawn_weights(*rows: str) -> list[str]:
     ids, mask, advantages = group(*rows)
     weights = shaping.token_weights(shaping.conflict_tokens(ids, mask, advantages), advantages, 2.0)
-    return ["".join(f"{w:.0f}" if m else "." for w, m in zip(*row)) for row in zip(weights.tolist(), mask.tolist())]
+    return [
+        "".join(f"{w:.0f}" if m else "." for w, m in zip(*row))
+        for row in zip(weights.tolist(), mask.tolist())
+    ]
 
 
 def test_shared_prefix_is_spared_in_negative_completions():
@@ -103,13 +110,17 @@ def test_golden_objective_follows_the_paper(case):
     hidden = torch.tensor(case["hidden"], dtype=torch.float64, requires_grad=True)
     ids, mask = torch.tensor(case["ids"]), torch.tensor(case["mask"])
     advantages = torch.tensor(case["advantages"], dtype=torch.float64)
-    log_probs = (hidden[:, :-1] @ torch.tensor(case["lm_head"], dtype=torch.float64).T).log_softmax(-1)
+    log_probs = (hidden[:, :-1] @ torch.tensor(case["lm_head"], dtype=torch.float64).T).log_softmax(
+        -1
+    )
     logps = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
     entropy = shaping.mean_entropy(reference.entropy(log_probs).detach(), mask)
     kept = shaping.entropy_filter(entropy, knobs["h_ini"], knobs["paper_ent_threshold"])
     coefficient = shaping.shaped_advantages(advantages, entropy, kept, knobs["gamma"])
-    weights = shaping.token_weights(shaping.conflict_tokens(ids, mask, advantages), advantages, knobs["w_raw"])
+    weights = shaping.token_weights(
+        shaping.conflict_tokens(ids, mask, advantages), advantages, knobs["w_raw"]
+    )
     ratio = (logps - logps.detach()).exp()
     per_completion = -coefficient * (ratio * weights * mask).sum(1) / mask.sum(1).clamp(min=1)
     per_completion.mean().backward()
@@ -127,10 +138,15 @@ def test_golden_objective_follows_the_paper(case):
 
 
 def random_group(rng: random.Random):
-    """Ids, mask (with holes now and then) and advantages of 2 to 8 completions from a small vocabulary."""
+    """Ids, mask (with holes now and then) and advantages of 2 to 8 completions from a small
+    vocabulary.
+    """
     size, width, vocabulary = rng.randint(2, 8), rng.randint(1, 9), rng.randint(1, 4)
     stem = [rng.randrange(vocabulary) for _ in range(width)]
-    ids = [[rng.randrange(vocabulary) if rng.random() < 0.3 else token for token in stem] for _ in range(size)]
+    ids = [
+        [rng.randrange(vocabulary) if rng.random() < 0.3 else token for token in stem]
+        for _ in range(size)
+    ]
     mask = []
     for _ in range(size):
         length = rng.randint(0, width)
@@ -145,7 +161,9 @@ def test_four_thousand_random_groups_agree_with_the_naive_loops():
     marked = 0
     for _ in range(4000):
         ids, mask, advantages = random_group(rng)
-        found = shaping.conflict_tokens(torch.tensor(ids), torch.tensor(mask), torch.tensor(advantages))
+        found = shaping.conflict_tokens(
+            torch.tensor(ids), torch.tensor(mask), torch.tensor(advantages)
+        )
         assert found.tolist() == reference.conflicts(ids, mask, advantages)
         weights = shaping.token_weights(found, torch.tensor(advantages, dtype=torch.float64), 3.0)
         assert weights.tolist() == reference.token_weights(ids, mask, advantages, 3.0)
@@ -157,24 +175,46 @@ def test_random_objectives_agree_with_the_naive_loops():
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     for _ in range(300):
         ids, mask, advantages = random_group(rng)
-        logits = torch.randn(len(ids), len(ids[0]), 5, generator=generator, dtype=torch.float64) * rng.choice([1, 4])
+        logits = torch.randn(
+            len(ids), len(ids[0]), 5, generator=generator, dtype=torch.float64
+        ) * rng.choice([1, 4])
         initial, threshold = rng.choice([None, 0.4, 1.3]), rng.choice([0.7, 1.2])
         log_probs = logits.log_softmax(-1).requires_grad_()
-        expected = reference.loss(list(log_probs), ids, mask, advantages, weight=2.0, scale=0.1, threshold=threshold,
-                                  initial=initial)
-        expected_grad = torch.autograd.grad(expected, log_probs, allow_unused=True)[0] if expected.requires_grad else None
+        expected = reference.loss(
+            list(log_probs),
+            ids,
+            mask,
+            advantages,
+            weight=2.0,
+            scale=0.1,
+            threshold=threshold,
+            initial=initial,
+        )
+        expected_grad = (
+            torch.autograd.grad(expected, log_probs, allow_unused=True)[0]
+            if expected.requires_grad
+            else None
+        )
 
-        ids, mask, advantages = torch.tensor(ids), torch.tensor(mask), torch.tensor(advantages, dtype=torch.float64)
+        ids, mask, advantages = (
+            torch.tensor(ids),
+            torch.tensor(mask),
+            torch.tensor(advantages, dtype=torch.float64),
+        )
         entropy = shaping.mean_entropy(reference.entropy(log_probs).detach(), mask)
         kept = shaping.entropy_filter(entropy, initial, threshold)
         coefficient = shaping.shaped_advantages(advantages, entropy, kept, 0.1)
-        weights = shaping.token_weights(shaping.conflict_tokens(ids, mask, advantages), advantages, 2.0)
+        weights = shaping.token_weights(
+            shaping.conflict_tokens(ids, mask, advantages), advantages, 2.0
+        )
         logps = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         ratio = (logps - logps.detach()).exp()
         found = -(coefficient * (ratio * weights * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
         assert found.item() == pytest.approx(expected.item(), abs=1e-12)
         if expected_grad is not None:
-            assert torch.allclose(torch.autograd.grad(found, log_probs)[0], expected_grad, rtol=0, atol=1e-12)
+            assert torch.allclose(
+                torch.autograd.grad(found, log_probs)[0], expected_grad, rtol=0, atol=1e-12
+            )
 
 
 def test_permuting_a_group_permutes_its_weights():
@@ -203,15 +243,24 @@ def test_narrow_input_is_computed_in_float32_and_wide_input_stays_wide():
     assert shaping.mean_entropy(entropies, mask).dtype == torch.float32
     assert shaping.mean_entropy(entropies.double(), mask).dtype == torch.float64
     conflicts = torch.tensor([[True, False]])
-    assert shaping.token_weights(conflicts, torch.ones(1, dtype=torch.bfloat16), 2.0).dtype == torch.float32
-    assert shaping.token_weights(conflicts, torch.ones(1, dtype=torch.float64), 2.0).dtype == torch.float64
+    assert (
+        shaping.token_weights(conflicts, torch.ones(1, dtype=torch.bfloat16), 2.0).dtype
+        == torch.float32
+    )
+    assert (
+        shaping.token_weights(conflicts, torch.ones(1, dtype=torch.float64), 2.0).dtype
+        == torch.float64
+    )
 
 
 def test_weights_move_to_each_rows_first_unmasked_loss_column():
     weights = torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0], [8.0, 9.0, 1.0], [1.0, 2.0, 3.0]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
     assert shaping.to_loss_columns(weights, mask).tolist() == [
-        [0.0, 0.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 0.0, 0.0], [0.0, 8.0, 9.0, 1.0, 0.0], [1.0, 2.0, 3.0, 0.0, 0.0],
+        [0.0, 0.0, 2.0, 3.0, 4.0],
+        [5.0, 6.0, 7.0, 0.0, 0.0],
+        [0.0, 8.0, 9.0, 1.0, 0.0],
+        [1.0, 2.0, 3.0, 0.0, 0.0],
     ]
 
 
@@ -222,8 +271,12 @@ def test_weights_stay_where_they_are_when_the_loss_has_the_completions_own_colum
 
 
 def test_what_the_loss_holds_comes_back_to_the_completions_columns():
-    values = torch.tensor([[9.0, 9, 1, 2, 3], [1, 2, 3, 9, 9], [9, 1, 2, 9, 9], [9, 9, 9, 9, 9], [9, 9, 9, 1, 2]])
-    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]])
+    values = torch.tensor(
+        [[9.0, 9, 1, 2, 3], [1, 2, 3, 9, 9], [9, 1, 2, 9, 9], [9, 9, 9, 9, 9], [9, 9, 9, 1, 2]]
+    )
+    mask = torch.tensor(
+        [[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 1, 1]]
+    )
     back = shaping.to_completion_columns(values, mask, 3)
     assert back.nan_to_num(0.0).tolist() == [[1, 2, 3], [1, 2, 3], [1, 2, 0], [0, 0, 0], [1, 2, 0]]
     assert shaping.to_completion_columns(values, mask, 5) is values

@@ -16,7 +16,10 @@ from gtpo.starts import Request, find_start
 def recipe(tmp_path, monkeypatch):
     """A function that makes a recipe from flags; its run directory is made beside the recipe."""
     monkeypatch.chdir(tmp_path)
-    Path("r.yaml").write_text("run_name: r\nmodel: {model_name: some/model}\ndataset: {name: gsm8k}\ntraining: {report_to: none, max_steps: 9}\n")
+    Path("r.yaml").write_text(
+        "run_name: r\nmodel: {model_name: some/model}\ndataset: {name: gsm8k}\ntraining:"
+        " {report_to: none, max_steps: 9}\n"
+    )
     return lambda *flags: cli.read_recipe(["r.yaml", *flags])
 
 
@@ -29,16 +32,27 @@ def begin(recipe, completions: str = "") -> Path:
     return run_dir
 
 
-def checkpoint(run_dir: Path, step: int, recipe, *, files=("optimizer.pt", "adapter_model.safetensors"), **told) -> Path:
+def checkpoint(
+    run_dir: Path, step: int, recipe, *, files=("optimizer.pt", "adapter_model.safetensors"), **told
+) -> Path:
     aside = run_dir / f".partial-{step}"
     aside.mkdir()
     for name in files:
         (aside / name).write_text(f"{name} of step {step}")
     completions = run_dir / "completions.jsonl"
     folder = run_dir / f"checkpoint-{step}"
-    checkpoints.publish(aside, folder, **{
-        "step": step, "max_steps": 9, "processes": 1, "recipe": recipe.saved()[0],
-        "completions": completions.stat().st_size if completions.is_file() else 0, **told})
+    checkpoints.publish(
+        aside,
+        folder,
+        **{
+            "step": step,
+            "max_steps": 9,
+            "processes": 1,
+            "recipe": recipe.saved()[0],
+            "completions": completions.stat().st_size if completions.is_file() else 0,
+            **told,
+        },
+    )
     return folder
 
 
@@ -68,22 +82,31 @@ def test_a_finished_run_is_refused_and_told_what_would_work(recipe):
     run_dir = begin(recipe())
     checkpoint(run_dir, 9, recipe())
     finish(run_dir)
-    assert refusal(recipe(), Request()) == (
-        f"run_name: the run directory {run_dir} holds a finished run of 9 steps; choose another with --run-name, or replace it with "
-        "--overwrite, or let it train on with --resume and more training.max_steps")
+    assert (
+        refusal(recipe(), Request())
+        == f"run_name: the run directory {run_dir} holds a finished run of 9 steps; choose another"
+        " with --run-name, or replace it with --overwrite, or let it train on with --resume and"
+        " more training.max_steps"
+    )
 
 
 def test_an_unfinished_run_is_refused_with_the_step_at_which_it_stopped(recipe):
     run_dir = begin(recipe())
     checkpoint(run_dir, 4, recipe())
-    assert "holds a run whose last checkpoint is that of step 4; go on with --resume, choose another" in refusal(recipe(), Request())
+    assert (
+        "holds a run whose last checkpoint is that of step 4; go on with --resume, choose another"
+        in refusal(recipe(), Request())
+    )
 
 
 def test_a_run_without_checkpoints_is_refused_only_if_it_has_trained(recipe):
     begin(recipe())
-    assert find_start(recipe(), Request()).checkpoint is None  # nothing to lose: it just starts again
+    # nothing to lose: it just starts again
+    assert find_start(recipe(), Request()).checkpoint is None
     begin(recipe(), completions="{}\n")
-    assert "stopped before its first checkpoint; start it again with --resume" in refusal(recipe(), Request())
+    assert "stopped before its first checkpoint; start it again with --resume" in refusal(
+        recipe(), Request()
+    )
     assert find_start(recipe(), Request(resume="")).begins_again
 
 
@@ -91,11 +114,18 @@ def test_overwriting_replaces_it_whole(recipe):
     run_dir = begin(recipe(), completions="{}\n")
     checkpoint(run_dir, 4, recipe())
     with runs.opened(find_start(recipe(), Request(overwrite=True)), recipe(), None):
-        assert sorted(path.name for path in run_dir.iterdir()) == [".lock", "recipe.yaml", "train.log", "versions.json"]
+        assert sorted(path.name for path in run_dir.iterdir()) == [
+            ".lock",
+            "recipe.yaml",
+            "train.log",
+            "versions.json",
+        ]
 
 
 def test_resuming_and_overwriting_exclude_each_other(recipe):
-    assert refusal(recipe(), Request(resume="", overwrite=True)).startswith("--resume: goes on with what --overwrite would delete")
+    assert refusal(recipe(), Request(resume="", overwrite=True)).startswith(
+        "--resume: goes on with what --overwrite would delete"
+    )
 
 
 def test_a_directory_that_cannot_be_written_to_is_refused(recipe, monkeypatch):
@@ -112,7 +142,12 @@ def test_resume_takes_the_last_checkpoint_and_says_from_which_step(recipe, caplo
     for step in (2, 10, 9):  # by number, not by name
         checkpoint(run_dir, step, recipe())
     start = find_start(recipe(), Request(resume=""))
-    assert (start.checkpoint.step, start.changed, start.copies, start.finished) == (10, False, False, None)
+    assert (start.checkpoint.step, start.changed, start.copies, start.finished) == (
+        10,
+        False,
+        False,
+        None,
+    )
     assert f"Resuming from {run_dir}/checkpoint-10: goes on after step 10 of 9" in caplog.text
 
 
@@ -122,14 +157,28 @@ def test_resume_without_a_run_starts_from_the_beginning_and_says_so(recipe, capl
     assert "has no checkpoint yet, so the run starts from the beginning" in caplog.text
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda folder: (folder / "optimizer.pt").write_text("optimizer"), "optimizer.pt has 9 bytes instead of 22"),
-    (lambda folder: (folder / "optimizer.pt").write_text("optimizer.pt of step x"), "the content of optimizer.pt has changed"),
-    (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-    (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json"),
-    (lambda folder: (folder / "manifest.json").write_text("{"), "its manifest.json cannot be read"),
-])
-def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_used(recipe, caplog, damage, said):
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (
+            lambda folder: (folder / "optimizer.pt").write_text("optimizer"),
+            "optimizer.pt has 9 bytes instead of 22",
+        ),
+        (
+            lambda folder: (folder / "optimizer.pt").write_text("optimizer.pt of step x"),
+            "the content of optimizer.pt has changed",
+        ),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), "it has no manifest.json"),
+        (
+            lambda folder: (folder / "manifest.json").write_text("{"),
+            "its manifest.json cannot be read",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_used(
+    recipe, caplog, damage, said
+):
     run_dir = begin(recipe())
     checkpoint(run_dir, 2, recipe())
     damage(checkpoint(run_dir, 4, recipe()))
@@ -137,7 +186,9 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_used(rec
     assert f"Skipped, damaged: {run_dir}/checkpoint-4: {said}" in caplog.text
     assert said in refusal(recipe(), Request(resume=str(run_dir / "checkpoint-4")))
     damage(run_dir / "checkpoint-2")
-    assert "no checkpoint of this run is whole: start again with --overwrite" in refusal(recipe(), Request(resume=""))
+    assert "no checkpoint of this run is whole: start again with --overwrite" in refusal(
+        recipe(), Request(resume="")
+    )
 
 
 def test_resume_of_a_finished_run_says_so_unless_there_are_more_steps_to_do(recipe):
@@ -162,13 +213,18 @@ def test_a_named_checkpoint_may_be_an_earlier_one_and_a_run_directory_stands_for
         checkpoint(run_dir, step, recipe())
     assert find_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))).checkpoint.step == 2
     assert find_start(recipe(), Request(resume=str(run_dir))).checkpoint.step == 4
-    assert refusal(recipe(), Request(resume="nowhere")).startswith("--resume: nowhere: there is no such folder")
+    assert refusal(recipe(), Request(resume="nowhere")).startswith(
+        "--resume: nowhere: there is no such folder"
+    )
 
 
 def test_a_checkpoint_with_the_adapter_alone_is_refused(recipe):
     run_dir = begin(recipe())
     checkpoint(run_dir, 2, recipe(), files=["adapter_model.safetensors"])
-    assert "holds the adapter alone (training.save_only_model); start a new run with --model.adapter" in refusal(recipe(), Request(resume=""))
+    assert (
+        "holds the adapter alone (training.save_only_model); start a new run with --model.adapter"
+        in refusal(recipe(), Request(resume=""))
+    )
 
 
 # ---- under another recipe
@@ -179,10 +235,18 @@ def test_a_changed_recipe_is_refused_with_the_list_of_what_changed_unless_forced
     checkpoint(run_dir, 2, recipe())
     other = recipe("--training.temperature", "0.5", "--gtpo_runtime.w_raw", "3")
     assert refusal(other, Request(resume="")).splitlines() == [
-        f"--resume: the recipe is not the one that {run_dir}/checkpoint-2 was trained with; undo the changes, or go on all the same with "
-        "--force-resume", "training.temperature: not set -> 0.5", "gtpo_runtime.w_raw: 2.0 -> 3.0"]
+        (
+            f"--resume: the recipe is not the one that {run_dir}/checkpoint-2 was trained with;"
+            " undo the changes, or go on all the same with --force-resume"
+        ),
+        "training.temperature: not set -> 0.5",
+        "gtpo_runtime.w_raw: 2.0 -> 3.0",
+    ]
     start = find_start(other, Request(resume="", force=True))
-    assert start.changed and start.changes == ("training.temperature: not set -> 0.5", "gtpo_runtime.w_raw: 2.0 -> 3.0")
+    assert start.changed and start.changes == (
+        "training.temperature: not set -> 0.5",
+        "gtpo_runtime.w_raw: 2.0 -> 3.0",
+    )
     assert "Changed, and forced: gtpo_runtime.w_raw: 2.0 -> 3.0" in caplog.text
 
 
@@ -196,20 +260,54 @@ def test_another_number_of_processes_cannot_take_up_a_rollout_under_way(recipe):
     run_dir = begin(recipe())
     checkpoint(run_dir, 2, recipe(), processes=2, within_rollout=True)
     assert refusal(recipe(), Request(resume="", force=True)).endswith(
-        "checkpoint-2 lies within a rollout, which is spread over 2 processes; go on with as many, or from a checkpoint between two rollouts")
+        "checkpoint-2 lies within a rollout, which is spread over 2 processes; go on with as many,"
+        " or from a checkpoint between two rollouts"
+    )
     assert find_start(recipe(), Request(resume=""), processes=2).checkpoint.step == 2
 
 
-@pytest.mark.parametrize("flags, harmless", [
-    (["--training.logging_steps", "5", "--training.save_steps", "7", "--training.save_total_limit", "2"], True),
-    (["--training.report_to", "tensorboard", "--wandb.project", "x", "--watch.show_every", "3", "--alarm.action", "stop"], True),
-    (["--env.HF_HOME", "x", "--run-name", "other", "--output_root", "elsewhere"], True),
-    (["--training.max_steps", "10"], True), (["--training.max_steps", "8"], False), (["--training.max_steps", "-1"], False),
-    (["--training.num_train_epochs", "2"], True), (["--training.num_train_epochs", "0.5"], False),
-    (["--training.learning_rate", "1e-5"], False), (["--model.random_seed", "1"], False), (["--dataset.split", "test"], False),
-    (["--training.save_only_model", "true"], False), (["--training.num_generations", "4"], False),
-    (["--trainer.reward_funcs", "reward_math.formatting_penalty"], False), (["--model.lora_rank", "4"], False),
-])
+@pytest.mark.parametrize(
+    "flags, harmless",
+    [
+        (
+            [
+                "--training.logging_steps",
+                "5",
+                "--training.save_steps",
+                "7",
+                "--training.save_total_limit",
+                "2",
+            ],
+            True,
+        ),
+        (
+            [
+                "--training.report_to",
+                "tensorboard",
+                "--wandb.project",
+                "x",
+                "--watch.show_every",
+                "3",
+                "--alarm.action",
+                "stop",
+            ],
+            True,
+        ),
+        (["--env.HF_HOME", "x", "--run-name", "other", "--output_root", "elsewhere"], True),
+        (["--training.max_steps", "10"], True),
+        (["--training.max_steps", "8"], False),
+        (["--training.max_steps", "-1"], False),
+        (["--training.num_train_epochs", "2"], True),
+        (["--training.num_train_epochs", "0.5"], False),
+        (["--training.learning_rate", "1e-5"], False),
+        (["--model.random_seed", "1"], False),
+        (["--dataset.split", "test"], False),
+        (["--training.save_only_model", "true"], False),
+        (["--training.num_generations", "4"], False),
+        (["--trainer.reward_funcs", "reward_math.formatting_penalty"], False),
+        (["--model.lora_rank", "4"], False),
+    ],
+)
 def test_only_what_does_not_reach_the_policy_is_harmless(recipe, flags, harmless):
     matter, found = changes(recipe().saved()[0], recipe(*flags))
     assert bool(found) == harmless and bool(matter) != harmless
@@ -233,7 +331,10 @@ def test_what_came_after_the_checkpoint_is_taken_out(recipe):
     (run_dir / ".partial-saving").mkdir()
     with runs.opened(find_start(recipe(), Request(resume="")), recipe(), None):
         assert (run_dir / "completions.jsonl").read_text() == "1\n"
-        assert sorted(path.stem for path in (run_dir / "evaluation").iterdir()) == ["before", "step-2"]
+        assert sorted(path.stem for path in (run_dir / "evaluation").iterdir()) == [
+            "before",
+            "step-2",
+        ]
         assert not list(run_dir.glob(".partial-*")) and not (run_dir / "abandoned").exists()
 
 
@@ -243,7 +344,9 @@ def test_what_later_checkpoints_have_seen_is_set_aside(recipe):
     (run_dir / "completions.jsonl").write_text("1\n2\n")
     checkpoint(run_dir, 4, recipe())
     evaluation(run_dir, "step-4", 4)
-    with runs.opened(find_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))), recipe(), None):
+    with runs.opened(
+        find_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))), recipe(), None
+    ):
         assert [path.name for path in checkpoints.folders(run_dir)] == ["checkpoint-2"]
         assert checkpoints.read(run_dir / "abandoned/checkpoint-4").step == 4
         assert (run_dir / "abandoned/completions.jsonl").read_text() == "2\n"
@@ -279,7 +382,9 @@ def test_a_checkpoint_of_another_run_directory_is_copied_from_and_left_alone(rec
         evaluation(run_dir, name, step)
     there = sorted(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
     other = recipe("--training.learning_rate", "1e-5")
-    with runs.opened(find_start(other, Request(resume=str(run_dir / "checkpoint-2"), force=True)), other, None):
+    with runs.opened(
+        find_start(other, Request(resume=str(run_dir / "checkpoint-2"), force=True)), other, None
+    ):
         new = Path(other.output_dir())
         assert new != run_dir and (new / "completions.jsonl").read_text() == "1\n"
         assert sorted(path.stem for path in (new / "evaluation").iterdir()) == ["before", "step-2"]
@@ -293,8 +398,13 @@ def test_the_oldest_go_beyond_the_limit_but_never_the_best_nor_the_last(recipe):
     run_dir = begin(recipe())
     for step in (1, 2, 3, 4):
         checkpoint(run_dir, step, recipe())
-    history = [{"step": 1, "evaluation/accuracy": 0.5}, {"step": 2, "evaluation/accuracy": 0.7}, {"step": 2, "reward": 3.0},
-               {"step": 3, "evaluation/accuracy": 0.7 - 1e-9}, {"step": 9, "evaluation/accuracy": 1.0}]
+    history = [
+        {"step": 1, "evaluation/accuracy": 0.5},
+        {"step": 2, "evaluation/accuracy": 0.7},
+        {"step": 2, "reward": 3.0},
+        {"step": 3, "evaluation/accuracy": 0.7 - 1e-9},
+        {"step": 9, "evaluation/accuracy": 1.0},
+    ]
     assert checkpoints.best_step(run_dir, history) == 2  # step 9 has no checkpoint
     checkpoints.rotate(run_dir, None, 2)
     assert len(checkpoints.folders(run_dir)) == 4
@@ -307,7 +417,9 @@ def test_the_oldest_go_beyond_the_limit_but_never_the_best_nor_the_last(recipe):
 # ---- trackers
 
 
-def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_another(recipe, monkeypatch):
+def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_another(
+    recipe, monkeypatch
+):
     import os
 
     for name in ("WANDB_RUN_ID", "WANDB_RESUME", "TENSORBOARD_LOGGING_DIR"):
@@ -316,11 +428,19 @@ def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_an
     for request in (Request(), Request(resume=""), Request(overwrite=True)):
         start = find_start(tracked, request)
         with trackers.one_tracker_run(tracked, start), runs.opened(start, tracked, None):
-            seen.append((os.environ["WANDB_RUN_ID"], os.environ["WANDB_RESUME"], os.environ.get("TENSORBOARD_LOGGING_DIR")))
+            seen.append(
+                (
+                    os.environ["WANDB_RUN_ID"],
+                    os.environ["WANDB_RESUME"],
+                    os.environ.get("TENSORBOARD_LOGGING_DIR"),
+                )
+            )
             if not request.resume:
                 checkpoint(start.run_dir, len(seen), tracked)
                 (start.run_dir / "runs/first").mkdir(parents=True, exist_ok=True)
-    assert seen[0][0] == seen[1][0] != seen[2][0] and all(resume == "allow" for _, resume, _ in seen)
+    assert seen[0][0] == seen[1][0] != seen[2][0] and all(
+        resume == "allow" for _, resume, _ in seen
+    )
     assert [folder and Path(folder).name for *_, folder in seen] == [None, "first", None]
     assert "WANDB_RUN_ID" not in os.environ  # a next run in this process is another one
 
@@ -331,12 +451,20 @@ def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_an
 def test_resume_takes_a_path_or_none_and_the_recipe_of_the_run_it_names(recipe):
     assert cli.parse(["r.yaml", "--resume"]).resume == "" and cli.parse(["r.yaml"]).resume is None
     assert cli.parse(["--resume", "r.yaml"]).recipe_file == "r.yaml"
-    assert cli.parse(["--resume", "a/checkpoint-2", "r.yaml", "--training.max_steps", "3"]).resume == "a/checkpoint-2"
+    assert (
+        cli.parse(["--resume", "a/checkpoint-2", "r.yaml", "--training.max_steps", "3"]).resume
+        == "a/checkpoint-2"
+    )
     assert cli.parse(["--resume=a"]).resume == "a"
     run_dir = begin(recipe())
     checkpoint(run_dir, 2, recipe())
     for path in (run_dir, run_dir / "checkpoint-2"):
         command = cli.parse(["--resume", str(path), "--force-resume"])
-        assert command.recipe_file == str(run_dir / "recipe.yaml") and cli.make_recipe(command) == recipe()
-    with pytest.raises(RecipeError, match="--force-resume: there is nothing to force without --resume"):
+        assert (
+            command.recipe_file == str(run_dir / "recipe.yaml")
+            and cli.make_recipe(command) == recipe()
+        )
+    with pytest.raises(
+        RecipeError, match="--force-resume: there is nothing to force without --resume"
+    ):
         cli.read_recipe(["r.yaml", "--force-resume"])

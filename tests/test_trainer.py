@@ -8,7 +8,6 @@ import gradients
 import pytest
 import torch
 import trl
-from transformers import TrainerCallback
 
 from gtpo import gtpo_training
 from gtpo.groups import whole_groups
@@ -24,23 +23,48 @@ def constants_as_they_were():
     vars(gtpo_training).update(saved)
 
 
-@pytest.mark.parametrize("case", [
-    {},
-    {"peaked": 4.0, "threshold": 0.5},
-    {"pad": "^"},
-    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},  # groups spread over micro-batches
-    {"num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
-    {"gradient_checkpointing": True},  # TRL's default
-    {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "max_steps": 2,
-     "learning_rate": 1e-12},  # two optimizer steps share a rollout; the rate keeps the policy where it is
-], ids=["several groups, accumulation", "the gate on", "padding is the end token", "split groups", "larger groups",
-        "gradient checkpointing", "longer rollouts"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"peaked": 4.0, "threshold": 0.5},
+        {"pad": "^"},
+        # groups spread over micro-batches
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+        {"num_generations": 8, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+        {"gradient_checkpointing": True},  # TRL's default
+        {
+            "steps_per_generation": 4,
+            "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 4,
+            "max_steps": 2,
+            # two optimizer steps share a rollout; the rate keeps the policy where it is
+            "learning_rate": 1e-12,
+        },
+    ],
+    ids=[
+        "several groups, accumulation",
+        "the gate on",
+        "padding is the end token",
+        "split groups",
+        "larger groups",
+        "gradient checkpointing",
+        "longer rollouts",
+    ],
+)
 def test_gradients_agree_with_the_float64_objective(tmp_path, case):
     found = gradients.compare(str(tmp_path), **case)
     assert found["gradient_error"] < 1e-5
-    assert found["loss"] == pytest.approx(found["loss_float64"], abs=1e-6) or case.get("max_steps") == 2
+    assert (
+        found["loss"] == pytest.approx(found["loss_float64"], abs=1e-6)
+        or case.get("max_steps") == 2
+    )
     assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
-    assert found["conflicts"] > 0 and len(found["prompt_lengths"]) > 1 and {-1.0, 1.0} <= set(found["signs"])
+    assert (
+        found["conflicts"] > 0
+        and len(found["prompt_lengths"]) > 1
+        and {-1.0, 1.0} <= set(found["signs"])
+    )
     assert found["filtered"] > 0 or "threshold" not in case
 
 
@@ -56,8 +80,12 @@ def test_with_lambda_a_step_is_not_grpos(tmp_path):
 
 def test_several_iterations_use_the_parents_ratio_and_clip_by_the_advantages_sign(tmp_path):
     options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 5e-2, "epsilon": 0.05}
-    grpo, logs = gradients.two_steps(str(tmp_path), "custom_trainer.original.UnslothGRPOTrainer", **options)
-    gtpo, our_logs = gradients.two_steps(str(tmp_path), "benchmarks.ablations.WithoutTokenWeights", **options)
+    grpo, logs = gradients.two_steps(
+        str(tmp_path), "custom_trainer.original.UnslothGRPOTrainer", **options
+    )
+    gtpo, our_logs = gradients.two_steps(
+        str(tmp_path), "benchmarks.ablations.WithoutTokenWeights", **options
+    )
     assert max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo) < 1e-6
     assert logs[1]["clip_ratio/region_mean"] > 0  # clipping did happen
     assert our_logs[1]["clip_ratio/region_mean"] == pytest.approx(logs[1]["clip_ratio/region_mean"])
@@ -66,12 +94,19 @@ def test_several_iterations_use_the_parents_ratio_and_clip_by_the_advantages_sig
 def test_initial_entropy_does_not_depend_on_the_micro_batch_size_and_is_measured_once(tmp_path):
     found = []
     for size, accumulation in ((16, 1), (4, 4), (2, 8)):
-        trainer = gradients.make_trainer(CLASS, str(tmp_path), per_device_train_batch_size=size,
-                                         gradient_accumulation_steps=accumulation, max_steps=2)
+        trainer = gradients.make_trainer(
+            CLASS,
+            str(tmp_path),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        )
         seen = gradients.watch(trainer)
         trainer.train()
         found.append(trainer.initial_entropy)
-        assert [logs["gtpo/initial_entropy"] for logs in seen["logs"][:2]] == [trainer.initial_entropy] * 2
+        assert [logs["gtpo/initial_entropy"] for logs in seen["logs"][:2]] == [
+            trainer.initial_entropy
+        ] * 2
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
@@ -79,8 +114,16 @@ def test_the_measuring_pass_logs_nothing_of_its_own(tmp_path):
     trainer = gradients.make_trainer(CLASS, str(tmp_path), gradient_accumulation_steps=2)
     counts = []
     measure = trainer._measure_initial_entropy
-    trainer._measure_initial_entropy = lambda rollout: (measure(rollout), counts.append(
-        {name: len(values) for name, values in trainer._metrics["train"].items() if name.startswith(("entropy", "clip_ratio", "gtpo/completion"))}))[0]
+    trainer._measure_initial_entropy = lambda rollout: (
+        measure(rollout),
+        counts.append(
+            {
+                name: len(values)
+                for name, values in trainer._metrics["train"].items()
+                if name.startswith(("entropy", "clip_ratio", "gtpo/completion"))
+            }
+        ),
+    )[0]
     trainer.train()
     assert trainer.initial_entropy > 0 and sum(counts[0].values()) == 0
 
@@ -100,13 +143,18 @@ def test_a_completion_that_one_reward_cannot_judge_gets_no_advantage_and_no_pena
     seen = gradients.watch(trainer)
     factors = []
     hook = trainer.get_high_entropy_mask
-    trainer.get_high_entropy_mask = lambda *a: factors.append((trainer._micro_batch["judged"], hook(*a))) or factors[-1][1]
+    trainer.get_high_entropy_mask = lambda *a: (
+        factors.append((trainer._micro_batch["judged"], hook(*a))) or factors[-1][1]
+    )
     trainer.train()
     rollout = seen["rollouts"][0]
     unjudged = torch.arange(16) % 3 == 0
     assert torch.equal(rollout["judged"], ~unjudged)
-    assert (rollout["advantages"][unjudged] == 0).all() and (rollout["advantages"][~unjudged] != 0).any()
-    for judged, factor in factors[-2:]:  # before them, the pass that measures the initial entropy
+    assert (rollout["advantages"][unjudged] == 0).all() and (
+        rollout["advantages"][~unjudged] != 0
+    ).any()
+    # before them, the pass that measures the initial entropy
+    for judged, factor in factors[-2:]:
         assert (factor[~judged] == 0).all() and (factor[judged] != 0).any()
 
 
@@ -116,8 +164,14 @@ def nearly_equal(completions, **kwargs):
 
 
 def test_rounding_in_the_group_mean_is_no_sign(tmp_path):
-    trainer = gradients.make_trainer(CLASS, str(tmp_path), reward=nearly_equal, num_generations=7,
-                                     per_device_train_batch_size=14, gradient_accumulation_steps=1)
+    trainer = gradients.make_trainer(
+        CLASS,
+        str(tmp_path),
+        reward=nearly_equal,
+        num_generations=7,
+        per_device_train_batch_size=14,
+        gradient_accumulation_steps=1,
+    )
     seen = gradients.watch(trainer)
     trainer.train()
     rollout = seen["rollouts"][0]
@@ -139,13 +193,18 @@ def test_a_group_without_signal_still_feels_the_entropy_penalty(tmp_path):
 
 
 def test_trls_own_evaluation_shapes_its_groups_and_touches_no_training_state(tmp_path):
-    trainer = gradients.make_trainer(CLASS, str(tmp_path), num_generations_eval=2, per_device_eval_batch_size=4)
+    trainer = gradients.make_trainer(
+        CLASS, str(tmp_path), num_generations_eval=2, per_device_eval_batch_size=4
+    )
     trainer.train()
     measured = trainer.initial_entropy
     metrics = trainer.evaluate(eval_dataset=trainer.train_dataset)
     assert metrics["eval_loss"] == metrics["eval_loss"]  # not NaN
     logged = trainer.state.log_history[-1]
-    assert 0 <= logged["eval_gtpo/frac_conflict_groups"] <= 1 and logged["eval_gtpo/completion_entropy"] > 0
+    assert (
+        0 <= logged["eval_gtpo/frac_conflict_groups"] <= 1
+        and logged["eval_gtpo/completion_entropy"] > 0
+    )
     assert trainer.initial_entropy == measured and not trainer.non_finite._finite_losses
 
 
@@ -154,15 +213,21 @@ def test_tool_output_inside_a_completion_neither_votes_nor_ends_a_run():
         gather = staticmethod(lambda tensor: tensor)
         pad_across_processes = staticmethod(lambda tensor, dim: tensor)
 
-    rollout = {"completion_ids": torch.tensor([[1, 9, 2, 3], [1, 2, 4, 0]]), "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
-               "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]), "advantages": torch.tensor([1.0, -1.0])}
+    rollout = {
+        "completion_ids": torch.tensor([[1, 9, 2, 3], [1, 2, 4, 0]]),
+        "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "tool_mask": torch.tensor([[1, 0, 1, 1], [1, 1, 1, 1]]),
+        "advantages": torch.tensor([1.0, -1.0]),
+    }
     groups = whole_groups(rollout, torch.tensor([1.0, -1.0]), 2, OneProcess())
     assert groups["prefix"].tolist() == [[True, False, True, False], [True, True, False, False]]
     without = {key: value for key, value in rollout.items() if key != "tool_mask"}
     assert whole_groups(without, torch.tensor([1.0, -1.0]), 2, OneProcess())["prefix"].sum() == 2
 
 
-def test_every_checkpoint_keeps_the_initial_entropy_and_a_resumed_run_does_not_measure_again(tmp_path):
+def test_every_checkpoint_keeps_the_initial_entropy_and_a_resumed_run_does_not_measure_again(
+    tmp_path,
+):
     options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     trainer = gradients.make_trainer(CLASS, str(tmp_path), **options)
     trainer.train()
@@ -174,8 +239,15 @@ def test_every_checkpoint_keeps_the_initial_entropy_and_a_resumed_run_does_not_m
     assert resumed.initial_entropy == trainer.initial_entropy
 
 
-@pytest.mark.parametrize("option, value", [
-    ("top_entropy_quantile", 0.2), ("entropy_coef", 0.01), ("use_adaptive_entropy", True), ("use_liger_kernel", True)])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("top_entropy_quantile", 0.2),
+        ("entropy_coef", 0.01),
+        ("use_adaptive_entropy", True),
+        ("use_liger_kernel", True),
+    ],
+)
 def test_options_that_gtpo_would_corrupt_are_refused(option, value):
     arguments = trl.GRPOConfig(output_dir="x", use_cpu=True, bf16=False)
     setattr(arguments, option, value)
@@ -186,7 +258,9 @@ def test_options_that_gtpo_would_corrupt_are_refused(option, value):
 def test_the_callers_arguments_stay_as_they_were(tmp_path, monkeypatch):
     made = []
     config = trl.GRPOConfig
-    monkeypatch.setattr(trl, "GRPOConfig", lambda **options: made.append(config(**options)) or made[-1])
+    monkeypatch.setattr(
+        trl, "GRPOConfig", lambda **options: made.append(config(**options)) or made[-1]
+    )
     trainer = gradients.make_trainer(CLASS, str(tmp_path))
     assert trainer.args.top_entropy_quantile < 1 and made[0].top_entropy_quantile == 1.0
 
@@ -200,15 +274,36 @@ def test_a_parent_that_never_calls_the_hook_cannot_train_grpo_in_disguise(tmp_pa
 
 def test_constants_are_cast_set_and_said(caplog):
     with caplog.at_level(logging.INFO):
-        gtpo_training.override_constants({"ent_threshold": "0.5", "PAD_ID": 7.0, "w_raw": None,
-                                          "torch_compile_options": {"max_autotune": True}})
-    assert gtpo_training.ENT_THRESHOLD == 0.5 and gtpo_training.PAD_ID == 7 and isinstance(gtpo_training.PAD_ID, int)
+        gtpo_training.override_constants(
+            {
+                "ent_threshold": "0.5",
+                "PAD_ID": 7.0,
+                "w_raw": None,
+                "torch_compile_options": {"max_autotune": True},
+            }
+        )
+    assert (
+        gtpo_training.ENT_THRESHOLD == 0.5
+        and gtpo_training.PAD_ID == 7
+        and isinstance(gtpo_training.PAD_ID, int)
+    )
     assert gtpo_training.W_RAW == 2.0
-    assert gtpo_training.torch_compile_options["max_autotune"] and gtpo_training.torch_compile_options["shape_padding"]
-    assert "[GTPO] Set ENT_THRESHOLD = 0.5" in caplog.text and "[GTPO] Set PAD_ID = 7" in caplog.text
+    assert (
+        gtpo_training.torch_compile_options["max_autotune"]
+        and gtpo_training.torch_compile_options["shape_padding"]
+    )
+    assert (
+        "[GTPO] Set ENT_THRESHOLD = 0.5" in caplog.text and "[GTPO] Set PAD_ID = 7" in caplog.text
+    )
 
 
-@pytest.mark.parametrize("values, message", [({"ent_treshold": 1}, "there is no such constant"), ({"w_raw": "big"}, "is not a valid float")])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"ent_treshold": 1}, "there is no such constant"),
+        ({"w_raw": "big"}, "is not a valid float"),
+    ],
+)
 def test_a_constant_that_cannot_be_set_says_why(values, message):
     with pytest.raises(ValueError, match=message):
         gtpo_training.override_constants(values)
@@ -236,18 +331,31 @@ def test_a_foreign_pad_id_is_said_once_and_changes_nothing(tmp_path, caplog):
         seen_again = gradients.watch(again)
         again.train()
     assert "PAD_ID" not in caplog.text
-    assert all(torch.equal(seen["gradients"][0][n], seen_again["gradients"][0][n]) for n in seen["gradients"][0])
+    assert all(
+        torch.equal(seen["gradients"][0][n], seen_again["gradients"][0][n])
+        for n in seen["gradients"][0]
+    )
 
 
 def test_the_hooks_arithmetic_compiles_with_the_runtime_options():
-    compiled = torch.compile(gtpo_training._shape_tokens, dynamic=True, options=gtpo_training.torch_compile_options)
+    compiled = torch.compile(
+        gtpo_training._shape_tokens, dynamic=True, options=gtpo_training.torch_compile_options
+    )
     entropies, mask = torch.rand(4, 9), (torch.rand(4, 9) > 0.2).int()
-    inputs = (entropies, mask, torch.tensor([1.0, -1.0, 0.0, 2.0]), torch.tensor([True, True, True, False]), torch.rand(4, 6))
+    inputs = (
+        entropies,
+        mask,
+        torch.tensor([1.0, -1.0, 0.0, 2.0]),
+        torch.tensor([True, True, True, False]),
+        torch.rand(4, 6),
+    )
 
     def keep(entropy):
         return entropy <= 0.6
 
-    for found, expected in zip(compiled(*inputs, keep, 0.1), gtpo_training._shape_tokens(*inputs, keep, 0.1), strict=True):
+    for found, expected in zip(
+        compiled(*inputs, keep, 0.1), gtpo_training._shape_tokens(*inputs, keep, 0.1), strict=True
+    ):
         assert torch.allclose(found, expected)
 
 
@@ -255,5 +363,7 @@ def test_three_steps_change_the_lora_weights_and_nothing_else(tmp_path):
     trainer = gradients.make_trainer(CLASS, str(tmp_path), max_steps=3, optim="adamw_torch")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {
+        name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])
+    }
     assert changed == {name for name in before if "lora_" in name}

@@ -1,4 +1,6 @@
-"""The trainer that Unsloth generates, on a CPU: the same tiny policy, the same float64 objective."""
+"""The trainer that Unsloth generates, on a CPU: the same tiny policy, the same float64
+objective.
+"""
 
 import importlib.util
 import json
@@ -17,19 +19,34 @@ CASES = {
     "several groups, accumulation": {},
     "the gate on, a peaked policy": {"peaked": 4.0, "threshold": 0.5},
     "padding is the end token": {"pad": "^"},
-    "one group, one micro-batch": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
-    "groups spread over micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
-    "two optimizer steps share a rollout": {"steps_per_generation": 4, "per_device_train_batch_size": 4, "max_steps": 2,
-                                            "learning_rate": 1e-12},
+    "one group, one micro-batch": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+    },
+    "groups spread over micro-batches": {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 8,
+    },
+    "two optimizer steps share a rollout": {
+        "steps_per_generation": 4,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-12,
+    },
 }
 
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory) -> dict:
-    """What tests/gradients.py prints in a process of its own: importing Unsloth replaces trl's trainers."""
+    """What tests/gradients.py prints in a process of its own: importing Unsloth replaces trl's
+    trainers.
+    """
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests/gradients.py"), json.dumps(list(CASES.values()))],
-        cwd=tmp_path_factory.mktemp("unsloth"), capture_output=True, text=True, timeout=900,
+        cwd=tmp_path_factory.mktemp("unsloth"),
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr[-4000:]
     line = next(line for line in run.stdout.splitlines() if line.startswith("FIGURES "))
@@ -42,12 +59,18 @@ def test_gradients_agree_with_the_float64_objective(figures, case):
     assert "UnslothGRPOTrainer" in found["class"]
     assert found["gradient_error"] < 1e-5
     assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
-    assert found["conflicts"] > 0 and found["streamed"] > 1  # for the initial entropy, and in the loss
+    # for the initial entropy, and in the loss
+    assert found["conflicts"] > 0 and found["streamed"] > 1
 
 
 def test_the_streaming_head_stands_in_for_unsloths_where_it_computes_the_same(figures):
-    ours = {"plain" if not case["options"] else case["options"][0]: case["ours"] for case in figures["heads"]}
-    assert [name for name, is_ours in ours.items() if is_ours] == ["plain", "temperature"] and len(ours) == 9
+    ours = {
+        "plain" if not case["options"] else case["options"][0]: case["ours"]
+        for case in figures["heads"]
+    }
+    assert [name for name, is_ours in ours.items() if is_ours] == ["plain", "temperature"] and len(
+        ours
+    ) == 9
     assert all(case["error"] < (1e-5 if case["ours"] else 1e-12) for case in figures["heads"])
 
 
@@ -68,37 +91,77 @@ def test_rewards_that_fail_and_gradients_that_are_not_finite_leave_finite_weight
         assert 0 < first < 8 and second == third == first + 16
         partly, none, all_ = found["advantages"]
         assert none == 0 < partly < all_ == 16
-        assert found["largest"][0] > 0 == found["largest"][1] and found["skipped"] == 1 and found["finite"], class_path
+        assert (
+            found["largest"][0] > 0 == found["largest"][1]
+            and found["skipped"] == 1
+            and found["finite"]
+        ), class_path
 
 
 def test_completions_are_recorded_with_the_entropies_of_their_own_tokens(figures):
-    """Unsloth's loss has other columns than the completion, and leaves padding ids out, an end token among them."""
+    """Unsloth's loss has other columns than the completion, and leaves padding ids out, an end
+    token among them.
+    """
     for run, end_is_padding in zip(figures["recorded"], (False, True)):
         assert [(line["step"], line["group"], line["row"]) for line in run["lines"]] == [
-            (step, group, row) for step in (1, 2) for group in range(4) for row in range(4)]
-        assert len({len(line["ids"]) for line in run["lines"]}) > 1 and len({line["prompt"] for line in run["lines"]}) > 1
+            (step, group, row) for step in (1, 2) for group in range(4) for row in range(4)
+        ]
+        assert (
+            len({len(line["ids"]) for line in run["lines"]}) > 1
+            and len({line["prompt"] for line in run["lines"]}) > 1
+        )
         assert run["entropy_error"] < 6e-4
         for line in run["lines"]:
             assert len(line["weights"]) == len(line["entropies"]) == len(line["ids"])
-            assert all((x is None) == (end_is_padding and text == "^") for x, text in zip(line["entropies"], line["tokens"]))
+            assert all(
+                (x is None) == (end_is_padding and text == "^")
+                for x, text in zip(line["entropies"], line["tokens"])
+            )
 
 
 def test_unsloths_own_grpo_is_recorded_without_entropies(figures):
     for line in figures["recorded"][2]["lines"]:
-        assert line["ids"] and line["entropy"] is None and line["entropies"] is None and line["weights"] is None
+        assert (
+            line["ids"]
+            and line["entropy"] is None
+            and line["entropies"] is None
+            and line["weights"] is None
+        )
         assert isinstance(line["reward"], float) and isinstance(line["prefix"], int)
 
 
 def test_the_recipes_compile_options_reach_the_generated_trainer(figures):
-    assert figures["compile_options"] == {"shape_padding": False, "trace.enabled": True, "max_autotune": False}
+    assert figures["compile_options"] == {
+        "shape_padding": False,
+        "trace.enabled": True,
+        "max_autotune": False,
+    }
 
 
 def test_unsloth_still_takes_the_arguments_that_the_backend_gives_it(figures):
     """FastLanguageModel itself needs a GPU; its signature does not."""
-    assert {"model_name", "max_seq_length", "load_in_4bit", "fast_inference", "max_lora_rank", "gpu_memory_utilization",
-            "trust_remote_code", "random_state"} <= set(figures["from_pretrained"])
-    assert {"r", "lora_alpha", "target_modules", "lora_dropout", "bias", "use_rslora", "modules_to_save", "kwargs",
-            "use_gradient_checkpointing", "random_state"} <= set(figures["get_peft_model"])
+    assert {
+        "model_name",
+        "max_seq_length",
+        "load_in_4bit",
+        "fast_inference",
+        "max_lora_rank",
+        "gpu_memory_utilization",
+        "trust_remote_code",
+        "random_state",
+    } <= set(figures["from_pretrained"])
+    assert {
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "lora_dropout",
+        "bias",
+        "use_rslora",
+        "modules_to_save",
+        "kwargs",
+        "use_gradient_checkpointing",
+        "random_state",
+    } <= set(figures["get_peft_model"])
 
 
 def test_a_resumed_run_is_the_run_it_would_have_been(figures):

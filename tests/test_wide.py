@@ -1,4 +1,6 @@
-"""What takes a run beyond one GPU, as far as a CPU shows: accelerate's configuration files, vLLM as a server, who speaks."""
+"""What takes a run beyond one GPU, as far as a CPU shows: accelerate's configuration files, vLLM as
+a server, who speaks.
+"""
 
 import os
 
@@ -10,7 +12,14 @@ from gtpo import cli, processes
 from gtpo.errors import RecipeError
 
 CONFIGURATIONS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
-SERVER = ["--training.use_vllm", "true", "--training.vllm_mode", "server", "--training.vllm_server_base_url", "http://10.0.0.7:8000"]
+SERVER = [
+    "--training.use_vllm",
+    "true",
+    "--training.vllm_mode",
+    "server",
+    "--training.vllm_server_base_url",
+    "http://10.0.0.7:8000",
+]
 DEMO = str(ROOT / "recipes/demo.yaml")
 
 
@@ -26,20 +35,36 @@ def test_accelerate_reads_its_configurations_as_meant(file, monkeypatch):
         from accelerate.utils import FullyShardedDataParallelPlugin
 
         plugin = FullyShardedDataParallelPlugin()
-        assert asked.use_fsdp and plugin.fsdp_version == 2 and plugin.state_dict_type.name == "FULL_STATE_DICT"
-        assert plugin.reshard_after_forward and not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
+        assert (
+            asked.use_fsdp
+            and plugin.fsdp_version == 2
+            and plugin.state_dict_type.name == "FULL_STATE_DICT"
+        )
+        assert (
+            plugin.reshard_after_forward
+            and not plugin.activation_checkpointing
+            and not plugin.cpu_ram_efficient_loading
+        )
     else:
         from accelerate.utils import DeepSpeedPlugin
 
         plugin, stage = DeepSpeedPlugin(), int(file.stem[-1])
         assert asked.use_deepspeed and plugin.zero_stage == stage
         told = plugin.deepspeed_config
-        assert told["gradient_accumulation_steps"] == told["gradient_clipping"] == "auto"  # transformers fills in the recipe's
-        assert told["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+        # transformers fills in the recipe's
+        assert told["gradient_accumulation_steps"] == told["gradient_clipping"] == "auto"
+        assert told["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (
+            stage == 3
+        )
 
 
 def test_there_is_a_configuration_for_each_engine():
-    assert [file.stem for file in CONFIGURATIONS] == ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp"]
+    assert [file.stem for file in CONFIGURATIONS] == [
+        "ddp",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+        "fsdp",
+    ]
 
 
 def test_a_vllm_server_reaches_trl(tmp_path, monkeypatch):
@@ -48,17 +73,43 @@ def test_a_vllm_server_reaches_trl(tmp_path, monkeypatch):
     from gtpo.arguments import training_arguments
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest))
-    arguments = training_arguments(cli.read_recipe([DEMO, *SERVER, "--training.vllm_server_timeout", "5"]), str(tmp_path))
-    assert arguments.use_vllm and arguments.vllm_mode == "server" and arguments.vllm_server_base_url == "http://10.0.0.7:8000"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest)
+    )
+    arguments = training_arguments(
+        cli.read_recipe([DEMO, *SERVER, "--training.vllm_server_timeout", "5"]), str(tmp_path)
+    )
+    assert (
+        arguments.use_vllm
+        and arguments.vllm_mode == "server"
+        and arguments.vllm_server_base_url == "http://10.0.0.7:8000"
+    )
     assert arguments.vllm_server_timeout == 5 and arguments.vllm_importance_sampling_correction
 
 
-@pytest.mark.parametrize("flags, sentence", [
-    (SERVER[2:], "training.vllm_mode: a server is not asked without training.use_vllm; set that to true"),
-    ([*SERVER, "--model.backend", "unsloth"], "training.vllm_mode: server goes with model.backend transformers, not unsloth: Unsloth generates"),
-    ([*SERVER, "--model.backend", "auto"], "training.vllm_mode: server goes with model.backend transformers, not auto: Unsloth generates"),
-])
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (
+            SERVER[2:],
+            "training.vllm_mode: a server is not asked without training.use_vllm; set that to true",
+        ),
+        (
+            [*SERVER, "--model.backend", "unsloth"],
+            (
+                "training.vllm_mode: server goes with model.backend transformers, not unsloth:"
+                " Unsloth generates"
+            ),
+        ),
+        (
+            [*SERVER, "--model.backend", "auto"],
+            (
+                "training.vllm_mode: server goes with model.backend transformers, not auto: Unsloth"
+                " generates"
+            ),
+        ),
+    ],
+)
 def test_a_server_that_would_not_be_asked_is_refused(flags, sentence):
     with pytest.raises(RecipeError) as error:
         cli.read_recipe([DEMO, *flags])
@@ -69,9 +120,16 @@ def test_without_vllm_a_server_is_refused_in_one_sentence(tmp_path, capsys, monk
     import train_model
 
     monkeypatch.chdir(ROOT)
-    assert train_model.main([DEMO, *SERVER, "--output_root", str(tmp_path), "--evaluation.path", "null"]) == 2
+    assert (
+        train_model.main(
+            [DEMO, *SERVER, "--output_root", str(tmp_path), "--evaluation.path", "null"]
+        )
+        == 2
+    )
     (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert told.startswith("error: training.use_vllm: the package vllm is not installed") and not list(tmp_path.iterdir())
+    assert told.startswith(
+        "error: training.use_vllm: the package vllm is not installed"
+    ) and not list(tmp_path.iterdir())
 
 
 def test_a_model_spread_over_processes_is_not_evaluated_by_one():
@@ -82,14 +140,20 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
     from gtpo import sharding
 
     def trainer(kind, stage=0):
-        state = SimpleNamespace(distributed_type=kind, deepspeed_plugin=SimpleNamespace(zero_stage=stage))
+        state = SimpleNamespace(
+            distributed_type=kind, deepspeed_plugin=SimpleNamespace(zero_stage=stage)
+        )
         return SimpleNamespace(accelerator=SimpleNamespace(state=state, num_processes=1))
 
     for spread in (trainer(DistributedType.FSDP), trainer(DistributedType.DEEPSPEED, 3)):
         with pytest.raises(RecipeError, match="evaluation: one process evaluates"):
             sharding.check(spread, object())
         sharding.check(spread, None)
-    for whole in (trainer(DistributedType.DEEPSPEED, 2), trainer(DistributedType.MULTI_GPU), trainer(DistributedType.NO)):
+    for whole in (
+        trainer(DistributedType.DEEPSPEED, 2),
+        trainer(DistributedType.MULTI_GPU),
+        trainer(DistributedType.NO),
+    ):
         sharding.check(whole, object())
 
 
@@ -99,7 +163,13 @@ def test_processes_that_do_not_know_of_each_other_end_with_a_sentence(monkeypatc
     from gtpo import sharding
 
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(RecipeError, match="WORLD_SIZE is 8, and accelerate found 1 process; start with torchrun or accelerate launch"):
+    with pytest.raises(
+        RecipeError,
+        match=(
+            "WORLD_SIZE is 8, and accelerate found 1 process; start with torchrun or accelerate"
+            " launch"
+        ),
+    ):
         sharding.check(SimpleNamespace(accelerator=SimpleNamespace(num_processes=1)), None)
 
 
@@ -111,26 +181,45 @@ def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, several):
     from gtpo.sections import ModelSection
 
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest)
+    )
     monkeypatch.setenv("WORLD_SIZE", "2" if several else "1")
-    auto, yes, no = (ModelSection(model_name="model", fast_inference=wanted) for wanted in ("auto", True, False))
+    auto, yes, no = (
+        ModelSection(model_name="model", fast_inference=wanted) for wanted in ("auto", True, False)
+    )
     assert vllm_in_unsloth(auto) is not several and not vllm_in_unsloth(no)
     if not several:
         assert vllm_in_unsloth(yes)
         return
-    with pytest.raises(RecipeError, match="model.fast_inference: true is for one process, and there are 2; use auto or false, or a vLLM server"):
+    with pytest.raises(
+        RecipeError,
+        match=(
+            "model.fast_inference: true is for one process, and there are 2; use auto or false, or"
+            " a vLLM server"
+        ),
+    ):
         vllm_in_unsloth(yes)
 
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """This process as the second that a torchrun has started; with the store that its agent keeps."""
+    """This process as the second that a torchrun has started; with the store that its agent
+    keeps.
+    """
     from torch.distributed import TCPStore
 
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(processes, "GRACE", 0.0)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(agent.port),
-                        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "a", "TORCHELASTIC_RESTART_COUNT": "0"}.items():
+    for name, value in {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(agent.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RUN_ID": "a",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }.items():
         monkeypatch.setenv(name, value)
     processes._store.cache_clear()
     yield agent
@@ -153,8 +242,11 @@ def test_the_others_end_after_the_first(second_of_two, monkeypatch):
 def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(second_of_two, monkeypatch):
     assert [processes.first_to_say(text) for text in ("bad", "bad", "worse")] == [True, False, True]
     assert not processes.first_to_say("lost", if_nobody_spoke=True)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another attempt: nothing was said yet
-    assert [processes.first_to_say(text, if_nobody_spoke=True) for text in ("lost", "lost too")] == [True, False]
+    # another attempt: nothing was said yet
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [
+        processes.first_to_say(text, if_nobody_spoke=True) for text in ("lost", "lost too")
+    ] == [True, False]
 
 
 def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
@@ -173,15 +265,38 @@ def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
 
 
 SHAPES = {  # of the models' configurations
-    "t4": ("Qwen2Config", {"vocab_size": 151_936, "hidden_size": 2048, "intermediate_size": 11_008, "num_hidden_layers": 36, "num_attention_heads": 16,
-                           "num_key_value_heads": 2, "tie_word_embeddings": True, "architectures": ["Qwen2ForCausalLM"]}),
-    "card_24gb": ("LlamaConfig", {"vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
-                                  "num_attention_heads": 32, "num_key_value_heads": 8, "architectures": ["LlamaForCausalLM"]}),
+    "t4": (
+        "Qwen2Config",
+        {
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 11_008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "architectures": ["Qwen2ForCausalLM"],
+        },
+    ),
+    "card_24gb": (
+        "LlamaConfig",
+        {
+            "vocab_size": 128_256,
+            "hidden_size": 4096,
+            "intermediate_size": 14_336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "architectures": ["LlamaForCausalLM"],
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("name, gib", [("t4", 14.6), ("card_24gb", 22.0)])
-def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(name, gib, tmp_path, monkeypatch):
+def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(
+    name, gib, tmp_path, monkeypatch
+):
     import torch
     import transformers
 
@@ -195,8 +310,14 @@ def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(name, gib, tm
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(room, "_free", lambda cuda: (int(gib * 2**30), "the card"))
     shape = memory.shape(recipe.model, lora_config(recipe.model, None))
-    told = room.memory(recipe, shape, backend="unsloth", processes=1, longest=recipe.max_prompt_length,
-                       optimizer=memory.optimizer_bytes(recipe.training.optimizer))
+    told = room.memory(
+        recipe,
+        shape,
+        backend="unsloth",
+        processes=1,
+        longest=recipe.max_prompt_length,
+        optimizer=memory.optimizer_bytes(recipe.training.optimizer),
+    )
     assert f"#   {told.split(', and the card')[0]}\n" in file.read_text(), told
 
 
@@ -214,7 +335,13 @@ def test_the_page_on_scaling_quotes_the_estimate_and_names_files_that_exist():
     import sys
 
     page = (ROOT / "docs/scaling.md").read_text()
-    printed = subprocess.run([sys.executable, "benchmarks/paper_estimate.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "benchmarks/paper_estimate.py"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert f"```text\n{printed}```\n" in page
     named = set(re.findall(r"(?:recipes|tests|benchmarks|gtpo|docs)/[\w/]+\.(?:py|yaml|md)", page))
     assert len(named) > 8 and all((ROOT / name).exists() for name in named), named

@@ -1,4 +1,6 @@
-"""A tiny real policy for tests: a 2-layer Llama and a character tokenizer with a chat template, made in code."""
+"""A tiny real policy for tests: a 2-layer Llama and a character tokenizer with a chat template,
+made in code.
+"""
 
 import string
 
@@ -14,33 +16,59 @@ CHAT_TEMPLATE = (
 LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def tiny_tokenizer(pad: str = "~", alphabet: str = string.printable[:95] + "\n") -> PreTrainedTokenizerFast:
-    """One token per character; `^` ends a sequence. `pad="^"` makes padding and end of sequence one id."""
+def tiny_tokenizer(
+    pad: str = "~", alphabet: str = string.printable[:95] + "\n"
+) -> PreTrainedTokenizerFast:
+    """One token per character; `^` ends a sequence. `pad="^"` makes padding and end of sequence one
+    id.
+    """
     symbols = dict.fromkeys(["~", "^", *alphabet])
-    tokenizer = Tokenizer(models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="?"))
+    tokenizer = Tokenizer(
+        models.WordLevel({symbol: i for i, symbol in enumerate(symbols)}, unk_token="?")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, eos_token="^", unk_token="?", chat_template=CHAT_TEMPLATE,
+        tokenizer_object=tokenizer,
+        pad_token=pad,
+        eos_token="^",
+        unk_token="?",
+        chat_template=CHAT_TEMPLATE,
         padding_side="left",
     )
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """Two layers, 16 hidden units, and weights far enough from zero that the logits are not uniform."""
+    """Two layers, 16 hidden units, and weights far enough from zero that the logits are not
+    uniform.
+    """
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.4, tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.4,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
     )
     return LlamaForCausalLM(config)
 
 
 def with_lora(model, rank: int = 4, seed: int = 1):
-    """`model` with a LoRA adapter whose B is not zero, so that both of its factors get gradients."""
+    """`model` with a LoRA adapter whose B is not zero, so that both of its factors get
+    gradients.
+    """
     torch.manual_seed(seed)
-    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM"))
+    model = get_peft_model(
+        model,
+        LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM"),
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
