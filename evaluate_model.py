@@ -16,10 +16,10 @@ import re
 import sys
 from pathlib import Path
 
-from gtpo.console import log_to_console, print_end
-from gtpo.environment import set_up
 from gtpo.errors import Mistake, RecipeError
-from gtpo.sections import DATASET_ALIASES
+from gtpo.recipe.sections import DATASET_ALIASES
+from gtpo.system.console import log_to_console, print_end
+from gtpo.system.environment import set_up
 
 FLAGS = {  # how a recipe's keys, in sentences of the parts, are called here
     "dataset.name": "--dataset",
@@ -188,8 +188,8 @@ def _run(asked: argparse.Namespace) -> None:
     if asked.files:
         _from_files(asked)
         return
-    from gtpo.cli import make_importable
-    from gtpo.saved import find_saved
+    from gtpo.models.saved import find_saved
+    from gtpo.recipe.command_line import make_importable
 
     saved = find_saved(asked.target)
     make_importable(Path.cwd())
@@ -201,8 +201,8 @@ def _run(asked: argparse.Namespace) -> None:
 
 
 def _from_files(asked: argparse.Namespace) -> None:
-    from gtpo.evaluation_file import read
-    from gtpo.scores import report
+    from gtpo.evaluation.file import read
+    from gtpo.evaluation.scores import report
 
     _allow(asked, "--from", "files", "k")
     if len(asked.files) > 2:
@@ -226,12 +226,13 @@ def _allow(asked: argparse.Namespace, flag: str, *names: str) -> None:
 
 
 def _evaluate(asked: argparse.Namespace, saved) -> None:
-    from gtpo import evaluation, evaluation_plan
-    from gtpo.cli import load_object
     from gtpo.data import check_source, load_problems
-    from gtpo.engines import Engine
-    from gtpo.evaluation_file import Evaluation
-    from gtpo.scores import report
+    from gtpo.evaluation import draw as evaluation
+    from gtpo.evaluation import plan as evaluation_plan
+    from gtpo.evaluation.engines import Engine
+    from gtpo.evaluation.file import Evaluation
+    from gtpo.evaluation.scores import report
+    from gtpo.recipe.command_line import load_object
 
     plan = evaluation_plan.make_plan(asked, saved)
     if asked.base and saved.adapter is None:
@@ -283,9 +284,9 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
 
 
 def _chat(asked: argparse.Namespace, saved) -> None:
-    from gtpo.chat import chat
-    from gtpo.engines import Engine
-    from gtpo.evaluation_plan import chat_sampling, system_instruction
+    from gtpo.evaluation.chat import chat
+    from gtpo.evaluation.engines import Engine
+    from gtpo.evaluation.plan import chat_sampling, system_instruction
 
     _allow(
         asked,

@@ -11,10 +11,10 @@ import logging
 import sys
 from pathlib import Path
 
-from gtpo.console import print_end
-from gtpo.environment import set_up
 from gtpo.errors import RecipeError
-from gtpo.safe_text import SafeFormatter
+from gtpo.system.console import print_end
+from gtpo.system.environment import set_up
+from gtpo.system.safe_text import SafeFormatter
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from gtpo import hub
-    from gtpo.export import check_free, export
-    from gtpo.saved import find_saved
+    from gtpo.models.export import check_free, export
+    from gtpo.models.saved import find_saved
+    from gtpo.system import hub
 
     check_free(options.out)
     saved = find_saved(options.run, base=options.model_name)

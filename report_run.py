@@ -16,9 +16,9 @@ Exit code 2: a run is none or has nothing to tell, and nothing was written.
 import sys
 from pathlib import Path
 
-from gtpo import cli
-from gtpo.console import print_end
 from gtpo.errors import RecipeError
+from gtpo.recipe import command_line as cli
+from gtpo.system.console import print_end
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         runs, out, steps = _parse(argv)
         page, picture = _files(runs, out)
 
-        from gtpo.reports import write_report
+        from gtpo.report.page import write_report
 
         write_report(runs, page, picture, steps=steps)
     except RecipeError as error:

@@ -12,14 +12,15 @@ import os
 import sys
 from pathlib import Path
 
-from gtpo import cli, processes
-from gtpo.console import log_to_console
-from gtpo.endings import RunStopped, end
-from gtpo.environment import set_up
 from gtpo.errors import RecipeError
-from gtpo.interruption import Interrupted, Interruption
 from gtpo.recipe import Recipe
-from gtpo.safe_text import without_secrets
+from gtpo.recipe import command_line as cli
+from gtpo.runs.endings import RunStopped, end
+from gtpo.system import processes
+from gtpo.system.console import log_to_console
+from gtpo.system.environment import set_up
+from gtpo.system.safe_text import without_secrets
+from gtpo.system.signals import Interrupted, Interruption
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,12 +49,12 @@ def _run(
     command: cli.CommandLine, early_log: logging.handlers.MemoryHandler, interruption: Interruption
 ) -> int:
     if "help" in command.switches:
-        from gtpo.schema import help_text
+        from gtpo.recipe.keys import help_text
 
         print(help_text())
         return 0
     if "version" in command.switches:
-        from gtpo.runs import versions
+        from gtpo.runs.directory import versions
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         return 0
@@ -65,7 +66,7 @@ def _run(
     set_up(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
     if "dry_run" in command.switches:
-        from gtpo.continuation import continued
+        from gtpo.models.continuation import continued
         from gtpo.plan import print_plan
 
         print_plan(continued(recipe), processes.count())
@@ -75,7 +76,7 @@ def _run(
 
 
 def _request(command: cli.CommandLine):
-    from gtpo.starts import Request
+    from gtpo.runs.start import Request
 
     return Request(
         command.resume,
@@ -91,13 +92,13 @@ def train(
     early_log: logging.handlers.MemoryHandler | None = None,
     interruption: Interruption | None = None,
 ) -> Path:
-    """Train as `recipe` (its `env` is set) and `request` (a `gtpo.starts.Request`) say, and return
+    """Train as `recipe` (its `env` is set) and `request` (a `gtpo.runs.start.Request`) say, and return
     the run directory.
     """
-    from gtpo.continuation import continued
-    from gtpo.starts import Request, find_start
-    from gtpo.trackers import one_tracker_run
-    from gtpo.troubles import explained
+    from gtpo.models.continuation import continued
+    from gtpo.runs.start import Request, find_start
+    from gtpo.runs.trackers import one_tracker_run
+    from gtpo.runs.troubles import explained
 
     recipe = continued(recipe)
     start = find_start(recipe, request or Request(), processes.count())
@@ -120,11 +121,16 @@ def _train(
     early_log: logging.handlers.MemoryHandler | None,
     interruption: Interruption,
 ) -> None:
-    from gtpo import backends, base_model, data, imported, model_card, problems, runs, trackers
-    from gtpo.arguments import answer_timeout, precision, training_arguments
-    from gtpo.continuation import training_tokenizer
-    from gtpo.importing import collector_off
-    from gtpo.whole_files import written_aside
+    from gtpo import data, problems
+    from gtpo.models import backends, base_model
+    from gtpo.models.continuation import training_tokenizer
+    from gtpo.report import model_card
+    from gtpo.runs import directory as runs
+    from gtpo.runs import trackers
+    from gtpo.runs import trainers as imported
+    from gtpo.runs.arguments import answer_timeout, precision, training_arguments
+    from gtpo.system.importing import collector_off
+    from gtpo.system.whole_files import written_aside
 
     run_dir = start.run_dir
     data.check_source(recipe.dataset)
@@ -155,14 +161,14 @@ def _train(
     arguments = training_arguments(
         recipe, str(run_dir), processes=processes.count(), use_vllm=policy.uses_vllm
     )
-    from gtpo import sharding
-    from gtpo.exact_resume import resume_exactly
-    from gtpo.held_out import HeldOut
-    from gtpo.judges import Judges
-    from gtpo.merging import generate_merged
-    from gtpo.nonfinite import skip_non_finite
-    from gtpo.streaming_head import stream_log_probs
-    from gtpo.watch import watch  # after the backend, like all that imports trl
+    from gtpo.evaluation.held_out import HeldOut
+    from gtpo.hooks.merged_generation import generate_merged
+    from gtpo.hooks.nonfinite import skip_non_finite
+    from gtpo.hooks.streaming_head import stream_log_probs
+    from gtpo.rewards.guarded import Judges
+    from gtpo.runs import sharding
+    from gtpo.runs.exact_resume import resume_exactly
+    from gtpo.runs.progress import watch  # after the backend, like all that imports trl
 
     judges = Judges(
         recipe.rewards,
@@ -227,7 +233,7 @@ def _seed_everything(recipe: Recipe) -> None:
 
 
 def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
-    from gtpo.imported import made_trainer
+    from gtpo.runs.trainers import made_trainer
 
     try:
         trainer = made_trainer(

@@ -143,9 +143,10 @@ def train(run: Run) -> tuple[Run, float]:
     import torch
 
     import train_model
-    from gtpo import cli, runs
-    from gtpo.evaluation_file import read
-    from gtpo.starts import Request
+    from gtpo.evaluation.file import read
+    from gtpo.recipe import command_line as cli
+    from gtpo.runs import directory as runs
+    from gtpo.runs.start import Request
 
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
@@ -232,11 +233,11 @@ def sample(recipe, run_dir: Path) -> list[dict]:
     """SAMPLES completions of each held-out problem by the trained policy, at temperature 1,
     graded.
     """
-    from gtpo.evaluation import evaluate, header, rendered
-    from gtpo.evaluation_file import EvaluationFile
-    from gtpo.generation import Sampling, with_model
+    from gtpo.evaluation.draw import evaluate, header, rendered
+    from gtpo.evaluation.file import EvaluationFile
+    from gtpo.models.generation import Sampling, with_model
+    from gtpo.models.saved import find_saved, load_saved
     from gtpo.problems import load_held_out
-    from gtpo.saved import find_saved, load_saved
 
     policy = load_saved(find_saved(str(run_dir)))
     problems = load_held_out(recipe, policy.tokenizer)

@@ -39,7 +39,7 @@ def main() -> int:
     from shares import PARTS, Shares, medians
 
     import train_model
-    from gtpo import merging
+    from gtpo.hooks import merged_generation as merging
 
     most, trainers, clocks, graded = merging.MOST_BYTES, [], {}, []
 

@@ -52,9 +52,9 @@ def check_recipe(dice: random.Random) -> int:
 
 
 def recipe_text(content: str, words: list[str]) -> int:
-    from gtpo import cli
-    from gtpo.arguments import batch_plan
     from gtpo.errors import RecipeError
+    from gtpo.recipe import command_line as cli
+    from gtpo.runs.arguments import batch_plan
 
     with (
         tempfile.TemporaryDirectory(
@@ -96,7 +96,8 @@ def check_answers(dice: random.Random) -> int:
 
 
 def answers_text(one: str, other: str, text: str) -> int:
-    from gtpo import answers, data
+    from gtpo import data
+    from gtpo.answers import text as answers
 
     for found in (
         answers.gsm8k_answer(text),
@@ -231,8 +232,8 @@ class _Page(HTMLParser):
 
 def check_report(dice: random.Random, completions: int = 2048) -> int:
     from gtpo.errors import RecipeError
-    from gtpo.reports import render
-    from gtpo.run_record import read_run
+    from gtpo.report.page import render
+    from gtpo.report.run_record import read_run
 
     with tempfile.TemporaryDirectory() as folder:
         hostile.write_run(dice, Path(folder, "run"), completions)
@@ -277,7 +278,7 @@ def _check_group(run, step: int, group: dict, texts: list[str]) -> None:
 
 
 def check_console(dice: random.Random) -> int:
-    from gtpo.safe_text import printable, without_secrets
+    from gtpo.system.safe_text import printable, without_secrets
 
     text, secret = hostile.text(dice), "".join(dice.choices("abcXYZ0189-_", k=12))
     shown = printable(
@@ -363,7 +364,7 @@ def run_atheris(target: str, inputs: int, seed: int) -> None:
 
     with atheris.instrument_imports(include=["gtpo", "ruamel.yaml"]):
         import gtpo.answers
-        import gtpo.cli  # noqa: F401
+        import gtpo.recipe.command_line  # noqa: F401
 
     def one_input(data: bytes) -> None:
         text = data.decode("utf-8", "replace")

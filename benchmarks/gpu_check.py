@@ -342,9 +342,9 @@ def run_case(case: str, bits: int, work: Path) -> dict:
     """Train one step on the fixed rollout, save the gradients, then time three steps; returns the
     figures.
     """
-    from gtpo import backends
-    from gtpo.chat_tokenizer import load_tokenizer
-    from gtpo.sections import ModelSection
+    from gtpo.models import backends
+    from gtpo.models.tokenizer import load_tokenizer
+    from gtpo.recipe.sections import ModelSection
 
     section = ModelSection(
         model_name=str(work / "model"),
@@ -408,8 +408,8 @@ def reference_policy(weights: Path, model_folder: Path, tokenizer, *, bfloat16: 
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from gtpo.backends import Policy
-    from gtpo.sections import ModelSection
+    from gtpo.models.backends import Policy
+    from gtpo.recipe.sections import ModelSection
 
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.bfloat16 if bfloat16 else torch.float32, device_map={"": 0}
@@ -450,7 +450,7 @@ def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
 
     from gtpo.data import load_problems
     from gtpo.gtpo_training import UnslothGTPOTrainer
-    from gtpo.sections import DatasetSection
+    from gtpo.recipe.sections import DatasetSection
 
     dataset = DatasetSection(
         name="gsm8k",

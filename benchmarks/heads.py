@@ -133,7 +133,7 @@ def heads() -> dict:
     import torch
     from trl.trainer import utils
 
-    from gtpo.streaming_head import log_probs_and_entropies
+    from gtpo.hooks.streaming_head import log_probs_and_entropies
 
     def whole_logits(hidden, weight, ids):
         # accelerate makes a model's outputs float32

@@ -150,7 +150,7 @@ def interleaved(functions: dict, rounds: int) -> dict[str, list[float]]:
 def machine() -> dict[str, str]:
     import torch
 
-    from gtpo.runs import versions
+    from gtpo.runs.directory import versions
 
     device = (
         torch.cuda.get_device_name()

@@ -63,9 +63,9 @@ def main() -> int:
 
 def print_kept() -> int:
     """Numbers per token and layer that autograd saves, from three layers against two, beside
-    gtpo/memory.py's.
+    gtpo/runs/memory.py's.
     """
-    from gtpo.memory import Load, Shape, _kept
+    from gtpo.runs.memory import Load, Shape, _kept
 
     rows, length = 2, 128
     print(f"{'hidden':>8}{'intermediate':>14}{'keys':>8}{'bits':>6}{'kept':>9}{'estimate':>10}")
@@ -105,7 +105,7 @@ def _saved_bytes(
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gtpo.sections import ModelSection
+    from gtpo.recipe.sections import ModelSection
 
     half = bits == 16
     model = LlamaForCausalLM(
@@ -203,7 +203,9 @@ def _flags(
 
 ESTIMATE = """
 import json, sys
-from gtpo import backends, cli, memory, room
+from gtpo.models import backends
+from gtpo.recipe import command_line as cli
+from gtpo.runs import memory, room
 recipe = cli.read_recipe(sys.argv[1:])
 shape = memory.shape(recipe.model, backends.lora_config(recipe.model, None))
 load = room._load(recipe, backend="transformers", processes=1, longest=31, optimizer=8, cuda=False)

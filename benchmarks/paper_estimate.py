@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gtpo.memory import Load, Shape, optimizer_bytes, peak  # noqa: E402
+from gtpo.runs.memory import Load, Shape, optimizer_bytes, peak  # noqa: E402
 
 # ---- assumptions: an H100 of 80 GB, eight in a node
 # bf16, dense; the share that training reaches: 0.22 in the Unsloth step of docs/performance.md
@@ -70,11 +70,11 @@ def gather_seconds(gpus: int) -> float:
 
 
 def memory(gpus: int, spread: bool) -> float:
-    """GiB per GPU: gtpo/memory.py's worst case of training with paged_adamw_8bit's moments, and
+    """GiB per GPU: gtpo/runs/memory.py's worst case of training with paged_adamw_8bit's moments, and
     vLLM beside it.
 
     vLLM's cache holds all rows; with Unsloth it samples from the weights that train, and beside
-    FSDP it has its own. Logits are streamed, by Unsloth or by gtpo/streaming_head.py, but not with
+    FSDP it has its own. Logits are streamed, by Unsloth or by gtpo/hooks/streaming_head.py, but not with
     FSDP: there TRL keeps those of a micro-batch.
     """
     load = Load(

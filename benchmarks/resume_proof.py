@@ -134,7 +134,8 @@ def interrupt_at(step: int, case: str = "", total: int = 0) -> None:
     """Lets a SIGTERM arrive within that step of the run that is about to begin in this process."""
     from transformers import TrainerCallback
 
-    from gtpo import exact_resume, held_out
+    from gtpo.evaluation import held_out
+    from gtpo.runs import exact_resume
 
     if case == "within_evaluation":
         evaluate, where = (

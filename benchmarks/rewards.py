@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT)]
 
 from gtpo.answers import format_reference, format_score, reference_answer  # noqa: E402
 from gtpo.data import gsm8k_reference, math_reference  # noqa: E402
-from gtpo.judge_process import JudgePool  # noqa: E402
+from gtpo.rewards.pool import JudgePool  # noqa: E402
 
 WARM_UP = 16  # problems that do not count
 SETS = {

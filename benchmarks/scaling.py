@@ -101,8 +101,8 @@ def measured_steps(point: dict[str, int], steps: int) -> list[dict[str, float]]:
 
     from gtpo.answers import format_reference
     from gtpo.gtpo_training import UnslothGTPOTrainer
-    from gtpo.merging import generate_merged
-    from gtpo.streaming_head import stream_log_probs
+    from gtpo.hooks.merged_generation import generate_merged
+    from gtpo.hooks.streaming_head import stream_log_probs
     from reward_math import final_reward
 
     logging.set_verbosity_error()

@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT)]
 
 from benchmarks import workers  # noqa: E402
 from benchmarks.resume_proof import CASES, EVERY, differences, flags, outcome  # noqa: E402
-from gtpo import checkpoints  # noqa: E402
 from gtpo.recipe import RecipeError  # noqa: E402
+from gtpo.runs import checkpoints  # noqa: E402
 
 VARIED = [  # what the rounds take turns with
     ["--training.save_steps", "1", "--training.save_total_limit", "2"],

@@ -25,8 +25,8 @@ sys.path[:0] = [str(ROOT)]
 
 from benchmarks.hostile_reward import WAYS, way_of  # noqa: E402
 from gtpo.answers import format_reference, format_score  # noqa: E402
-from gtpo.judge_call import judge  # noqa: E402
-from gtpo.judge_process import JudgePool  # noqa: E402
+from gtpo.rewards.pool import JudgePool  # noqa: E402
+from gtpo.rewards.worker import judge  # noqa: E402
 from reward_math import final_reward  # noqa: E402
 
 MARK = "GTPO_SOAK_REWARDS"  # in the environment of whatever the runs start

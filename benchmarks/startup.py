@@ -92,7 +92,7 @@ def main() -> int:
 
 def libraries(options) -> int:
     code = (
-        "import contextlib\nfrom gtpo.importing import collector_off\nwith {}():\n import torch,"
+        "import contextlib\nfrom gtpo.system.importing import collector_off\nwith {}():\n import torch,"
         " peft, datasets, trl\n from trl import GRPOTrainer\n"
     )
     taken = {name: [] for name in ("on", "off")}

@@ -81,7 +81,7 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
     for name, maker in makers.items():
         trainer = make_trainer(maker, policy, options, folder)
         if name == "GRPO, streaming head":
-            from gtpo.streaming_head import StreamingHead
+            from gtpo.hooks.streaming_head import StreamingHead
 
             StreamingHead(trainer)
         first = first or trainer
@@ -115,8 +115,8 @@ def load(options: argparse.Namespace, folder: Path):
     """The policy as train_model.py loads it, of a model with random weights."""
     import torch
 
-    from gtpo import backends
-    from gtpo.sections import ModelSection
+    from gtpo.models import backends
+    from gtpo.recipe.sections import ModelSection
 
     cuda = torch.cuda.is_available()
     model = options.model or folder / "model"
@@ -135,7 +135,7 @@ def load(options: argparse.Namespace, folder: Path):
         if cuda or options.backend != "unsloth"
         else unsloth_on_a_cpu()
     )
-    from gtpo.chat_tokenizer import load_tokenizer
+    from gtpo.models.tokenizer import load_tokenizer
 
     if not options.model:
         measure.make_model(options.shape, model)

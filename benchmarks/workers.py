@@ -36,10 +36,10 @@ def prepare() -> None:
     import peft  # noqa: F401
     import trl  # noqa: F401
 
-    import gtpo.exact_resume
+    import gtpo.evaluation.held_out
     import gtpo.gtpo_training
-    import gtpo.held_out
-    import gtpo.watch  # noqa: F401
+    import gtpo.runs.exact_resume
+    import gtpo.runs.progress  # noqa: F401
     import train_model  # noqa: F401
 
 

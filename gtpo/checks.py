@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gtpo import cli
-from gtpo.environment import set_up
-from gtpo.findings import Finding
 from gtpo.recipe import Recipe
-from gtpo.safe_text import without_secrets
-from gtpo.starts import Request, find_start
+from gtpo.recipe import command_line as cli
+from gtpo.runs.start import Request, find_start
+from gtpo.system.environment import set_up
+from gtpo.system.findings import Finding
+from gtpo.system.safe_text import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ class Facts:
 
 
 def _recipe(facts: Facts) -> str:
-    from gtpo.arguments import batch_plan
-    from gtpo.continuation import continued
+    from gtpo.models.continuation import continued
+    from gtpo.runs.arguments import batch_plan
 
     recipe = cli.make_recipe(facts.command)
     set_up(recipe.env)
@@ -69,7 +69,7 @@ def _run_directory(facts: Facts) -> str:
 
 
 def _model_files(facts: Facts) -> str:
-    from gtpo.base_model import check_model
+    from gtpo.models.base_model import check_model
 
     section = facts.recipe.model
     check_model(section.model_name)
@@ -94,7 +94,7 @@ def _data_files(facts: Facts) -> str:
 
 
 def _hub_token(facts: Facts) -> str:
-    from gtpo.hub import check_access
+    from gtpo.system.hub import check_access
 
     return check_access(facts.recipe.model.model_name)
 
@@ -102,7 +102,7 @@ def _hub_token(facts: Facts) -> str:
 def _backend(facts: Facts) -> str:
     import torch
 
-    from gtpo.backends import prepare_backend
+    from gtpo.models.backends import prepare_backend
 
     facts.backend = prepare_backend(
         facts.recipe.model, facts.recipe.gtpo_runtime.torch_compile_options
@@ -116,9 +116,9 @@ def _backend(facts: Facts) -> str:
 
 
 def _trainer(facts: Facts) -> str:
-    from gtpo.arguments import training_arguments
-    from gtpo.imported import trainer_class
-    from gtpo.memory import optimizer_bytes
+    from gtpo.runs.arguments import training_arguments
+    from gtpo.runs.memory import optimizer_bytes
+    from gtpo.runs.trainers import trainer_class
 
     trainer_class(facts.recipe)
     with tempfile.TemporaryDirectory() as folder:
@@ -128,7 +128,7 @@ def _trainer(facts: Facts) -> str:
 
 
 def _tokenizer(facts: Facts) -> str:
-    from gtpo.continuation import training_tokenizer
+    from gtpo.models.continuation import training_tokenizer
 
     facts.tokenizer = training_tokenizer(facts.recipe.model, facts.backend)
     ends, pads = facts.tokenizer.eos_token, facts.tokenizer.pad_token
@@ -141,8 +141,8 @@ def _tokenizer(facts: Facts) -> str:
 def _dataset(facts: Facts) -> str:
     import datasets
 
-    from gtpo.arguments import batch_plan, steps
     from gtpo.problems import enough, measured_training
+    from gtpo.runs.arguments import batch_plan, steps
 
     datasets.disable_progress_bars()
     problems = measured_training(facts.recipe, facts.tokenizer)
@@ -173,7 +173,7 @@ def _dataset(facts: Facts) -> str:
 
 
 def _options(facts: Facts) -> str | list[Finding]:
-    from gtpo.imported import try_options
+    from gtpo.runs.trainers import try_options
 
     if facts.backend != "transformers" or facts.arguments.use_vllm:
         return []  # Unsloth and vLLM would want a real model
@@ -191,7 +191,7 @@ def _held_out(facts: Facts) -> str:
 
 
 def _rewards(facts: Facts) -> list[Finding]:
-    from gtpo.reward_doctor import PROBLEMS, diagnose
+    from gtpo.rewards.doctor import PROBLEMS, diagnose
 
     recipe, count = facts.recipe, min(PROBLEMS, len(facts.problems))
     # from all over the data
@@ -206,8 +206,8 @@ def _rewards(facts: Facts) -> list[Finding]:
 
 
 def _model(facts: Facts) -> str:
-    from gtpo.backends import lora_config
-    from gtpo.memory import shape
+    from gtpo.models.backends import lora_config
+    from gtpo.runs.memory import shape
 
     adapter = facts.recipe.model.adapter
     facts.shape = shape(
@@ -217,7 +217,7 @@ def _model(facts: Facts) -> str:
 
 
 def _memory(facts: Facts) -> str:
-    from gtpo.room import memory
+    from gtpo.runs.room import memory
 
     return memory(
         facts.recipe,
@@ -230,8 +230,8 @@ def _memory(facts: Facts) -> str:
 
 
 def _disk(facts: Facts) -> str:
-    from gtpo.memory import checkpoint
-    from gtpo.room import disk
+    from gtpo.runs.memory import checkpoint
+    from gtpo.runs.room import disk
 
     with tempfile.TemporaryDirectory() as folder:
         facts.tokenizer.save_pretrained(folder)
@@ -248,7 +248,7 @@ def _disk(facts: Facts) -> str:
 
 
 def _trackers(facts: Facts) -> str:
-    from gtpo.trackers import prepare_trackers
+    from gtpo.runs.trackers import prepare_trackers
 
     prepare_trackers(facts.recipe, Path(facts.recipe.output_dir()))
     trackers = [tracker for tracker in facts.recipe.training.report_to if tracker != "none"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gtpo.answers import boxed_answer, format_reference, gsm8k_answer
 from gtpo.errors import RecipeError
-from gtpo.sections import DatasetSection
+from gtpo.recipe.sections import DatasetSection
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def check_source(section: DatasetSection) -> None:
     if section.path is not None:
         _files(section)
     elif section.kind in DATASETS:
-        from gtpo.hub import look_up
+        from gtpo.system.hub import look_up
 
         look_up(
             "dataset.name",

@@ -20,10 +20,10 @@ from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
 from gtpo import shaping
-from gtpo.groups import conflict_fractions, whole_groups
-from gtpo.nonfinite import SkipNonFiniteSteps
+from gtpo.hooks.groups import conflict_fractions, whole_groups
+from gtpo.hooks.nonfinite import SkipNonFiniteSteps
+from gtpo.hooks.streaming_head import StreamingHead, streaming_in_unsloths_loss
 from gtpo.options import refuse_conflicting_options, say_other_objectives
-from gtpo.streaming_head import StreamingHead, streaming_in_unsloths_loss
 
 logger = logging.getLogger(__name__)
 ENT_THRESHOLD = 0.7  # "ln 2" of the paper's gate, in nats

@@ -6,7 +6,7 @@ import logging
 
 from trl import GRPOConfig
 
-from gtpo.trl_options import FREE_FOR_GTPO
+from gtpo.system.trl_options import FREE_FOR_GTPO
 
 logger = logging.getLogger(__name__)
 

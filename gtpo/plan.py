@@ -3,10 +3,10 @@
 import os
 import sys
 
-from gtpo.arguments import batch_plan, say_batch_plan, steps
-from gtpo.cli import to_yaml
 from gtpo.data import count_rows
 from gtpo.recipe import Recipe
+from gtpo.recipe.command_line import to_yaml
+from gtpo.runs.arguments import batch_plan, say_batch_plan, steps
 
 
 def print_plan(recipe: Recipe, processes: int) -> None:

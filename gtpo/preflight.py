@@ -10,11 +10,11 @@ import logging
 import sys
 from collections.abc import Iterator
 
-from gtpo import cli
 from gtpo.checks import STEPS, Facts
 from gtpo.errors import RecipeError
-from gtpo.findings import Finding, as_json, conclusion, line
-from gtpo.starts import Request
+from gtpo.recipe import command_line as cli
+from gtpo.runs.start import Request
+from gtpo.system.findings import Finding, as_json, conclusion, line
 
 
 def check(command: cli.CommandLine, request: Request, processes: int) -> int:

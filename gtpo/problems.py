@@ -3,11 +3,11 @@
 import contextlib
 import os
 
-from gtpo.arguments import batch_plan
-from gtpo.cli import load_object
 from gtpo.data import check_source, load_problems, measured_problems
 from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe import Recipe
+from gtpo.recipe.command_line import load_object
+from gtpo.runs.arguments import batch_plan
 
 
 def load_training(recipe: Recipe, tokenizer, processes: int):

@@ -22,7 +22,7 @@ def patch_unsloth() -> None:
     os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1", UNSLOTH_FORCE_FLOAT32="1")
     import unsloth
 
-    from gtpo.backends import compile_options
+    from gtpo.models.backends import compile_options
 
     del os.environ["UNSLOTH_ALLOW_CPU"]
     with compile_options({"shape_padding": False, "trace.enabled": True}):
@@ -53,7 +53,7 @@ def make_trainer(
     import torch
     import trl
 
-    from gtpo.cli import load_object
+    from gtpo.recipe.command_line import load_object
 
     trainer_class = load_object(class_path)
     tokenizer = tiny.tiny_tokenizer(pad=pad, alphabet="abcdefgh \n:u")
@@ -234,7 +234,7 @@ def two_steps(folder: str, class_path: str, **options) -> tuple[dict, dict]:
         **{"max_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0, **options},
     )
     from gtpo import gtpo_training
-    from gtpo.streaming_head import stream_log_probs
+    from gtpo.hooks.streaming_head import stream_log_probs
 
     # as train_model.py does for every trainer: the same arithmetic for both
     stream_log_probs(trainer)
@@ -272,7 +272,8 @@ def compare(
     trainer = make_trainer(
         "gtpo.gtpo_training.UnslothGTPOTrainer", folder, pad=pad, peaked=peaked, **options
     )
-    from gtpo import gtpo_training, streaming_head
+    from gtpo import gtpo_training
+    from gtpo.hooks import streaming_head
 
     streamed, head = [], streaming_head.log_probs_and_entropies
     streaming_head.log_probs_and_entropies = lambda *args, **kwargs: (
@@ -327,7 +328,7 @@ def heads() -> list[dict]:
     import torch
     from unsloth_zoo import rl_replacements
 
-    from gtpo import streaming_head
+    from gtpo.hooks import streaming_head
 
     theirs, name = (
         rl_replacements.chunked_hidden_states_selective_log_softmax_recompute,
@@ -380,9 +381,9 @@ def judged(folder: str) -> dict:
 
     import hostile_rewards
 
-    from gtpo.judges import Judges
-    from gtpo.nonfinite import skip_non_finite
-    from gtpo.rewards_sections import RewardsSection
+    from gtpo.hooks.nonfinite import skip_non_finite
+    from gtpo.recipe.rewards_sections import RewardsSection
+    from gtpo.rewards.guarded import Judges
 
     figures = {}
     for class_path in (

@@ -89,7 +89,8 @@ def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **option
                 **options,
             },
         )
-        from gtpo import gtpo_training, sharding
+        from gtpo import gtpo_training
+        from gtpo.runs import sharding
 
         gtpo_training.ENT_THRESHOLD = threshold
         inject(trainer, rows)
@@ -165,7 +166,7 @@ def train_on(folder: Path, checkpoint, last: int) -> dict:
     """LoRA weights and <H>_ini of a run of 5 steps that goes on from `checkpoint` (None: begins)
     and ends with step `last`.
     """
-    from gtpo.exact_resume import ExactResume
+    from gtpo.runs.exact_resume import ExactResume
 
     folder.mkdir(exist_ok=True)
     trainer = gradients.make_trainer(
@@ -216,7 +217,7 @@ def pass_on(folder: Path, counts: list[int]) -> None:
     """Train straight in FOLDER/passed/straight, and by `counts` of processes in turn from its
     second step on, one step each.
     """
-    from gtpo import checkpoints
+    from gtpo.runs import checkpoints
 
     passed = folder / "passed"
     passed.mkdir()

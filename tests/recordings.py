@@ -30,7 +30,7 @@ def record(
     before = copy.deepcopy(trainer.model)
     seen = gradients.watch(trainer)
     if record:
-        from gtpo.recorder import Recorder
+        from gtpo.hooks.recorder import Recorder
 
         Recorder(trainer, file, tokens_every=tokens_every)
     trainer.train()

@@ -1,5 +1,5 @@
 """Train a tiny policy straight, and again from a checkpoint on the way, with nothing but a trainer
-and gtpo.exact_resume.
+and gtpo.runs.exact_resume.
 """
 
 from pathlib import Path
@@ -29,8 +29,8 @@ def train(
 ) -> dict:
     """What has to be the same, of a run with a recorder."""
     from benchmarks.resume_proof import _drop_times
-    from gtpo.exact_resume import ExactResume
-    from gtpo.recorder import Recorder
+    from gtpo.hooks.recorder import Recorder
+    from gtpo.runs.exact_resume import ExactResume
 
     folder.mkdir(parents=True, exist_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{**OPTIONS, **options})
@@ -67,7 +67,7 @@ def where_resumed_runs_differ(
     class_path: str, folder: Path, steps=(1, 2, 3), **options
 ) -> list[str]:
     from benchmarks.resume_proof import differences
-    from gtpo import checkpoints
+    from gtpo.runs import checkpoints
 
     straight = train(class_path, folder / "straight", **options)
     return [

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gtpo import shaping
-from gtpo.cli import to_yaml
+from gtpo.recipe.command_line import to_yaml
 
 RECIPE = {
     "run_name": "small",

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
-from gtpo.alarm import CONDITIONS, METRICS, Alarm
-from gtpo.watch_sections import AlarmSection
+from gtpo.hooks.alarm import CONDITIONS, METRICS, Alarm
+from gtpo.recipe.watch_sections import AlarmSection
 
 HEALTHY = {
     "reward": 12.0,

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from gtpo import answers, verifier
 from gtpo.answers import (
     boxed_answer,
     final_answer,
@@ -20,7 +19,9 @@ from gtpo.answers import (
     format_score,
     gsm8k_answer,
     same_answer,
+    verifier,
 )
+from gtpo.answers import text as answers
 
 ROOT = Path(__file__).resolve().parent.parent
 MANY = 200_000  # repetitions in a hostile text: anything quadratic takes hours

@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_recipe import MINIMAL
 
-from gtpo import cli
-from gtpo.arguments import batch_plan, precision, say_batch_plan, steps, training_arguments
 from gtpo.errors import RecipeError
+from gtpo.recipe import command_line as cli
+from gtpo.runs.arguments import batch_plan, precision, say_batch_plan, steps, training_arguments
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from test_train_model import demo_flags, here, run_dir  # noqa: F401
 
 import train_model
-from gtpo import cli
-from gtpo.continuation import continued
 from gtpo.errors import RecipeError
+from gtpo.models.continuation import continued
+from gtpo.recipe import command_line as cli
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ import pytest
 import tiny
 from conftest import ROOT
 
-from gtpo import cli
 from gtpo.answers import final_answer, format_score
 from gtpo.data import check_source, count_rows, gsm8k_reference, load_problems, math_reference
 from gtpo.errors import RecipeError
-from gtpo.sections import DatasetSection
+from gtpo.recipe import command_line as cli
+from gtpo.recipe.sections import DatasetSection
 
 
 @pytest.fixture(scope="module")

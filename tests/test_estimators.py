@@ -6,9 +6,9 @@ from itertools import combinations
 import numpy
 import pytest
 
-from gtpo import estimators
 from gtpo.answers import same_answer
-from gtpo.estimators import intervals, maj_at_k, pass_at_k
+from gtpo.evaluation import estimators
+from gtpo.evaluation.estimators import intervals, maj_at_k, pass_at_k
 
 POOL = [
     "1/2",

@@ -15,7 +15,8 @@ from conftest import ROOT
 
 import evaluate_model
 import train_model
-from gtpo import evaluation_file, generation
+from gtpo.evaluation import file as evaluation_file
+from gtpo.models import generation
 
 TEST = str(ROOT / "demo/data/test.jsonl")
 BASE = str(ROOT / "demo/model")
@@ -120,7 +121,7 @@ def test_the_same_command_again_draws_nothing_and_prints_the_same_and_so_does_fr
     run_dir, capsys, monkeypatch
 ):
     first = evaluate(capsys, run_dir, "--samples", "3", "--limit", "8")
-    monkeypatch.setattr("gtpo.engines.load_saved", None)  # and no model is loaded
+    monkeypatch.setattr("gtpo.evaluation.engines.load_saved", None)  # and no model is loaded
     assert evaluate_model.main([run_dir, "--samples", "3", "--limit", "8"]) == 0
     again = capsys.readouterr()
     assert again.out == first and "is complete: nothing is drawn again" in again.err
@@ -147,7 +148,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, mon
 
         return sample
 
-    monkeypatch.setattr("gtpo.engines.with_model", interrupted_once)
+    monkeypatch.setattr("gtpo.evaluation.engines.with_model", interrupted_once)
     assert evaluate_model.main(flags) == 130
     assert (
         "interrupted: what was drawn is kept, and the same command goes on"
@@ -290,7 +291,7 @@ def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, cap
             if f"What is {asked}?" in prompt
         ]
 
-    monkeypatch.setattr("gtpo.engines.with_model", knowing)
+    monkeypatch.setattr("gtpo.evaluation.engines.with_model", knowing)
     out = evaluate(
         capsys,
         run_dir,

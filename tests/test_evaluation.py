@@ -12,13 +12,16 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reward_math
-from gtpo import evaluation, evaluation_file, generation, scores
-from gtpo.backends import Policy
 from gtpo.data import load_problems
 from gtpo.errors import RecipeError
-from gtpo.evaluation_file import EvaluationFile
-from gtpo.generation import Completion, Sampling, draw_seed, with_model
-from gtpo.sections import DatasetSection
+from gtpo.evaluation import draw as evaluation
+from gtpo.evaluation import file as evaluation_file
+from gtpo.evaluation import scores
+from gtpo.evaluation.file import EvaluationFile
+from gtpo.models import generation
+from gtpo.models.backends import Policy
+from gtpo.models.generation import Completion, Sampling, draw_seed, with_model
+from gtpo.recipe.sections import DatasetSection
 
 GREEDY, SAMPLED = Sampling(0.0, 1.0, 1, 36), Sampling(1.0, 1.0, 1, 36)
 RIGHT = "<reasoning>\n1\n</reasoning>\n<answer>{}</answer>"

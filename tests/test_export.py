@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export_model
 import train_model
-from gtpo import export, fidelity
-from gtpo.saved import find_saved
+from gtpo.models import export, fidelity
+from gtpo.models.saved import find_saved
 
 TEXT = "s:Add.\nu:How many are left?\na:seven"
 

@@ -13,10 +13,16 @@ import time
 import pytest
 from conftest import ROOT
 
-from gtpo import checkpoints, cli, trackers, troubles
 from gtpo.errors import RecipeError
-from gtpo.interruption import Interrupted, Interruption
-from gtpo.whole_files import files_written_aside, remove_leftovers, write_whole, written_aside
+from gtpo.recipe import command_line as cli
+from gtpo.runs import checkpoints, trackers, troubles
+from gtpo.system.signals import Interrupted, Interruption
+from gtpo.system.whole_files import (
+    files_written_aside,
+    remove_leftovers,
+    write_whole,
+    written_aside,
+)
 
 FAULTS = [
     "sigkill",

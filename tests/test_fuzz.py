@@ -14,7 +14,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import fuzz  # noqa: E402
 import hostile  # noqa: E402
 
-from gtpo import answers, safe_text, yaml_text  # noqa: E402
+from gtpo.answers import text as answers
+from gtpo.recipe import yaml_text
+from gtpo.system import safe_text  # noqa: E402
 from reward_math import final_reward, released_reward  # noqa: E402
 
 FEW = settings(max_examples=80, deadline=None, derandomize=True, database=None)

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from gtpo.base_model import check_model
 from gtpo.errors import RecipeError
-from gtpo.hub import look_up
+from gtpo.models.base_model import check_model
+from gtpo.system.hub import look_up
 
 
 @pytest.fixture

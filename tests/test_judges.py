@@ -17,13 +17,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gtpo.cli import load_object
 from gtpo.errors import RecipeError
-from gtpo.judge_call import judge
-from gtpo.judge_process import JudgePool, JudgeProcess
-from gtpo.judges import Judges
-from gtpo.rewards_sections import RewardsSection
-from gtpo.verdicts import Settling
+from gtpo.recipe.command_line import load_object
+from gtpo.recipe.rewards_sections import RewardsSection
+from gtpo.rewards.failures import Settling
+from gtpo.rewards.guarded import Judges
+from gtpo.rewards.pool import JudgePool, JudgeProcess
+from gtpo.rewards.worker import judge
 
 GTPO = "gtpo.gtpo_training.UnslothGTPOTrainer"
 GRPO = "custom_trainer.original.UnslothGRPOTrainer"
@@ -410,7 +410,7 @@ def test_a_call_may_take_longer_than_its_like_by_the_limit_of_one_completion():
 
 def test_a_process_ends_with_its_parent_even_when_that_is_killed_and_it_is_in_a_loop_of_its_own():
     program = (
-        "import sys, threading, time; sys.path[:0] = sys.argv[1:]; from gtpo.judge_process import"
+        "import sys, threading, time; sys.path[:0] = sys.argv[1:]; from gtpo.rewards.pool import"
         " JudgeProcess; p = JudgeProcess();ask = lambda:"
         " p.ask('hostile_rewards.in_an_endless_regex', {'completions': ['a', '#']}, count=2,"
         " seconds=99.0, seed='');threading.Thread(target=ask, daemon=True).start()\nwhile p._child"

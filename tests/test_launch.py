@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from gtpo import checkpoints
+from gtpo.runs import checkpoints
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [

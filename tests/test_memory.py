@@ -6,8 +6,8 @@ import pytest
 from conftest import ROOT
 
 from gtpo.errors import RecipeError
-from gtpo.memory import LIBRARIES, Load, Shape, checkpoint, optimizer_bytes, peak, shape
-from gtpo.sections import ModelSection
+from gtpo.recipe.sections import ModelSection
+from gtpo.runs.memory import LIBRARIES, Load, Shape, checkpoint, optimizer_bytes, peak, shape
 
 LLAMA_8B = Shape(
     parameters=8_030_261_248,
@@ -112,7 +112,8 @@ def test_on_transformers_logits_are_streamed_and_where_they_cannot_be_trl_keeps_
 
 
 def test_the_chunks_are_those_of_the_streaming_head():
-    from gtpo import memory, streaming_head
+    from gtpo.hooks import streaming_head
+    from gtpo.runs import memory
 
     assert (
         streaming_head.CHUNK == {"cuda": memory.OWN_CHUNK[16], "cpu": memory.OWN_CHUNK[32]}

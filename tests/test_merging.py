@@ -7,8 +7,8 @@ import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gtpo import merging
-from gtpo.merging import merged
+from gtpo.hooks import merged_generation as merging
+from gtpo.hooks.merged_generation import merged
 
 
 @pytest.fixture

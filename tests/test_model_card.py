@@ -16,8 +16,9 @@ import export_model
 import train_model
 from custom_trainer.original import UnslothGRPOTrainer
 from custom_trainer.released import ReleasedGTPOTrainer
-from gtpo import cli, model_card
 from gtpo.gtpo_training import UnslothGTPOTrainer
+from gtpo.recipe import command_line as cli
+from gtpo.report import model_card
 
 
 class MyTrainer(UnslothGTPOTrainer):

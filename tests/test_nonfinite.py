@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from gtpo.nonfinite import SkipNonFiniteSteps, skip_non_finite
+from gtpo.hooks.nonfinite import SkipNonFiniteSteps, skip_non_finite
 
 TRAINERS = ["gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"]
 

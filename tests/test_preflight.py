@@ -12,10 +12,12 @@ import pytest
 from conftest import ROOT
 
 import train_model
-from gtpo import checks, cli, preflight, room
-from gtpo.findings import Finding, conclusion, line
-from gtpo.memory import Load, Shape
-from gtpo.starts import Request
+from gtpo import checks, preflight
+from gtpo.recipe import command_line as cli
+from gtpo.runs import room
+from gtpo.runs.memory import Load, Shape
+from gtpo.runs.start import Request
+from gtpo.system.findings import Finding, conclusion, line
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from test_saved import save_adapter
 import evaluate_model
 import export_model
 import report_run
-from gtpo import cli, gtpo_training
-from gtpo.dotted_paths import check_dotted_path
-from gtpo.schema import leaves
+from gtpo import gtpo_training
+from gtpo.recipe import command_line as cli
+from gtpo.recipe.dotted_paths import check_dotted_path
+from gtpo.recipe.keys import leaves
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -150,7 +151,7 @@ def test_every_python_example_runs(monkeypatch, tmp_path, tiny_policy):
 
 
 def test_the_flags_and_switches_it_names_exist():
-    from gtpo.schema import ALIASES, SWITCHES, key_path
+    from gtpo.recipe.keys import ALIASES, SWITCHES, key_path
 
     # other programs have flags of their own
     ours = re.sub(

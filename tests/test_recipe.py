@@ -10,9 +10,9 @@ import textwrap
 import pytest
 from conftest import ROOT
 
-from gtpo import cli
 from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
+from gtpo.recipe import command_line as cli
 
 DOCUMENTED = str(ROOT / "tests/recipes/documented.yaml")
 MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"
@@ -550,7 +550,7 @@ def test_a_missing_file_a_folder_and_two_files_are_told_apart(tmp_path):
             "module 'reward_math' has no 'final_rewrd'; it has final_reward",
         ),
         (
-            "gtpo.runs.LIBRARIES",
+            "gtpo.runs.directory.LIBRARIES",
             "is a collection, which cannot be called; name a function or class",
         ),
         (

@@ -7,7 +7,7 @@ import recordings
 import torch
 
 from gtpo import shaping
-from gtpo.token_texts import TokenTexts
+from gtpo.hooks.token_texts import TokenTexts
 
 GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"
 
@@ -171,7 +171,7 @@ def test_truncated_completions_that_the_loss_masks_keep_their_tokens(tmp_path):
 
 
 def test_a_line_stays_one_line_whatever_the_policy_writes(tmp_path):
-    from gtpo import recorder
+    from gtpo.hooks import recorder
 
     values = {"completion": "a\u2028b\u2029c\x85d\ne\x00\u4e2d", "prompt": "half a pair: \ud83d"}
     line = recorder._as_line({**values, "reward": recorder._number(float("inf"))}).decode()

@@ -14,13 +14,14 @@ from conftest import ROOT
 from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
 
 import report_run
-from gtpo import curves, reports
-from gtpo.completion_log import Completion, CompletionLog
-from gtpo.configurations import configurations, differences
-from gtpo.conflict_view import choose_steps, conflict_view
 from gtpo.errors import RecipeError
-from gtpo.run_record import read_run
-from gtpo.summary import answers
+from gtpo.report import curves
+from gtpo.report import page as reports
+from gtpo.report.comparison import configurations, differences
+from gtpo.report.completion_log import Completion, CompletionLog
+from gtpo.report.conflict_view import choose_steps, conflict_view
+from gtpo.report.run_record import read_run
+from gtpo.report.summary import answers
 
 TWO = [(RIGHT, 20.0), (WRONG, 10.0)]
 ONE_CURVE = [{"step": 1, "reward": 1.0}]  # drawn quickly
@@ -352,7 +353,7 @@ def test_alarms_are_told_with_their_evidence_and_drawn(tmp_path):
         (27, "after the checkpoint"),
     ]
     (run / "train.log").write_text(
-        "".join(f"WARNING gtpo.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in said)
+        "".join(f"WARNING gtpo.hooks.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in said)
     )
     stable = told(read_run(run))["stable"]
     assert stable.word == "4 alarms; not finished"

@@ -9,7 +9,7 @@ import resumes
 from conftest import ROOT
 
 from benchmarks import resume_proof
-from gtpo import checkpoints
+from gtpo.runs import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_it_works_for_a_trainer_without_a_recipe_and_for_somebodys_class(tmp_pat
 
 
 def test_what_transformers_and_trl_restore_is_not_enough(tmp_path, monkeypatch):
-    from gtpo.exact_resume import ExactResume
+    from gtpo.runs.exact_resume import ExactResume
 
     monkeypatch.setattr(ExactResume, "on_train_begin", lambda *args, **kwargs: None)
     differences = resumes.where_resumed_runs_differ(
@@ -125,7 +125,7 @@ def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_ru
 def test_a_rollout_that_cannot_be_kept_is_told_and_costs_exactness_alone(
     tmp_path, monkeypatch, caplog
 ):
-    from gtpo import exact_resume
+    from gtpo.runs import exact_resume
 
     keep = exact_resume._plain
     is_rollout = lambda value: (

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 from gtpo.answers import format_reference
-from gtpo.reward_doctor import diagnose, probe_completions
-from gtpo.rewards_sections import RewardsSection
+from gtpo.recipe.rewards_sections import RewardsSection
+from gtpo.rewards.doctor import diagnose, probe_completions
 
 PROBLEMS = [
     {

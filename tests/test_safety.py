@@ -19,10 +19,13 @@ from conftest import ROOT
 
 import report_run
 import train_model
-from gtpo import adapters, cli, environment, imported, safe_text, yaml_text
-from gtpo.base_model import check_model
 from gtpo.errors import RecipeError
-from gtpo.recipe import Recipe
+from gtpo.models import adapters
+from gtpo.models.base_model import check_model
+from gtpo.recipe import Recipe, yaml_text
+from gtpo.recipe import command_line as cli
+from gtpo.runs import trainers as imported
+from gtpo.system import environment, safe_text
 
 MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"
 
@@ -207,9 +210,9 @@ def remote_code(tmp_path, tiny_policy):
 def test_code_that_comes_with_a_model_runs_only_if_the_recipe_says_so_and_then_it_is_said(
     remote_code, tmp_path, monkeypatch, caplog, capsys
 ):
-    from gtpo.backends import load_policy
-    from gtpo.chat_tokenizer import load_tokenizer
-    from gtpo.sections import ModelSection
+    from gtpo.models.backends import load_policy
+    from gtpo.models.tokenizer import load_tokenizer
+    from gtpo.recipe.sections import ModelSection
 
     monkeypatch.setattr(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
@@ -336,7 +339,7 @@ def test_an_error_on_the_console_shows_neither_control_characters_nor_tokens(tmp
 
 
 def test_the_table_of_completions_shows_control_characters_and_does_not_send_them(capsys):
-    from gtpo.watch import _without_control_characters
+    from gtpo.runs.progress import _without_control_characters
 
     class Trainer:
         _logs = {

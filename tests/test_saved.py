@@ -16,9 +16,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gtpo.cli import read_recipe, to_yaml
 from gtpo.errors import RecipeError
-from gtpo.saved import find_saved, load_saved
+from gtpo.models.saved import find_saved, load_saved
+from gtpo.recipe.command_line import read_recipe, to_yaml
 
 TEXT = "How many are left?"
 

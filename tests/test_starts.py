@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gtpo import checkpoints, cli, rewinding, runs, trackers
-from gtpo.changes import changes
 from gtpo.errors import RecipeError
-from gtpo.starts import Request, find_start
+from gtpo.recipe import command_line as cli
+from gtpo.recipe.differences import changes
+from gtpo.runs import checkpoints, rewinding, trackers
+from gtpo.runs import directory as runs
+from gtpo.runs.start import Request, find_start
 
 
 @pytest.fixture

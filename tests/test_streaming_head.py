@@ -8,8 +8,8 @@ import torch
 import trl
 
 from custom_trainer.original import UnslothGRPOTrainer
-from gtpo import streaming_head
-from gtpo.streaming_head import StreamingHead, log_probs_and_entropies, stream_log_probs
+from gtpo.hooks import streaming_head
+from gtpo.hooks.streaming_head import StreamingHead, log_probs_and_entropies, stream_log_probs
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])

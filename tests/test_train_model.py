@@ -11,8 +11,9 @@ import tiny
 from conftest import ROOT
 
 import train_model
-from gtpo import cli, evaluation_file
-from gtpo.environment import NO_TELEMETRY
+from gtpo.evaluation import file as evaluation_file
+from gtpo.recipe import command_line as cli
+from gtpo.system.environment import NO_TELEMETRY
 
 
 @pytest.fixture
@@ -238,7 +239,7 @@ def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):
     import torch
     import trl
 
-    from gtpo.backends import Policy
+    from gtpo.models.backends import Policy
 
     for make in (trl.GRPOTrainer, train_model._make_trainer):
         tokenizer = tiny.tiny_tokenizer()
@@ -819,9 +820,9 @@ def test_damaged_weights_and_a_reward_that_cannot_be_imported_are_refused(here, 
 
 
 def test_of_two_runs_at_once_with_one_name_the_second_is_told(here, capsys):
-    from gtpo import runs
     from gtpo.errors import RecipeError
-    from gtpo.starts import Request, find_start
+    from gtpo.runs import directory as runs
+    from gtpo.runs.start import Request, find_start
 
     recipe = cli.read_recipe(demo_flags())
     # both looked at the same time

@@ -10,7 +10,7 @@ import torch
 import trl
 
 from gtpo import gtpo_training
-from gtpo.groups import whole_groups
+from gtpo.hooks.groups import whole_groups
 from gtpo.options import refuse_conflicting_options
 
 CLASS = "gtpo.gtpo_training.UnslothGTPOTrainer"

@@ -70,7 +70,7 @@ def test_advantages_arrive_one_dimensional(tmp_path):
 def test_the_schema_knows_every_option_of_the_installed_grpo_config():
     import dataclasses
 
-    from gtpo.trl_options import grpo_options
+    from gtpo.system.trl_options import grpo_options
 
     installed = {f.name: f for f in dataclasses.fields(trl.GRPOConfig) if f.init}
     assert installed.keys() <= grpo_options().keys()

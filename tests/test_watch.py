@@ -7,8 +7,8 @@ import pytest
 import test_train_model
 
 import train_model
-from gtpo import console
-from gtpo.watch import SHOWN_LENGTH, good_and_bad, legend, readable
+from gtpo.runs.progress import SHOWN_LENGTH, good_and_bad, legend, readable
+from gtpo.system import console
 
 LOGS = {
     "reward": 15.837,
@@ -150,7 +150,7 @@ def test_a_message_stands_above_the_progress_bar_and_not_in_it(capsys):
 
     with console.log_to_console(), tqdm(total=3, file=sys.stderr) as bar:
         bar.update(1)
-        logging.getLogger("gtpo.alarm").warning("Alarm!")
+        logging.getLogger("gtpo.hooks.alarm").warning("Alarm!")
         console.print_end(
             "stopped", RuntimeError("It raised \x1b[31m hf_abcdefghijklmnopqrst\nSaved.")
         )

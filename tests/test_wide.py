@@ -8,8 +8,9 @@ import pytest
 from conftest import ROOT
 from injected import launched
 
-from gtpo import cli, processes
 from gtpo.errors import RecipeError
+from gtpo.recipe import command_line as cli
+from gtpo.system import processes
 
 CONFIGURATIONS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
 SERVER = [
@@ -70,7 +71,7 @@ def test_there_is_a_configuration_for_each_engine():
 def test_a_vllm_server_reaches_trl(tmp_path, monkeypatch):
     import importlib.util
 
-    from gtpo.arguments import training_arguments
+    from gtpo.runs.arguments import training_arguments
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -137,7 +138,7 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
 
     from accelerate.utils import DistributedType
 
-    from gtpo import sharding
+    from gtpo.runs import sharding
 
     def trainer(kind, stage=0):
         state = SimpleNamespace(
@@ -160,7 +161,7 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
 def test_processes_that_do_not_know_of_each_other_end_with_a_sentence(monkeypatch):
     from types import SimpleNamespace
 
-    from gtpo import sharding
+    from gtpo.runs import sharding
 
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(
@@ -177,8 +178,8 @@ def test_processes_that_do_not_know_of_each_other_end_with_a_sentence(monkeypatc
 def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, several):
     import importlib.util
 
-    from gtpo.generation import vllm_in_unsloth
-    from gtpo.sections import ModelSection
+    from gtpo.models.generation import vllm_in_unsloth
+    from gtpo.recipe.sections import ModelSection
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -300,8 +301,8 @@ def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(
     import torch
     import transformers
 
-    from gtpo import memory, room
-    from gtpo.backends import lora_config
+    from gtpo.models.backends import lora_config
+    from gtpo.runs import memory, room
 
     kind, values = SHAPES[name]
     getattr(transformers, kind)(max_position_embeddings=32_768, **values).save_pretrained(tmp_path)

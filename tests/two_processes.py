@@ -17,7 +17,7 @@ import torch  # noqa: E402
 from accelerate import Accelerator  # noqa: E402
 
 from gtpo import shaping  # noqa: E402
-from gtpo.groups import whole_groups  # noqa: E402
+from gtpo.hooks.groups import whole_groups  # noqa: E402
 
 
 def drawn() -> dict:
@@ -126,8 +126,8 @@ def judged_over_processes(folder: str) -> dict:
     """
     import hostile_rewards
 
-    from gtpo.judges import Judges
-    from gtpo.rewards_sections import RewardsSection
+    from gtpo.recipe.rewards_sections import RewardsSection
+    from gtpo.rewards.guarded import Judges
 
     judges = Judges(
         RewardsSection(max_failures=0.1),

@@ -1,0 +1,21 @@
+"""What a correct answer is: found in a text, formatted, compared."""
+
+from gtpo.answers.text import (
+    boxed_answer,
+    final_answer,
+    format_reference,
+    format_score,
+    gsm8k_answer,
+    reference_answer,
+    same_answer,
+)
+
+__all__ = [
+    "boxed_answer",
+    "final_answer",
+    "format_reference",
+    "format_score",
+    "gsm8k_answer",
+    "reference_answer",
+    "same_answer",
+]

@@ -1,0 +1,1 @@
+"""Sample completions, grade them, count."""

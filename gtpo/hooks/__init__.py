@@ -1,0 +1,1 @@
+"""What we attach to any `trl.GRPOTrainer`. Nothing here knows a recipe."""

@@ -1,0 +1,300 @@
+"""Load a LoRA policy with Unsloth, or with transformers + peft; save the adapter."""
+
+import contextlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gtpo.errors import RecipeError
+from gtpo.hooks.merged_generation import merged
+from gtpo.models import adapters
+from gtpo.models.base_model import check_context, check_memory, loading_error
+from gtpo.models.generation import vllm_in_unsloth
+from gtpo.models.tokenizer import ready_tokenizer
+from gtpo.recipe.sections import ModelSection
+from gtpo.system.importing import collector_off
+from gtpo.system.whole_files import files_written_aside
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Policy:
+    """A model with a LoRA adapter, its tokenizer, and which backend loaded it."""
+
+    model: Any
+    tokenizer: Any
+    backend: str
+    uses_vllm: bool = False
+
+    @contextlib.contextmanager
+    def generating(self):
+        """The model ready to generate inside, ready to train again afterwards; Unsloth has modes of
+        its own.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        if self.backend == "unsloth":
+            from unsloth import FastLanguageModel
+
+            FastLanguageModel.for_inference(self.model)
+        try:
+            with merged(self.model) if self.backend == "transformers" else contextlib.nullcontext():
+                yield self.model
+        finally:
+            if self.backend == "unsloth":
+                FastLanguageModel.for_training(self.model)
+            self.model.train(was_training)
+
+    def save_adapter(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
+        """Adapter and tokenizer, loadable by plain peft and transformers; from `state` where the
+        model itself holds but a part.
+        """
+        with files_written_aside(Path(folder)) as aside:
+            self.model.save_pretrained(str(aside), safe_serialization=True, state_dict=state)
+            self.tokenizer.save_pretrained(str(aside))
+
+
+@collector_off()
+def choose_backend(section: ModelSection) -> str:
+    """Choose the backend and say which; Unsloth, if it is, is imported: it must be before trl and
+    transformers are.
+
+    Raises RecipeError if `model.backend: unsloth` cannot be had on this machine.
+    """
+    import torch
+
+    cuda, installed = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
+    missing = (
+        "no NVIDIA GPU is visible"
+        if not cuda
+        else "the package unsloth is not installed"
+        if not installed
+        else None
+    )
+    if section.backend == "unsloth" and missing:
+        raise RecipeError(
+            "model.backend", f"unsloth cannot be used here, {missing}; use transformers or auto"
+        )
+    backend = "transformers" if section.backend == "transformers" or missing else "unsloth"
+    why = f" (auto: {missing})" if section.backend == "auto" and missing else ""
+    device = torch.cuda.get_device_name() if cuda else "CPU"
+    logger.info(
+        "[GTPO] Backend: %s on %s%s",
+        "Unsloth" if backend == "unsloth" else "transformers + peft",
+        device,
+        why,
+    )
+    # which imports transformers
+    importlib.import_module("unsloth" if backend == "unsloth" else "peft")
+    return backend
+
+
+def prepare_backend(section: ModelSection, options: dict) -> str:
+    """Choose the backend for training: Unsloth also patches TRL, which nothing may have imported
+    yet.
+    """
+    backend = choose_backend(section)
+    if backend == "unsloth":
+        import unsloth
+
+        with compile_options(options):
+            unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
+        import trl
+
+        # it warns and goes on with TRL's where patching fails
+        if trl.GRPOTrainer.__module__ != "UnslothGRPOTrainer":
+            raise RecipeError(
+                "model.backend",
+                "unsloth could not patch TRL; install requirements.txt, or use transformers",
+            )
+    return backend
+
+
+@contextlib.contextmanager
+def compile_options(options: dict):
+    """Lay `options` over those that Unsloth's generated trainer compiles with.
+
+    unsloth 2026.10.7 writes its options into the source that `create_new_function` turns into a
+    module, and torch.compile reads them when that module is imported; so the source is where they
+    can be set.
+    """
+    import unsloth.models.rl as rl
+
+    create = rl.create_new_function
+
+    def create_with_options(name, new_source, *args, **kwargs):
+        marker = "torch_compile_options = {"
+        if name == "UnslothGRPOTrainer" and options:
+            start = new_source.index(marker)
+            end = new_source.index("}", start) + 1
+            new_source = (
+                f"{new_source[:end]}\ntorch_compile_options.update({options!r})\n{new_source[end:]}"
+            )
+        return create(name, new_source, *args, **kwargs)
+
+    rl.create_new_function = create_with_options
+    try:
+        yield
+    finally:
+        rl.create_new_function = create
+
+
+def load_policy(
+    section: ModelSection,
+    tokenizer,
+    backend: str,
+    *,
+    seed: int,
+    precision: str,
+    gradient_checkpointing: bool,
+    adapter: Path | None = None,
+    lora: bool = True,
+) -> Policy:
+    """The base model with a LoRA adapter, fresh or that of the folder `adapter`, by `backend` (what
+    `choose_backend` returned).
+
+    `precision` is bf16, fp16 or float32 (which a CPU holds whatever is asked). `lora=False`: the
+    base model as it is. Raises RecipeError for weights that cannot be loaded, options this machine
+    lacks, and layers the model lacks.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[precision]
+    try:
+        config = lora_config(section, adapter) if lora else None
+        if backend == "unsloth":
+            policy = _load_with_unsloth(
+                section, tokenizer, dtype, config, seed, gradient_checkpointing
+            )
+        else:
+            policy = _load_with_transformers(section, tokenizer, dtype, config)
+    except RecipeError:
+        raise
+    # no weights, damaged ones, a missing quantizer
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise loading_error(
+            "model", f"{section.model_name!r} cannot be loaded", section, error
+        ) from error
+    if lora and adapter:
+        adapters.load_weights(policy.model, adapter, section.model_name)
+    return policy
+
+
+def lora_config(section: ModelSection, adapter: Path | None):
+    """The peft.LoraConfig of the adapter to train: that of the folder `adapter`, else the
+    recipe's.
+    """
+    from peft import LoraConfig
+
+    if adapter:
+        return adapters.lora_config(adapter)
+    return LoraConfig(
+        r=section.lora_rank,
+        lora_alpha=section.lora_alpha,
+        target_modules=section.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _load_with_unsloth(
+    section: ModelSection, tokenizer, dtype, lora, seed: int, gradient_checkpointing: bool
+) -> Policy:
+    from unsloth import FastLanguageModel
+
+    vllm = vllm_in_unsloth(section)
+    logger.info("[GTPO] Generation: %s", "vLLM" if vllm else "Unsloth, without vLLM")
+    model, theirs = FastLanguageModel.from_pretrained(
+        model_name=section.model_name,
+        dtype=dtype,
+        max_seq_length=section.max_seq_length,
+        load_in_4bit=section.load_in_4bit,
+        fast_inference=vllm,
+        max_lora_rank=lora.r if lora else section.lora_rank,
+        gpu_memory_utilization=section.gpu_memory_utilization,
+        trust_remote_code=section.trust_remote_code,
+        random_state=seed,
+    )
+    if lora:
+        if lora.rank_pattern or lora.alpha_pattern:
+            raise RecipeError(
+                "model.backend",
+                "unsloth gives all layers one rank, and this adapter has several; use transformers",
+            )
+        targets = (
+            lora.target_modules
+            if isinstance(lora.target_modules, str)
+            else sorted(lora.target_modules)
+        )
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            target_modules=targets,
+            lora_dropout=lora.lora_dropout,
+            bias=lora.bias,
+            use_rslora=lora.use_rslora,
+            use_dora=lora.use_dora,
+            modules_to_save=lora.modules_to_save,
+            random_state=seed,
+            use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
+        )
+    theirs.chat_template = tokenizer.chat_template  # the one that the prompts were filtered with
+    return Policy(model, ready_tokenizer(theirs, section, "unsloth"), "unsloth", uses_vllm=vllm)
+
+
+def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Policy:
+    import torch
+    from peft import get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    cuda = torch.cuda.is_available()
+    quantized = section.load_in_4bit and cuda
+    if section.load_in_4bit and not cuda:
+        _fall_back(section, "model.load_in_4bit", "true needs an NVIDIA GPU", "false")
+    if section.fast_inference is True:
+        _fall_back(section, "model.fast_inference", "true needs Unsloth", "auto")
+    config = AutoConfig.from_pretrained(
+        section.model_name, trust_remote_code=section.trust_remote_code
+    )
+    check_context(section, config)
+    if not cuda:
+        check_memory(section, config)
+    model = AutoModelForCausalLM.from_pretrained(
+        section.model_name,
+        dtype=dtype if cuda else torch.float32,
+        trust_remote_code=section.trust_remote_code,
+        use_safetensors=True,
+        device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
+        quantization_config=(
+            BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+            if quantized
+            else None
+        ),
+    )
+    if quantized:  # gradient checkpointing is the trainer's to switch on
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        model = get_peft_model(model, lora) if lora else model
+    except ValueError as error:
+        raise RecipeError(
+            "model.target_modules",
+            f"{sorted(lora.target_modules)} does not fit this model ({str(error).splitlines()[0]})",
+        ) from error
+    return Policy(model, tokenizer, "transformers")
+
+
+def _fall_back(section: ModelSection, key: str, problem: str, remedy: str) -> None:
+    """With `backend: auto`, go on without and say so; otherwise refuse."""
+    if section.backend != "auto":
+        raise RecipeError(key, f"{problem}; use {remedy}")
+    logger.warning("[GTPO] %s: %s; going on with %s", key, problem, remedy)

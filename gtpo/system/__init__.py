@@ -1,0 +1,1 @@
+"""The machine around a run: environment, processes, signals, terminal and files."""
