@@ -353,7 +353,10 @@ def test_alarms_are_told_with_their_evidence_and_drawn(tmp_path):
         (27, "after the checkpoint"),
     ]
     (run / "train.log").write_text(
-        "".join(f"WARNING gtpo.hooks.alarm: [GTPO] Alarm at step {step}: {text}\n" for step, text in said)
+        "".join(
+            f"WARNING gtpo.hooks.alarm: [GTPO] Alarm at step {step}: {text}\n"
+            for step, text in said
+        )
     )
     stable = told(read_run(run))["stable"]
     assert stable.word == "4 alarms; not finished"

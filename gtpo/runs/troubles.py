@@ -47,7 +47,8 @@ def explained(recipe: Recipe, run_dir: Path):
         )
         if mistake is None:
             raise
-        logging.getLogger("gtpo.runs.progress").exception("The run failed")  # for the log file alone
+        # for the log file alone
+        logging.getLogger("gtpo.runs.progress").exception("The run failed")
         raise RecipeError.of([mistake]) from error
 
 
