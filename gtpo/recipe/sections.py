@@ -36,6 +36,11 @@ SYSTEM_INSTRUCTION = (
 )
 
 
+# Named here, because linters read a text inside an annotation as the name of a class.
+Scheduler = grpo_options()["lr_scheduler_type"].type
+Optimizer = grpo_options()["optim"].type
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -152,9 +157,9 @@ class DocumentedTraining(Section):
     """Peak learning rate."""
     warmup_ratio: float = Field(0.005, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
-    lr_scheduler_type: grpo_options()["lr_scheduler_type"].type = "cosine"
+    lr_scheduler_type: Scheduler = "cosine"
     """How the learning rate falls after the warm-up."""
-    optimizer: grpo_options()["optim"].type = "paged_adamw_8bit"
+    optimizer: Optimizer = "paged_adamw_8bit"
     """Optimizer; the 8-bit and paged ones need a GPU."""
     adam_beta1: float = Field(0.999999, ge=0, lt=1)
     """Adam's decay of the gradient mean."""
