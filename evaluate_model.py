@@ -189,7 +189,7 @@ def _run(asked: argparse.Namespace) -> None:
         _from_files(asked)
         return
     from gtpo.models.saved import find_saved
-    from gtpo.recipe.command_line import make_importable
+    from gtpo.recipe.dotted_paths import make_importable
 
     saved = find_saved(asked.target)
     make_importable(Path.cwd())
@@ -232,7 +232,7 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
     from gtpo.evaluation.engines import Engine
     from gtpo.evaluation.file import Evaluation
     from gtpo.evaluation.scores import report
-    from gtpo.recipe.command_line import load_object
+    from gtpo.recipe.dotted_paths import load_object
 
     plan = evaluation_plan.make_plan(asked, saved)
     if asked.base and saved.adapter is None:

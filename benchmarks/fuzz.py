@@ -54,7 +54,7 @@ def check_recipe(dice: random.Random) -> int:
 def recipe_text(content: str, words: list[str]) -> int:
     from gtpo.errors import RecipeError
     from gtpo.recipe import command_line as cli
-    from gtpo.runs.arguments import batch_plan
+    from gtpo.recipe.batch import batch_plan
 
     with (
         tempfile.TemporaryDirectory(

@@ -44,7 +44,7 @@ class Facts:
 
 def _recipe(facts: Facts) -> str:
     from gtpo.models.continuation import continued
-    from gtpo.runs.arguments import batch_plan
+    from gtpo.recipe.batch import batch_plan
 
     recipe = cli.make_recipe(facts.command)
     set_up(recipe.env)
@@ -141,14 +141,14 @@ def _tokenizer(facts: Facts) -> str:
 def _dataset(facts: Facts) -> str:
     import datasets
 
-    from gtpo.problems import enough, measured_training
-    from gtpo.runs.arguments import batch_plan, steps
+    from gtpo.problems import measured_training
+    from gtpo.recipe.batch import check_enough_problems, optimizer_steps
 
     datasets.disable_progress_bars()
     problems = measured_training(facts.recipe, facts.tokenizer)
     lengths, limit = problems["prompt_length"], facts.recipe.max_prompt_length
     kept = [i for i, length in enumerate(lengths) if length <= limit]
-    enough(facts.recipe, len(kept), facts.processes)
+    check_enough_problems(facts.recipe, len(kept), facts.processes)
     facts.problems, facts.longest = (
         problems.select(kept).remove_columns("prompt_length"),
         max(lengths[i] for i in kept),
@@ -163,12 +163,11 @@ def _dataset(facts: Facts) -> str:
             limit,
             max(lengths),
         )
-    total = steps(facts.recipe, batch_plan(facts.recipe, facts.processes), len(kept)).partition(
-        " ("
-    )[0]
+    steps = optimizer_steps(facts.recipe, len(kept), facts.processes)
+    about = "about " if steps.note else ""
     return (
         f"{len(kept)} problems; {dropped} of {len(lengths)} dropped, longer than {limit} prompt"
-        f" tokens; the longest prompt left has {facts.longest}; steps: {total}"
+        f" tokens; the longest prompt left has {facts.longest}; steps: {about}{steps.count}"
     )
 
 

@@ -5,8 +5,8 @@ import sys
 
 from gtpo.data import count_rows
 from gtpo.recipe import Recipe
-from gtpo.recipe.command_line import to_yaml
-from gtpo.runs.arguments import batch_plan, say_batch_plan, steps
+from gtpo.recipe.batch import batch_plan, log_batch_plan, optimizer_steps
+from gtpo.recipe.yaml_text import to_yaml
 
 
 def print_plan(recipe: Recipe, processes: int) -> None:
@@ -17,8 +17,12 @@ def print_plan(recipe: Recipe, processes: int) -> None:
     to_yaml(values, sys.stdout)
     sys.stdout.flush()
     plan = batch_plan(recipe, processes)
-    say_batch_plan(recipe, plan, processes)
-    total = steps(recipe, plan, count_rows(recipe.dataset))
+    log_batch_plan(recipe, plan, processes)
+    steps = optimizer_steps(recipe, count_rows(recipe.dataset), processes)
+    total = "known when the dataset is loaded"
+    if steps is not None:
+        note = f" ({steps.note}, before the length filter)" if steps.note else ""
+        total = f"{steps.count}{note}"
     run_dir = recipe.output_dir()
     lines = [
         (
@@ -26,7 +30,7 @@ def print_plan(recipe: Recipe, processes: int) -> None:
             f" {recipe.training.num_generations} generations per optimizer"
             f" step{f' ({processes} processes)' if processes > 1 else ''}"
         ),
-        f"steps: {total or 'known when the dataset is loaded'}",
+        f"steps: {total}",
         (
             f"max_completion_length: {recipe.max_completion_length} tokens, after prompts of at"
             f" most {recipe.max_prompt_length}"

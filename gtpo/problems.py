@@ -6,8 +6,8 @@ import os
 from gtpo.data import check_source, load_problems, measured_problems
 from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe import Recipe
-from gtpo.recipe.command_line import load_object
-from gtpo.runs.arguments import batch_plan
+from gtpo.recipe.batch import check_enough_problems
+from gtpo.recipe.dotted_paths import load_object
 
 
 def load_training(recipe: Recipe, tokenizer, processes: int):
@@ -15,21 +15,8 @@ def load_training(recipe: Recipe, tokenizer, processes: int):
     rollout.
     """
     problems = _load_problems(recipe, recipe.dataset, tokenizer)
-    enough(recipe, len(problems), processes)
+    check_enough_problems(recipe, len(problems), processes)
     return problems
-
-
-def enough(recipe: Recipe, count: int, processes: int) -> None:
-    """Raises RecipeError if `count` problems do not fill one rollout: TRL leaves incomplete ones
-    out, so it would train nothing.
-    """
-    needed = batch_plan(recipe, processes).prompts_per_rollout
-    if count < needed:
-        raise RecipeError(
-            "dataset",
-            f"{count} problems are left, and one rollout takes {needed}; lower "
-            "training.per_device_train_batch_size or gradient_accumulation_steps",
-        )
 
 
 def measured_training(recipe: Recipe, tokenizer):

@@ -53,7 +53,7 @@ def make_trainer(
     import torch
     import trl
 
-    from gtpo.recipe.command_line import load_object
+    from gtpo.recipe.dotted_paths import load_object
 
     trainer_class = load_object(class_path)
     tokenizer = tiny.tiny_tokenizer(pad=pad, alphabet="abcdefgh \n:u")

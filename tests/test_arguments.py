@@ -10,7 +10,7 @@ from test_recipe import MINIMAL
 
 from gtpo.errors import RecipeError
 from gtpo.recipe import command_line as cli
-from gtpo.runs.arguments import batch_plan, precision, say_batch_plan, steps, training_arguments
+from gtpo.runs.arguments import precision, training_arguments
 
 
 @pytest.fixture
@@ -20,110 +20,6 @@ def recipe(tmp_path):
         return cli.read_recipe([str(tmp_path / "r.yaml"), *flags])
 
     return make
-
-
-@pytest.mark.parametrize(
-    "per_device, accumulation, generations, processes, expected",
-    [
-        (1, 1, 8, 1, 8),  # the documented recipe: one prompt per step
-        (2, 4, 8, 1, 2),  # right as it is
-        (8, 1, 8, 1, 8),
-        (9, 1, 8, 1, 16),
-        (3, 2, 8, 1, 4),
-        (1, 1, 8, 2, 4),
-        (1, 4, 8, 2, 1),
-        (5, 1, 12, 3, 8),
-        (6, 1, 4, 1, 8),
-    ],
-)
-def test_a_batch_is_raised_to_the_next_size_that_holds_whole_groups(
-    recipe, per_device, accumulation, generations, processes, expected
-):
-    plan = batch_plan(
-        recipe(
-            "--training.per_device_train_batch_size",
-            str(per_device),
-            "--training.gradient_accumulation_steps",
-            str(accumulation),
-            "--training.num_generations",
-            str(generations),
-        ),
-        processes,
-    )
-    assert plan.per_device == expected and plan.per_device >= per_device
-    assert plan.per_device * processes * accumulation % generations == 0
-    smaller = range(per_device, plan.per_device)
-    assert not any(size * processes * accumulation % generations == 0 for size in smaller)
-    assert plan.prompts_per_step == expected * processes * accumulation / generations
-
-
-def test_raising_is_said_in_one_line_and_only_then(recipe, caplog):
-    with caplog.at_level(logging.WARNING):
-        raised = recipe()
-        say_batch_plan(raised, batch_plan(raised))
-    assert caplog.messages == [
-        "training.per_device_train_batch_size raised from 1 to 8 completions: a group of 8"
-        " generations must fit, so one step trains on 1 prompt x 8 generations"
-    ]
-    caplog.clear()
-    with caplog.at_level(logging.WARNING):
-        right = recipe(
-            "--training.per_device_train_batch_size",
-            "2",
-            "--training.gradient_accumulation_steps",
-            "4",
-        )
-        say_batch_plan(right, batch_plan(right))
-    assert caplog.messages == []
-
-
-def test_processes_that_share_a_prompt_are_told_how_not_to(recipe, caplog):
-    with caplog.at_level(logging.INFO):
-        shared, own = recipe(), recipe("--training.per_device_train_batch_size", "8")
-        say_batch_plan(shared, batch_plan(shared, 8), 8)
-        say_batch_plan(own, batch_plan(own, 8), 8)
-    assert caplog.messages == [
-        "8 processes share 1 prompt per step; training.per_device_train_batch_size 8 would give"
-        " each one of its own"
-    ]
-
-
-def test_steps_per_generation_counts_instead_of_accumulation(recipe):
-    plan = batch_plan(
-        recipe(
-            "--training.per_device_train_batch_size", "2", "--training.steps_per_generation", "4"
-        )
-    )
-    assert (plan.per_device, plan.steps_per_generation, plan.prompts_per_step) == (2, 4, 0.25)
-
-
-def test_a_generation_batch_that_cannot_hold_groups_is_refused(recipe):
-    with pytest.raises(
-        RecipeError, match="generation_batch_size: 12 must be a multiple of num_generations"
-    ):
-        batch_plan(recipe("--training.generation_batch_size", "12"))
-    with pytest.raises(RecipeError, match="given together with training.steps_per_generation"):
-        batch_plan(
-            recipe("--training.generation_batch_size", "16", "--training.steps_per_generation", "2")
-        )
-    assert (
-        batch_plan(
-            recipe(
-                "--training.generation_batch_size",
-                "16",
-                "--training.per_device_train_batch_size",
-                "4",
-            )
-        ).steps_per_generation
-        == 4
-    )
-
-
-def test_steps_are_known_from_max_steps_or_from_rows(recipe):
-    plan = batch_plan(recipe())
-    assert steps(recipe("--training.max_steps", "7"), plan, None) == "7"
-    assert steps(recipe(), plan, None) is None
-    assert steps(recipe("--training.num_train_epochs", "2"), plan, 100).startswith("about 200 ")
 
 
 def test_documented_keys_become_trls(recipe, tmp_path):

@@ -12,7 +12,7 @@ from conftest import ROOT
 from gtpo.answers import final_answer, format_score
 from gtpo.data import check_source, count_rows, gsm8k_reference, load_problems, math_reference
 from gtpo.errors import RecipeError
-from gtpo.recipe import command_line as cli
+from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.sections import DatasetSection
 
 
@@ -36,7 +36,7 @@ def rows(count: int) -> list[dict]:
 
 def load(section, tokenizer, length=10_000, **options):
     return load_problems(
-        DatasetSection(**section), tokenizer, length, 0, load_object=cli.load_object, **options
+        DatasetSection(**section), tokenizer, length, 0, load_object=load_object, **options
     )
 
 

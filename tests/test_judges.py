@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 from gtpo.errors import RecipeError
-from gtpo.recipe.command_line import load_object
+from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.rewards_sections import RewardsSection
 from gtpo.rewards.failures import Settling
 from gtpo.rewards.guarded import Judges

@@ -378,15 +378,3 @@ def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_records():
         room.RecipeError, match="and the disk has 1.0 GiB free; set training.save_total_limit"
     ):
         said(free=2**30)
-
-
-def test_the_steps_of_a_run_follow_from_its_problems():
-    recipe = cli.read_recipe(
-        [
-            str(ROOT / "recipes/demo.yaml"),
-            "--training.max_steps=-1",
-            "--training.num_train_epochs",
-            "2",
-        ]
-    )
-    assert room.total_steps(recipe, 2000, 1) == 500  # 8 prompts a step

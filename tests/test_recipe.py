@@ -13,6 +13,7 @@ from conftest import ROOT
 from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe import command_line as cli
+from gtpo.recipe.dotted_paths import load_object
 
 DOCUMENTED = str(ROOT / "tests/recipes/documented.yaml")
 MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"
@@ -600,7 +601,7 @@ def test_a_module_beside_the_recipe_or_in_the_current_folder_is_found(tmp_path, 
     )
     monkeypatch.chdir(tmp_path)
     recipe = cli.read_recipe(["beside/r.yaml"])
-    assert [cli.load_object(path)(["x"]) for path in recipe.trainer.reward_funcs] == [[0.0], [0.0]]
+    assert [load_object(path)(["x"]) for path in recipe.trainer.reward_funcs] == [[0.0], [0.0]]
 
 
 def test_a_module_with_a_syntax_error_is_told_with_its_line(tmp_path, monkeypatch):

@@ -627,7 +627,7 @@ def test_a_dry_run_prints_a_recipe_that_can_be_fed_back_and_the_plan(here):
 
 def test_a_dry_run_knows_the_steps_where_a_local_file_or_max_steps_tells(here):
     run = in_a_fresh_process(here, *demo_flags("--training.max_steps", "-1", "--dry-run"))
-    assert "steps: about 2000 (2000 rows, before the length filter)" in run.stderr
+    assert "steps: 2000 (estimated from 2000 problems, before the length filter)" in run.stderr
     assert "steps: 2\n" in in_a_fresh_process(here, *demo_flags("--dry-run")).stderr
 
 

@@ -6,9 +6,7 @@ gave all three of: sections that take TRL's options beside ours, map keys that c
 every mistake at once with its source.
 """
 
-import importlib
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from gtpo.errors import Mistake, RecipeError
-from gtpo.recipe.dotted_paths import check_dotted_path
+from gtpo.recipe.dotted_paths import check_dotted_path, make_importable
 from gtpo.recipe.keys import ALIASES, SWITCHES, all_keys, alternatives, is_list, key_path
 from gtpo.recipe.mistakes import mistakes, nearest, one_line
 from gtpo.recipe.recipe import Recipe
@@ -25,7 +23,6 @@ from gtpo.recipe.yaml_text import YamlError, check_plain, load, read_file, to_ya
 
 __all__ = [
     "CommandLine",
-    "load_object",
     "make_recipe",
     "parse",
     "read_recipe",
@@ -166,12 +163,6 @@ def read_saved(file: Path) -> Recipe:
         raise RecipeError.of(mistakes(error, str(file), {})) from None
 
 
-def load_object(dotted: str) -> Any:
-    """The object at `package.module.name` or `package.module:name`; imports the module."""
-    module, _, name = dotted.rpartition(":" if ":" in dotted else ".")
-    return getattr(importlib.import_module(module), name)
-
-
 # ---- reading
 
 
@@ -254,15 +245,6 @@ def _recipe_of(resume: str | None) -> list[str]:
         if path.is_file()
     ]
     return [os.path.normpath(path) for path in found[:1]]
-
-
-def make_importable(recipe_folder: Path) -> None:
-    """Last on the path, so that a stray datasets.py beside a recipe cannot stand in for the
-    library.
-    """
-    sys.path.extend(
-        folder for folder in (str(Path.cwd()), str(recipe_folder)) if folder not in sys.path
-    )
 
 
 def _count_values(words: list[str]) -> int:

@@ -4,11 +4,22 @@ not wait for it.
 
 import ast
 import difflib
+import importlib
 import importlib.machinery
 import sys
 from pathlib import Path
+from typing import Any
 
 from gtpo.errors import Mistake
+
+
+def make_importable(recipe_folder: Path) -> None:
+    """Last on the path, so that a stray datasets.py beside a recipe cannot stand in for the
+    library.
+    """
+    sys.path.extend(
+        folder for folder in (str(Path.cwd()), str(recipe_folder)) if folder not in sys.path
+    )
 
 
 def check_dotted_path(key: str, dotted: str) -> Mistake | None:
@@ -121,3 +132,9 @@ def _top_level_names(tree: ast.Module) -> tuple[dict[str, str | None], bool]:
         if isinstance(node, ast.Assign) and "sys.modules" in ast.unparse(node):
             complete = False  # a lazy module: trl, transformers
     return names, complete
+
+
+def load_object(dotted: str) -> Any:
+    """The object at `package.module.name` or `package.module:name`; imports the module."""
+    module, _, name = dotted.rpartition(":" if ":" in dotted else ".")
+    return getattr(importlib.import_module(module), name)

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from gtpo.answers import format_reference, reference_answer, same_answer
-from gtpo.recipe.command_line import load_object
+from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.rewards_sections import RewardsSection
 from gtpo.rewards.failures import Verdict, accept
 from gtpo.rewards.pool import CannotHandOver, JudgePool

@@ -5,11 +5,10 @@ vocabularies.
 import dataclasses
 import importlib.util
 import logging
-import math
-from typing import NamedTuple
 
 from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
+from gtpo.recipe.batch import batch_plan, log_batch_plan
 from gtpo.recipe.sections import DocumentedTraining
 from gtpo.system.trl_options import grpo_options
 
@@ -17,95 +16,6 @@ logger = logging.getLogger(__name__)
 
 # how transformers names bitsandbytes' optimizers
 NEEDS_GPU = ("8bit", "4bit", "paged", "bnb", "32bit")
-
-
-class BatchPlan(NamedTuple):
-    """How many completions and prompts one optimizer step sees."""
-
-    per_device: int  # completions per device and micro-batch, after raising
-    requested: int
-    steps_per_generation: int
-    prompts_per_step: float  # over all devices and accumulation steps
-    prompts_per_rollout: int  # over all devices; what is sampled at once
-
-
-def batch_plan(recipe: Recipe, processes: int = 1) -> BatchPlan:
-    """The batch that holds whole groups: completions per device x processes x steps per generation,
-    a multiple of G.
-
-    The per-device batch is raised to the next value for which that holds, never lowered. Raises
-    RecipeError where training.generation_batch_size fixes the product at one that does not fit.
-    """
-    training, size = recipe.training, recipe.training.num_generations
-    requested, given = training.per_device_train_batch_size, training.trl_options()
-    rollout = given.get("generation_batch_size")
-    if rollout is not None:
-        if given.get("steps_per_generation") is not None:
-            raise RecipeError(
-                "training.generation_batch_size",
-                "given together with training.steps_per_generation, "
-                "which follows from it; keep one",
-            )
-        if rollout % (requested * processes) or rollout % size:
-            raise RecipeError(
-                "training.generation_batch_size",
-                f"{rollout} must be a multiple of num_generations ({size}) "
-                f"and of the completions of all devices ({requested * processes})",
-            )
-        steps, per_device = rollout // (requested * processes), requested
-    else:
-        steps = given.get("steps_per_generation") or training.gradient_accumulation_steps
-        multiple = size // math.gcd(size, processes * steps)
-        per_device = -(-requested // multiple) * multiple  # rounded up
-    completions = per_device * processes * training.gradient_accumulation_steps
-    return BatchPlan(
-        per_device, requested, steps, completions / size, per_device * processes * steps // size
-    )
-
-
-def steps(recipe: Recipe, plan: BatchPlan, rows: int | None) -> str | None:
-    """How many optimizer steps a run takes, as far as it can be known: from max_steps, or from the
-    rows of a local file.
-    """
-    training = recipe.training
-    if (training.trl_options().get("max_steps") or -1) > 0:
-        return str(training.max_steps)
-    if rows is None:
-        return None
-    micro_batches = (
-        rows // plan.prompts_per_rollout * plan.steps_per_generation * training.num_iterations
-    )
-    per_epoch = micro_batches / training.gradient_accumulation_steps
-    return (
-        f"about {per_epoch * training.num_train_epochs:.0f} ({rows} rows, before the length filter)"
-    )
-
-
-def say_batch_plan(recipe: Recipe, plan: BatchPlan, processes: int = 1) -> None:
-    """One line if the batch was raised: from what to what, and what it means in prompts; and one if
-    processes share a prompt.
-    """
-    size = recipe.training.num_generations
-    if plan.per_device != plan.requested:
-        logger.warning(
-            "training.per_device_train_batch_size raised from %d to %d completions: a group of %d"
-            " generations must fit, so one step trains on %g prompt%s x %d generations",
-            plan.requested,
-            plan.per_device,
-            size,
-            plan.prompts_per_step,
-            "" if plan.prompts_per_step == 1 else "s",
-            size,
-        )
-    if plan.prompts_per_step < processes:
-        logger.info(
-            "%d processes share %g prompt%s per step; training.per_device_train_batch_size %d would"
-            " give each one of its own",
-            processes,
-            plan.prompts_per_step,
-            "" if plan.prompts_per_step == 1 else "s",
-            size,
-        )
 
 
 def training_arguments(
@@ -118,7 +28,7 @@ def training_arguments(
     import trl
 
     training, plan = recipe.training, batch_plan(recipe, processes)
-    say_batch_plan(recipe, plan, processes)
+    log_batch_plan(recipe, plan, processes)
     documented = {
         name: getattr(training, name)
         for name in DocumentedTraining.model_fields

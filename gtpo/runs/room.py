@@ -8,7 +8,8 @@ import os
 from gtpo.errors import RecipeError
 from gtpo.models.generation import vllm_in_unsloth
 from gtpo.recipe import Recipe
-from gtpo.runs.arguments import batch_plan, precision
+from gtpo.recipe.batch import batch_plan, optimizer_steps
+from gtpo.runs.arguments import precision
 from gtpo.runs.memory import Load, Shape, peak
 from gtpo.system.trl_options import grpo_options
 
@@ -51,7 +52,7 @@ def disk(recipe: Recipe, checkpoint: int, *, free: int, problems: int, processes
     """What checkpoints and records take at most and what is free; raises RecipeError if that is not
     enough.
     """
-    total = total_steps(recipe, problems, processes)
+    total = optimizer_steps(recipe, problems, processes).count
     interval = (
         recipe.training.save_steps
         if recipe.training.save_steps >= 1
@@ -77,27 +78,6 @@ def disk(recipe: Recipe, checkpoint: int, *, free: int, problems: int, processes
             " watch.tokens_every, or use another output_root",
         )
     return sentence
-
-
-def total_steps(recipe: Recipe, problems: int, processes: int) -> int:
-    """Optimizer steps of the run."""
-    if (given := recipe.training.trl_options().get("max_steps") or -1) > 0:
-        return given
-    plan = batch_plan(recipe, processes)
-    micro_batches = (
-        problems
-        // plan.prompts_per_rollout
-        * plan.steps_per_generation
-        * recipe.training.num_iterations
-    )
-    return max(
-        1,
-        round(
-            micro_batches
-            / recipe.training.gradient_accumulation_steps
-            * recipe.training.num_train_epochs
-        ),
-    )
 
 
 def _load(

@@ -4,7 +4,7 @@ backend, which patches TRL.
 
 from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
-from gtpo.recipe.command_line import load_object
+from gtpo.recipe.dotted_paths import load_object
 
 
 def trainer_class(recipe: Recipe):
