@@ -1,4 +1,4 @@
-"""What an earlier commit wrote still works: tests/compat/README.md says how these files were made."""
+"""What an earlier commit wrote still works. tests/compat/README.md says how it was made."""
 
 import importlib.metadata
 import json
@@ -70,7 +70,7 @@ def same_bits_are_expected() -> str | None:
             return f"the run was made with {library} {version}, and {installed} is installed"
     probe = verb("tests/compat/probe.py").stdout.strip()
     if probe != (FILES / "probe.txt").read_text().strip():
-        return "this machine rounds otherwise than the one that made the run (tests/compat/probe.py)"
+        return "this machine gives other bits than the one that made the run (compat/probe.py)"
     return None
 
 
@@ -99,7 +99,7 @@ def test_a_run_interrupted_within_a_rollout_goes_on_bit_for_bit(run_dir, unpacke
     shutil.copytree(unpacked / "straight", tmp_path / "straight/run")
     resumed, straight = outcome(run.parent), outcome(tmp_path / "straight")
     for result in (resumed, straight):
-        # The names under which callbacks keep their state have changed since; their values are here.
+        # Callbacks keep their state under other names now. The values must be the same.
         callbacks = result["resume_state_0.pt"].pop("callbacks")
         result["callbacks"] = sorted(callbacks.values(), key=lambda state: sorted(state))
         result["state"].pop("stateful_callbacks")
@@ -154,7 +154,9 @@ def test_a_new_evaluation_and_a_chat_use_its_adapter(run_dir, tmp_path):
     target = tmp_path / "new.jsonl"
     verb("evaluate_model.py", run, "--limit", "4", "--to", target)
     assert len(target.read_text().splitlines()) == 5
-    said = verb("evaluate_model.py", run / "checkpoint-3", "--chat", stdin="What is 1 + 2?\n/exit\n")
+    said = verb(
+        "evaluate_model.py", run / "checkpoint-3", "--chat", stdin="What is 1 + 2?\n/exit\n"
+    )
     assert said.stdout.strip()
 
 
