@@ -57,7 +57,8 @@ def _check_files(key: str, name: str, files: list[str]) -> None:
 
 def loading_error(key: str, what: str, section: ModelSection, error: Exception) -> RecipeError:
     """`error`, from loading a model or its tokenizer, as a sentence."""
-    if "custom code which must be executed" in str(error):  # transformers 5.17.0
+    # transformers 5.17.0, dynamic_module_utils.resolve_trust_remote_code
+    if "custom code which must be executed" in str(error):
         return RecipeError(
             "model.trust_remote_code",
             f"{section.model_name!r} comes with Python code of its own, which runs only if "
