@@ -128,7 +128,7 @@ def _train(
     from gtpo.runs import directory as runs
     from gtpo.runs import trackers
     from gtpo.runs import trainers as imported
-    from gtpo.runs.arguments import answer_timeout, precision, training_arguments
+    from gtpo.runs.arguments import answer_timeout, training_arguments
     from gtpo.system.importing import collector_off
     from gtpo.system.whole_files import written_aside
 
@@ -151,7 +151,7 @@ def _train(
         tokenizer,
         backend,
         seed=recipe.seed,
-        precision=precision(recipe.training),
+        precision=backends.precision(recipe.training),
         gradient_checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
         adapter=recipe.model.adapter and Path(recipe.model.adapter),
     )

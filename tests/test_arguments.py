@@ -9,8 +9,9 @@ import torch
 from test_recipe import MINIMAL
 
 from gtpo.errors import RecipeError
+from gtpo.models.backends import precision
 from gtpo.recipe import command_line as cli
-from gtpo.runs.arguments import precision, training_arguments
+from gtpo.runs.arguments import training_arguments
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from gtpo.models import adapters
 from gtpo.models.base_model import check_context, check_memory, loading_error
 from gtpo.models.generation import vllm_in_unsloth
 from gtpo.models.tokenizer import ready_tokenizer
-from gtpo.recipe.sections import ModelSection
+from gtpo.recipe.sections import DocumentedTraining, ModelSection
 from gtpo.system.importing import collector_off
 from gtpo.system.whole_files import files_written_aside
 
@@ -141,6 +141,27 @@ def compile_options(options: dict):
         yield
     finally:
         rl.create_new_function = create
+
+
+def precision(training: DocumentedTraining) -> str:
+    """bf16, fp16 or float32: the best this device has, unless training.bf16 or training.fp16
+    decides.
+
+    A true asks for that precision, a false rules it out. On a CPU it is float32 unless asked
+    otherwise.
+    """
+    import torch
+
+    given = training.trl_options()
+    for name in ("bf16", "fp16"):
+        if given.get(name):
+            return name
+    if not torch.cuda.is_available():
+        return "float32"
+    has = {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "fp16": True}
+    return next(
+        (name for name in ("bf16", "fp16") if has[name] and given.get(name) is not False), "float32"
+    )
 
 
 def load_policy(

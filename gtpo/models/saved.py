@@ -100,7 +100,6 @@ def load_saved(
     """
     from gtpo.models import backends
     from gtpo.recipe.sections import TrainingSection
-    from gtpo.runs import arguments
 
     section = saved.section_with(**keys)
     backend, tokenizer = ready or (backends.choose_backend(section), None)
@@ -115,7 +114,7 @@ def load_saved(
         gradient_checkpointing=trainable,
         adapter=saved.adapter,
         precision=precision
-        or arguments.precision(saved.recipe.training if saved.recipe else TrainingSection()),
+        or backends.precision(saved.recipe.training if saved.recipe else TrainingSection()),
         lora=adapter and saved.adapter is not None,
     )
     policy.model.train(trainable)

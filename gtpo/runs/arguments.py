@@ -7,6 +7,7 @@ import importlib.util
 import logging
 
 from gtpo.errors import RecipeError
+from gtpo.models.backends import precision
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import batch_plan, log_batch_plan
 from gtpo.recipe.sections import DocumentedTraining
@@ -92,27 +93,6 @@ def answer_timeout(recipe: Recipe) -> float:
     """How long a process waits for the others, in seconds."""
     return recipe.training.trl_options().get(
         "ddp_timeout", int(grpo_options()["ddp_timeout"].default)
-    )
-
-
-def precision(training: DocumentedTraining) -> str:
-    """bf16, fp16 or float32: the best this device has, unless training.bf16 or training.fp16
-    decides.
-
-    A true asks for that precision, a false rules it out. On a CPU it is float32 unless asked
-    otherwise.
-    """
-    import torch
-
-    given = training.trl_options()
-    for name in ("bf16", "fp16"):
-        if given.get(name):
-            return name
-    if not torch.cuda.is_available():
-        return "float32"
-    has = {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "fp16": True}
-    return next(
-        (name for name in ("bf16", "fp16") if has[name] and given.get(name) is not False), "float32"
     )
 
 

@@ -6,10 +6,10 @@ import math
 import os
 
 from gtpo.errors import RecipeError
+from gtpo.models.backends import precision
 from gtpo.models.generation import vllm_in_unsloth
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import batch_plan, optimizer_steps
-from gtpo.runs.arguments import precision
 from gtpo.runs.memory import Load, Shape, peak
 from gtpo.system.trl_options import grpo_options
 
