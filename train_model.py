@@ -66,7 +66,7 @@ def _run(
     set_up(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
     if "dry_run" in command.switches:
-        from gtpo.models.continuation import continued
+        from gtpo.models.saved import continued
         from gtpo.plan import print_plan
 
         print_plan(continued(recipe), processes.count())
@@ -95,7 +95,7 @@ def train(
     """Train as `recipe` (its `env` is set) and `request` (a `gtpo.runs.start.Request`) say, and return
     the run directory.
     """
-    from gtpo.models.continuation import continued
+    from gtpo.models.saved import continued
     from gtpo.runs.start import Request, find_start
     from gtpo.runs.trackers import one_tracker_run
     from gtpo.runs.troubles import explained
@@ -123,7 +123,7 @@ def _train(
 ) -> None:
     from gtpo import data, problems
     from gtpo.models import backends, base_model
-    from gtpo.models.continuation import training_tokenizer
+    from gtpo.models.saved import training_tokenizer
     from gtpo.report import model_card
     from gtpo.runs import directory as runs
     from gtpo.runs import trackers

@@ -43,7 +43,7 @@ class Facts:
 
 
 def _recipe(facts: Facts) -> str:
-    from gtpo.models.continuation import continued
+    from gtpo.models.saved import continued
     from gtpo.recipe.batch import batch_plan
 
     recipe = cli.make_recipe(facts.command)
@@ -128,7 +128,7 @@ def _trainer(facts: Facts) -> str:
 
 
 def _tokenizer(facts: Facts) -> str:
-    from gtpo.models.continuation import training_tokenizer
+    from gtpo.models.saved import training_tokenizer
 
     facts.tokenizer = training_tokenizer(facts.recipe.model, facts.backend)
     ends, pads = facts.tokenizer.eos_token, facts.tokenizer.pad_token

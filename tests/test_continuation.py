@@ -14,7 +14,7 @@ from test_train_model import demo_flags, here, run_dir  # noqa: F401
 
 import train_model
 from gtpo.errors import RecipeError
-from gtpo.models.continuation import continued
+from gtpo.models.saved import continued
 from gtpo.recipe import command_line as cli
 
 
