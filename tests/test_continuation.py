@@ -2,6 +2,8 @@
 refusals before anything is loaded.
 """
 
+# ruff: noqa: F401, F811 (fixtures are imported by name and then requested as arguments)
+
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_train_model import demo_flags, here, run_dir  # noqa: F401
+from test_train_model import demo_flags, here, run_dir
 
 import train_model
 from gtpo.errors import RecipeError
@@ -42,7 +44,7 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def first(finished, here):  # noqa: F811
+def first(finished, here):
     """That run, under the current folder's runs."""
     return Path(shutil.copytree(finished, here / "runs" / finished.name))
 
@@ -58,7 +60,7 @@ def second_flags(folder, *more: str) -> list[str]:
     return ["second.yaml", *demo_flags("--run-name", "second", *more)[1:]]
 
 
-def test_a_run_goes_on_from_the_adapters_weights_with_its_rank_alpha_and_layers(first, here):  # noqa: F811
+def test_a_run_goes_on_from_the_adapters_weights_with_its_rank_alpha_and_layers(first, here):
     flags = second_flags(
         here,
         "--model.adapter",
@@ -83,7 +85,7 @@ def test_a_run_goes_on_from_the_adapters_weights_with_its_rank_alpha_and_layers(
     assert continued(recipe.model_copy(update={"run_name": "third"})).model == recipe.model
 
 
-def test_from_a_checkpoint_it_trains_on_and_leaves_the_earlier_run_as_it_was(first, here):  # noqa: F811
+def test_from_a_checkpoint_it_trains_on_and_leaves_the_earlier_run_as_it_was(first, here):
     files = {file: file.read_bytes() for file in first.rglob("*") if file.is_file()}
     assert train_model.main(second_flags(here, "--model.adapter", str(first / "checkpoint-1"))) == 0
     assert files == {file: file.read_bytes() for file in first.rglob("*") if file.is_file()}
@@ -92,7 +94,7 @@ def test_from_a_checkpoint_it_trains_on_and_leaves_the_earlier_run_as_it_was(fir
     assert 0 < moved < 0.02  # two steps of at most 3e-3 each
 
 
-def test_the_plan_shows_the_adapters_shape(first, here, capsys):  # noqa: F811
+def test_the_plan_shows_the_adapters_shape(first, here, capsys):
     assert train_model.main(second_flags(here, "--model.adapter", str(first), "--dry-run")) == 0
     assert "lora_rank: 4" in capsys.readouterr().out
 
@@ -121,7 +123,7 @@ def test_the_plan_shows_the_adapters_shape(first, here, capsys):  # noqa: F811
         ),
     ],
 )
-def test_what_cannot_be_continued_is_refused_early(first, here, flags, expected):  # noqa: F811
+def test_what_cannot_be_continued_is_refused_early(first, here, flags, expected):
     flags = [flag.replace("FIRST", str(first)) for flag in flags]
     with pytest.raises(RecipeError, match=expected):
         continued(cli.read_recipe(second_flags(here, *flags)))
@@ -131,7 +133,7 @@ def test_what_cannot_be_continued_is_refused_early(first, here, flags, expected)
     )
 
 
-def test_a_base_model_that_numbers_tokens_otherwise_is_refused(first, here, capsys):  # noqa: F811
+def test_a_base_model_that_numbers_tokens_otherwise_is_refused(first, here, capsys):
     flags = second_flags(
         here, "--model.adapter", str(first), "--model-name", str(ROOT / "demo/columns/model")
     )
@@ -146,7 +148,7 @@ def test_a_base_model_that_numbers_tokens_otherwise_is_refused(first, here, caps
     assert not list((here / "runs").glob("second*"))
 
 
-def test_layers_keep_the_recipes_order(first, here):  # noqa: F811
+def test_layers_keep_the_recipes_order(first, here):
     flags = ["--model.adapter", str(first)]
     assert continued(cli.read_recipe(second_flags(here, *flags))).model.target_modules == sorted(
         ["q_proj", "v_proj", "up_proj", "down_proj"]
@@ -162,7 +164,7 @@ def test_layers_keep_the_recipes_order(first, here):  # noqa: F811
     )
 
 
-def test_the_same_settings_may_be_given_and_another_base_is_said(first, here, tiny_policy, caplog):  # noqa: F811
+def test_the_same_settings_may_be_given_and_another_base_is_said(first, here, tiny_policy, caplog):
     flags = [
         "--model.adapter",
         str(first),

@@ -1,5 +1,7 @@
 """A merged model on disk computes what base model and adapter compute, or it is not left there."""
 
+# ruff: noqa: F401, F811 (fixtures are imported by name and then requested as arguments)
+
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +11,7 @@ import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_saved import run_dir, save_adapter, whole_run  # noqa: F401
+from test_saved import run_dir, save_adapter, whole_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export_model
@@ -59,7 +61,7 @@ def scale_adapter(folder: Path, factor: float) -> None:
 )
 def test_the_merged_model_is_plain_transformers_and_computes_what_base_and_adapter_do(
     run_dir, tiny_policy, tmp_path, capsys, dtype, bound
-):  # noqa: F811
+):
     code, out, _ = run(capsys, run_dir, tmp_path / "merged", "--dtype", dtype)
     assert code == 0 and out.endswith(f"Merged model: {tmp_path / 'merged'}\n")
     files = {file.name for file in (tmp_path / "merged").iterdir()}
@@ -96,7 +98,7 @@ def test_the_merged_model_is_plain_transformers_and_computes_what_base_and_adapt
     )
 
 
-def test_a_checkpoint_and_a_plain_adapter_are_merged_too(run_dir, tiny_policy, tmp_path, capsys):  # noqa: F811
+def test_a_checkpoint_and_a_plain_adapter_are_merged_too(run_dir, tiny_policy, tmp_path, capsys):
     assert run(capsys, run_dir / "checkpoint-5", tmp_path / "a")[0] == 0
     adapter = save_adapter(tmp_path / "adapter", tiny_policy)
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -111,7 +113,7 @@ def test_a_checkpoint_and_a_plain_adapter_are_merged_too(run_dir, tiny_policy, t
 
 def test_a_base_model_whose_generation_settings_contradict_each_other_is_merged(
     run_dir, tiny_policy, tmp_path, capsys
-):  # noqa: F811
+):
     base = Path(shutil.copytree(tiny_policy, tmp_path / "base"))
     settings = json.loads((base / "generation_config.json").read_text())
     (base / "generation_config.json").write_text(
@@ -122,18 +124,18 @@ def test_a_base_model_whose_generation_settings_contradict_each_other_is_merged(
     assert merged["eos_token_id"] == settings["eos_token_id"] and "temperature" not in merged
 
 
-def test_train_model_exports_too(run_dir, tmp_path, capsys):  # noqa: F811
+def test_train_model_exports_too(run_dir, tmp_path, capsys):
     assert train_model.main(["--export", str(run_dir), str(tmp_path / "merged")]) == 0
     assert (tmp_path / "merged/config.json").is_file()
 
 
-def test_an_untrained_adapter_is_merged_and_said_to_change_nothing(run_dir, tmp_path, capsys):  # noqa: F811
+def test_an_untrained_adapter_is_merged_and_said_to_change_nothing(run_dir, tmp_path, capsys):
     scale_adapter(run_dir, 0.0)
     code, out, _ = run(capsys, run_dir, tmp_path / "merged")
     assert code == 0 and "the adapter changes nothing (it is untrained)" in out
 
 
-def test_texts_are_the_runs_own_completions_where_there_are_any(run_dir, caplog):  # noqa: F811
+def test_texts_are_the_runs_own_completions_where_there_are_any(run_dir, caplog):
     saved, tokenizer = find_saved(str(run_dir / "checkpoint-5")), tiny.tiny_tokenizer()
     texts, whence = export.sample_texts(saved, tokenizer)
     assert whence == "6 fixed texts" and tokenizer.decode(texts[0][0]) == "u:What is 12 + 30?\na:"
@@ -152,7 +154,7 @@ def test_texts_are_the_runs_own_completions_where_there_are_any(run_dir, caplog)
 # ---- beyond rounding
 
 
-def test_a_merge_without_the_adapter_is_refused(run_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_merge_without_the_adapter_is_refused(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "merged", lambda model: model.unload())
     assert "the merge is wrong, so use the adapter itself; nothing was kept" in refusal(
         capsys, run_dir, tmp_path / "merged"
@@ -162,7 +164,7 @@ def test_a_merge_without_the_adapter_is_refused(run_dir, tmp_path, capsys, monke
 @pytest.mark.parametrize("dtype", export.DTYPES)
 def test_a_merge_that_leaves_one_layer_out_is_refused(
     run_dir, tmp_path, capsys, monkeypatch, dtype
-):  # noqa: F811
+):
     def all_but_one(model):
         torch.nn.init.zeros_(
             model.get_submodule(
@@ -202,7 +204,7 @@ def test_an_adapter_on_tied_embeddings_which_peft_adds_to_the_output_too_is_refu
 
 def test_what_gets_lost_between_saving_and_loading_is_refused(
     run_dir, tmp_path, capsys, monkeypatch
-):  # noqa: F811
+):
     save = export.save
 
     def save_without_a_norm(model, folder, dtype):
@@ -224,7 +226,7 @@ def test_what_gets_lost_between_saving_and_loading_is_refused(
 
 def test_a_layer_that_is_lost_on_the_way_is_found_without_the_room_for_float32_too(
     run_dir, tmp_path, capsys, monkeypatch
-):  # noqa: F811
+):
     monkeypatch.setattr(export, "make_plan", lambda *_: export.Plan("bfloat16", "cpu"))
     assert run(capsys, run_dir, tmp_path / "a")[0] == 0
     monkeypatch.setattr(export, "merged", lambda model: model.unload())
@@ -233,7 +235,7 @@ def test_a_layer_that_is_lost_on_the_way_is_found_without_the_room_for_float32_t
 
 def test_an_adapter_that_rounding_would_swallow_is_refused_with_a_finer_type(
     run_dir, tmp_path, capsys
-):  # noqa: F811
+):
     scale_adapter(run_dir, 1e-4)
     refused = refusal(capsys, run_dir, tmp_path / "merged")
     assert (
@@ -243,7 +245,7 @@ def test_an_adapter_that_rounding_would_swallow_is_refused_with_a_finer_type(
     assert run(capsys, run_dir, tmp_path / "merged", "--dtype", "float32")[0] == 0
 
 
-def test_an_adapter_that_is_not_finite_is_refused(run_dir, tmp_path, capsys):  # noqa: F811
+def test_an_adapter_that_is_not_finite_is_refused(run_dir, tmp_path, capsys):
     scale_adapter(run_dir, float("nan"))
     assert "the adapter cannot be merged (NaNs detected" in refusal(
         capsys, run_dir, tmp_path / "merged"
@@ -275,14 +277,14 @@ def test_moving_weights_does_to_the_logits_what_rounding_them_does(dtype):
 # ---- refused before anything is loaded
 
 
-def test_what_is_there_already_is_not_overwritten(run_dir, tmp_path, capsys):  # noqa: F811
+def test_what_is_there_already_is_not_overwritten(run_dir, tmp_path, capsys):
     (tmp_path / "merged").mkdir()
     assert "it exists already and is not overwritten" in refusal(
         capsys, run_dir, tmp_path / "merged"
     )
 
 
-def test_what_cannot_be_merged_is_refused(run_dir, tiny_policy, tmp_path, capsys):  # noqa: F811
+def test_what_cannot_be_merged_is_refused(run_dir, tiny_policy, tmp_path, capsys):
     assert "it is a base model" in refusal(capsys, tiny_policy, tmp_path / "merged")
     assert "there is no folder" in refusal(capsys, tmp_path / "absent", tmp_path / "merged")
     base = Path(shutil.copytree(tiny_policy, tmp_path / "base"))
@@ -305,7 +307,7 @@ def test_what_cannot_be_merged_is_refused(run_dir, tiny_policy, tmp_path, capsys
 
 def test_a_machine_without_room_is_told_how_much_is_missing(
     run_dir, tiny_policy, tmp_path, capsys, monkeypatch
-):  # noqa: F811
+):
     import psutil
 
     room, needed = (
@@ -357,12 +359,12 @@ def api(monkeypatch):
     return fake
 
 
-def test_nothing_is_asked_of_the_hub_unasked(run_dir, tmp_path, capsys, api):  # noqa: F811
+def test_nothing_is_asked_of_the_hub_unasked(run_dir, tmp_path, capsys, api):
     assert run(capsys, run_dir, tmp_path / "merged")[0] == 0
     assert FakeApi.calls == []
 
 
-def test_a_push_looks_first_then_uploads_to_a_private_repository(run_dir, tmp_path, capsys, api):  # noqa: F811
+def test_a_push_looks_first_then_uploads_to_a_private_repository(run_dir, tmp_path, capsys, api):
     code, out, _ = run(capsys, run_dir, tmp_path / "merged", "--push", "me/mine")
     assert code == 0 and out.endswith("Pushed to: https://huggingface.co/me/mine\n")
     assert [name for name, _, _ in FakeApi.calls] == ["whoami", "create_repo", "upload_folder"]
@@ -372,7 +374,7 @@ def test_a_push_looks_first_then_uploads_to_a_private_repository(run_dir, tmp_pa
     assert FakeApi.calls[2][2]["ignore_patterns"] == ["recipe.yaml"]
 
 
-def test_a_push_that_fails_leaves_the_merged_model(run_dir, tmp_path, capsys, api):  # noqa: F811
+def test_a_push_that_fails_leaves_the_merged_model(run_dir, tmp_path, capsys, api):
     api.fails = "upload_folder"
     code, _, errors = run(capsys, run_dir, tmp_path / "merged", "--push", "me/mine")
     assert (
@@ -382,7 +384,7 @@ def test_a_push_that_fails_leaves_the_merged_model(run_dir, tmp_path, capsys, ap
     )
 
 
-def test_a_push_that_cannot_work_is_refused_before_merging(run_dir, tmp_path, capsys, monkeypatch):  # noqa: F811
+def test_a_push_that_cannot_work_is_refused_before_merging(run_dir, tmp_path, capsys, monkeypatch):
     from huggingface_hub import constants
 
     assert "is no hub name" in refusal(
