@@ -66,10 +66,10 @@ def _run(
     set_up(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
     if "dry_run" in command.switches:
-        from gtpo.models.saved import continued
+        from gtpo.models.saved import resolve_adapter
         from gtpo.plan import print_plan
 
-        print_plan(continued(recipe), processes.count())
+        print_plan(resolve_adapter(recipe), processes.count())
     else:
         train(recipe, _request(command), early_log=early_log, interruption=interruption)
     return 0
@@ -95,12 +95,12 @@ def train(
     """Train as `recipe` (its `env` is set) and `request` (a `gtpo.runs.start.Request`) say, and return
     the run directory.
     """
-    from gtpo.models.saved import continued
+    from gtpo.models.saved import resolve_adapter
     from gtpo.runs.start import Request, find_start
     from gtpo.runs.trackers import one_tracker_run
     from gtpo.runs.troubles import explained
 
-    recipe = continued(recipe)
+    recipe = resolve_adapter(recipe)
     start = find_start(recipe, request or Request(), processes.count())
     if start.finished is not None:
         logging.getLogger("gtpo").info(

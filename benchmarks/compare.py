@@ -235,7 +235,7 @@ def sample(recipe, run_dir: Path) -> list[dict]:
     """
     from gtpo.evaluation.draw import evaluate, header, rendered
     from gtpo.evaluation.file import EvaluationFile
-    from gtpo.models.generation import Sampling, with_model
+    from gtpo.models.generation import Sampling, policy_sampler
     from gtpo.models.saved import find_saved, load_saved
     from gtpo.problems import load_held_out
 
@@ -249,7 +249,7 @@ def sample(recipe, run_dir: Path) -> list[dict]:
     )
     return evaluate(
         file,
-        with_model(policy, sampling),
+        policy_sampler(policy, sampling),
         problems,
         prompts,
         batch_size=recipe.evaluation.batch_size,

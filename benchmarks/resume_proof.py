@@ -144,16 +144,16 @@ def interrupt_at(step: int, case: str = "", total: int = 0) -> None:
         )
 
         def evaluate_and_interrupt(self, name):
-            drawn = held_out.with_model
+            drawn = held_out.policy_sampler
 
-            def with_model(*args):
+            def policy_sampler(*args):
                 draw = drawn(*args)
                 return lambda *prompts: (
                     name == where and os.kill(os.getpid(), signal.SIGTERM),
                     draw(*prompts),
                 )[1]
 
-            held_out.with_model = with_model
+            held_out.policy_sampler = policy_sampler
             return evaluate(self, name)
 
         held_out.HeldOut.evaluate = evaluate_and_interrupt

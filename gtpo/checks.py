@@ -43,13 +43,13 @@ class Facts:
 
 
 def _recipe(facts: Facts) -> str:
-    from gtpo.models.saved import continued
+    from gtpo.models.saved import resolve_adapter
     from gtpo.recipe.batch import batch_plan
 
     recipe = cli.make_recipe(facts.command)
     set_up(recipe.env)
     sys.argv = [without_secrets(word) for word in sys.argv]
-    recipe = continued(recipe)
+    recipe = resolve_adapter(recipe)
     plan = batch_plan(recipe, facts.processes)
     facts.recipe = recipe
     return (

@@ -16,7 +16,7 @@ from test_train_model import demo_flags, here, run_dir
 
 import train_model
 from gtpo.errors import RecipeError
-from gtpo.models.saved import continued
+from gtpo.models.saved import resolve_adapter
 from gtpo.recipe import command_line as cli
 
 
@@ -82,7 +82,7 @@ def test_a_run_goes_on_from_the_adapters_weights_with_its_rank_alpha_and_layers(
         8,
         str(first),
     )
-    assert continued(recipe.model_copy(update={"run_name": "third"})).model == recipe.model
+    assert resolve_adapter(recipe.model_copy(update={"run_name": "third"})).model == recipe.model
 
 
 def test_from_a_checkpoint_it_trains_on_and_leaves_the_earlier_run_as_it_was(first, here):
@@ -126,7 +126,7 @@ def test_the_plan_shows_the_adapters_shape(first, here, capsys):
 def test_what_cannot_be_continued_is_refused_early(first, here, flags, expected):
     flags = [flag.replace("FIRST", str(first)) for flag in flags]
     with pytest.raises(RecipeError, match=expected):
-        continued(cli.read_recipe(second_flags(here, *flags)))
+        resolve_adapter(cli.read_recipe(second_flags(here, *flags)))
     assert train_model.main(second_flags(here, "--overwrite", *flags)) == 2
     assert (first / "adapter_model.safetensors").is_file() and not list(
         (here / "runs").glob("second*")
@@ -150,16 +150,16 @@ def test_a_base_model_that_numbers_tokens_otherwise_is_refused(first, here, caps
 
 def test_layers_keep_the_recipes_order(first, here):
     flags = ["--model.adapter", str(first)]
-    assert continued(cli.read_recipe(second_flags(here, *flags))).model.target_modules == sorted(
-        ["q_proj", "v_proj", "up_proj", "down_proj"]
-    )
+    assert resolve_adapter(
+        cli.read_recipe(second_flags(here, *flags))
+    ).model.target_modules == sorted(["q_proj", "v_proj", "up_proj", "down_proj"])
     config = json.loads((first / "adapter_config.json").read_text())
     section = cli.read_recipe(second_flags(here)).model
     (first / "adapter_config.json").write_text(
         json.dumps({**config, "target_modules": list(reversed(section.target_modules))})
     )
     assert (
-        continued(cli.read_recipe(second_flags(here, *flags))).model.target_modules
+        resolve_adapter(cli.read_recipe(second_flags(here, *flags))).model.target_modules
         == section.target_modules
     )
 
@@ -176,7 +176,7 @@ def test_the_same_settings_may_be_given_and_another_base_is_said(first, here, ti
         "v_proj",
         "q_proj",
     ]
-    assert continued(cli.read_recipe(second_flags(here, *flags))).model.target_modules == [
+    assert resolve_adapter(cli.read_recipe(second_flags(here, *flags))).model.target_modules == [
         "down_proj",
         "up_proj",
         "v_proj",
@@ -184,7 +184,7 @@ def test_the_same_settings_may_be_given_and_another_base_is_said(first, here, ti
     ]
     assert not caplog.records
     flags = second_flags(here, "--model.adapter", str(first), "--model-name", tiny_policy)
-    continued(cli.read_recipe(flags))
+    resolve_adapter(cli.read_recipe(flags))
     assert f"and goes on with {tiny_policy}" in caplog.text
     assert train_model.main(flags) == 2  # its layers do not fit
     assert not list((here / "runs").glob("second*"))

@@ -134,10 +134,10 @@ def test_the_same_command_again_draws_nothing_and_prints_the_same_and_so_does_fr
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, monkeypatch):
     flags = [run_dir, "--samples", "2", "--limit", "10", "--batch-size", "5"]
     whole = evaluate(capsys, *flags, "--to", "whole.jsonl")
-    drawn, with_model = [], generation.with_model
+    drawn, policy_sampler = [], generation.policy_sampler
 
     def interrupted_once(policy, sampling, **options):
-        sampler = with_model(policy, sampling, **options)
+        sampler = policy_sampler(policy, sampling, **options)
 
         def sample(prompts, seeds):
             if len(drawn) == 10:
@@ -148,7 +148,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, mon
 
         return sample
 
-    monkeypatch.setattr("gtpo.evaluation.engines.with_model", interrupted_once)
+    monkeypatch.setattr("gtpo.evaluation.engines.policy_sampler", interrupted_once)
     assert evaluate_model.main(flags) == 130
     assert (
         "interrupted: what was drawn is kept, and the same command goes on"
@@ -291,7 +291,7 @@ def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, cap
             if f"What is {asked}?" in prompt
         ]
 
-    monkeypatch.setattr("gtpo.evaluation.engines.with_model", knowing)
+    monkeypatch.setattr("gtpo.evaluation.engines.policy_sampler", knowing)
     out = evaluate(
         capsys,
         run_dir,

@@ -20,7 +20,7 @@ from gtpo.evaluation import scores
 from gtpo.evaluation.file import EvaluationFile
 from gtpo.models import generation
 from gtpo.models.backends import Policy
-from gtpo.models.generation import Completion, Sampling, draw_seed, with_model
+from gtpo.models.generation import SampledCompletion, Sampling, completion_seed, policy_sampler
 from gtpo.recipe.sections import DatasetSection
 
 GREEDY, SAMPLED = Sampling(0.0, 1.0, 1, 36), Sampling(1.0, 1.0, 1, 36)
@@ -58,11 +58,11 @@ def header(problems, prompts, sampling=SAMPLED, samples=2, weights="w") -> dict:
 def test_a_completion_does_not_depend_on_its_batch_and_the_random_generators_stay_as_they_are(
     policy, prompts
 ):
-    seeds = [draw_seed(1, problem, 0) for problem in range(len(prompts))]
+    seeds = [completion_seed(1, problem, 0) for problem in range(len(prompts))]
     before = torch.get_rng_state()
-    together = with_model(policy, SAMPLED)(prompts, seeds)
+    together = policy_sampler(policy, SAMPLED)(prompts, seeds)
     alone = [
-        with_model(policy, SAMPLED)([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds)
+        policy_sampler(policy, SAMPLED)([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds)
     ]
     assert together == alone
     assert torch.equal(torch.get_rng_state(), before) and policy.model.training
@@ -70,8 +70,8 @@ def test_a_completion_does_not_depend_on_its_batch_and_the_random_generators_sta
 
 def test_draws_follow_the_policy_at_the_temperature(policy, prompts):
     n, (prompt,) = 4000, prompts[3:4]
-    drawn = with_model(policy, Sampling(1.5, 1.0, 1, 1))(
-        [prompt] * n, [draw_seed(7, 0, i) for i in range(n)]
+    drawn = policy_sampler(policy, Sampling(1.5, 1.0, 1, 1))(
+        [prompt] * n, [completion_seed(7, 0, i) for i in range(n)]
     )
     ids = policy.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
     with torch.no_grad(), policy.generating() as model:
@@ -86,16 +86,16 @@ def test_draws_follow_the_policy_at_the_temperature(policy, prompts):
 def test_other_samples_and_other_seeds_draw_other_completions_and_the_same_the_same(
     policy, prompts
 ):
-    draw = with_model(policy, Sampling(3.0, 1.0, 1, 10))
+    draw = policy_sampler(policy, Sampling(3.0, 1.0, 1, 10))
     first, again, sample, seed = (
-        draw(prompts[:1], [draw_seed(*place)])[0].text
+        draw(prompts[:1], [completion_seed(*place)])[0].text
         for place in ((1, 0, 0), (1, 0, 0), (1, 0, 1), (2, 0, 0))
     )
     assert first == again and len({first, sample, seed}) == 3
 
 
 def test_greedy_completions_are_those_of_plain_generate(policy, prompts):
-    drawn = with_model(policy, GREEDY)(prompts, [0] * len(prompts))
+    drawn = policy_sampler(policy, GREEDY)(prompts, [0] * len(prompts))
     batch = policy.tokenizer(
         prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
     )
@@ -108,11 +108,11 @@ def test_greedy_completions_are_those_of_plain_generate(policy, prompts):
 
 
 def test_what_a_model_wants_of_its_generation_is_left_out_as_in_training(policy, prompts):
-    expected = with_model(policy, GREEDY)(prompts, [0] * 12)
+    expected = policy_sampler(policy, GREEDY)(prompts, [0] * 12)
     config = policy.model.generation_config
     config.repetition_penalty, config.top_k, config.do_sample, config.num_beams = 5.0, 3, True, 4
     try:
-        assert with_model(policy, GREEDY)(prompts, [0] * 12) == expected
+        assert policy_sampler(policy, GREEDY)(prompts, [0] * 12) == expected
     finally:
         config.repetition_penalty, config.top_k, config.do_sample, config.num_beams = (
             None,
@@ -123,15 +123,16 @@ def test_what_a_model_wants_of_its_generation_is_left_out_as_in_training(policy,
 
 
 def test_top_p_keeps_the_likeliest_tokens(policy, prompts):
-    seeds = [draw_seed(3, 0, i) for i in range(50)]
-    narrow = with_model(policy, Sampling(3.0, 0.01, 1, 36))(prompts[:1] * 50, seeds)
-    assert set(narrow) == set(with_model(policy, GREEDY)(prompts[:1], [0]))
-    assert len(set(with_model(policy, Sampling(3.0, 1.0, 1, 36))(prompts[:1] * 50, seeds))) > 10
+    seeds = [completion_seed(3, 0, i) for i in range(50)]
+    narrow = policy_sampler(policy, Sampling(3.0, 0.01, 1, 36))(prompts[:1] * 50, seeds)
+    assert set(narrow) == set(policy_sampler(policy, GREEDY)(prompts[:1], [0]))
+    assert len(set(policy_sampler(policy, Sampling(3.0, 1.0, 1, 36))(prompts[:1] * 50, seeds))) > 10
 
 
 def test_a_completion_without_an_end_is_truncated_and_counts_its_tokens(policy, prompts):
     whole, cut = (
-        with_model(policy, Sampling(0.0, 1.0, 1, length))(prompts[:1], [0])[0] for length in (36, 5)
+        policy_sampler(policy, Sampling(0.0, 1.0, 1, length))(prompts[:1], [0])[0]
+        for length in (36, 5)
     )
     assert not whole.truncated and whole.tokens > 5
     assert cut.truncated and cut.tokens == 5 and whole.text.startswith(cut.text)
@@ -148,9 +149,9 @@ def test_the_adapter_can_be_switched_off(policy, prompts):
     for name, parameter in tuned.model.named_parameters():
         if "lora_B" in name:
             parameter.data *= 20
-    base = with_model(policy, GREEDY)(prompts, [0] * 12)
-    assert with_model(tuned, GREEDY, adapter=False)(prompts, [0] * 12) == base
-    assert with_model(tuned, GREEDY)(prompts, [0] * 12) != base
+    base = policy_sampler(policy, GREEDY)(prompts, [0] * 12)
+    assert policy_sampler(tuned, GREEDY, adapter=False)(prompts, [0] * 12) == base
+    assert policy_sampler(tuned, GREEDY)(prompts, [0] * 12) != base
 
 
 def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch, tmp_path):
@@ -193,12 +194,12 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
         types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given),
     )
     monkeypatch.setitem(__import__("sys").modules, "vllm.lora.request", lora)
-    sampler = generation.with_vllm(
+    sampler = generation.vllm_samplers(
         "base/model", policy.tokenizer, SAMPLED, max_length=96, adapter=tmp_path, rank=20
     )
     cut, whole = sampler(True)(prompts[:2], [5, 6])
     assert cut.truncated and cut.tokens == 2
-    assert whole == Completion("<answer>6</answer>", 4, False)
+    assert whole == SampledCompletion("<answer>6</answer>", 4, False)
     assert (
         asked["llm"]["max_model_len"] == 96
         and asked["llm"]["max_lora_rank"] == 32
@@ -239,7 +240,7 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
     ],
 )
 def test_a_verdict_is_the_rewards(text, reference):
-    row = evaluation.graded({"prompt": [], "answer": reference}, Completion(text, 1, False))
+    row = evaluation.graded({"prompt": [], "answer": reference}, SampledCompletion(text, 1, False))
     (reward,) = reward_math.final_reward([text], [reference])
     assert row["correct"] == (reward == 20) and row["well_formed"] == (reward >= 10)
 
@@ -255,14 +256,14 @@ def run(path, problems, prompts, sampler, **settings):
 def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes_on_with_the_same_draws(
     policy, problems, prompts, tmp_path
 ):
-    whole = run(tmp_path / "whole.jsonl", problems, prompts, with_model(policy, SAMPLED))
+    whole = run(tmp_path / "whole.jsonl", problems, prompts, policy_sampler(policy, SAMPLED))
     batches = []
 
     def interrupted(texts, seeds):
         if len(batches) == 2:
             raise KeyboardInterrupt
         batches.append(seeds)
-        return with_model(policy, SAMPLED)(texts, seeds)
+        return policy_sampler(policy, SAMPLED)(texts, seeds)
 
     path = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
@@ -271,7 +272,7 @@ def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes
 
     def counted(texts, seeds):
         batches.append(seeds)
-        return with_model(policy, SAMPLED)(texts, seeds)
+        return policy_sampler(policy, SAMPLED)(texts, seeds)
 
     assert run(path, problems, prompts, counted) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -281,7 +282,7 @@ def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes
 
 
 def test_a_line_holds_what_can_be_recomputed(policy, problems, prompts, tmp_path):
-    run(tmp_path / "e.jsonl", problems, prompts, with_model(policy, SAMPLED))
+    run(tmp_path / "e.jsonl", problems, prompts, policy_sampler(policy, SAMPLED))
     first, *lines = map(json.loads, (tmp_path / "e.jsonl").read_text().splitlines())
     assert (
         first["header"]["problems"] == 12
@@ -302,7 +303,7 @@ def whole_file(policy, problems, prompts, tmp_path):
         tmp_path / "e.jsonl",
         problems,
         prompts,
-        with_model(policy, GREEDY),
+        policy_sampler(policy, GREEDY),
         sampling=GREEDY,
         samples=1,
     )
@@ -315,7 +316,7 @@ def test_a_cut_last_line_is_left_out_and_drawn_again(policy, problems, prompts, 
     whole_file.write_bytes(content[:-cut])
     held = evaluation_file.read(whole_file)
     assert held.cut and len(held.rows) == 11
-    run(whole_file, problems, prompts, with_model(policy, GREEDY), sampling=GREEDY, samples=1)
+    run(whole_file, problems, prompts, policy_sampler(policy, GREEDY), sampling=GREEDY, samples=1)
     assert whole_file.read_bytes() == content
 
 
@@ -324,7 +325,7 @@ def test_a_missing_line_end_loses_nothing(policy, problems, prompts, whole_file)
     whole_file.write_bytes(b"\n".join(content.splitlines()[:-1]))
     held = evaluation_file.read(whole_file)
     assert not held.cut and len(held.rows) == 11
-    run(whole_file, problems, prompts, with_model(policy, GREEDY), sampling=GREEDY, samples=1)
+    run(whole_file, problems, prompts, policy_sampler(policy, GREEDY), sampling=GREEDY, samples=1)
     assert whole_file.read_bytes() == content
 
 
@@ -406,7 +407,11 @@ def test_other_settings_are_refused(problems, prompts, whole_file, change, sente
 
 def test_two_evaluations_into_one_file_are_noticed(problems, prompts, tmp_path):
     one, other = (EvaluationFile(tmp_path / "e.jsonl", header(problems, prompts)) for _ in range(2))
-    row = {"problem": 0, "sample": 0, **evaluation.graded(problems[0], Completion("", 1, True))}
+    row = {
+        "problem": 0,
+        "sample": 0,
+        **evaluation.graded(problems[0], SampledCompletion("", 1, True)),
+    }
     with one:
         with (
             pytest.raises(RecipeError, match="another evaluation writes to it at the same time"),
@@ -539,7 +544,9 @@ def test_problems_of_real_sets_are_evaluated(policy, shared_data, tmp_path):
             tmp_path / f"{name}.jsonl",
             problems,
             texts,
-            lambda prompts, seeds: [Completion(problems[0]["answer"], 9, False) for _ in prompts],
+            lambda prompts, seeds: [
+                SampledCompletion(problems[0]["answer"], 9, False) for _ in prompts
+            ],
             sampling=GREEDY,
             samples=1,
         )

@@ -178,7 +178,7 @@ def test_processes_that_do_not_know_of_each_other_end_with_a_sentence(monkeypatc
 def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, several):
     import importlib.util
 
-    from gtpo.models.generation import vllm_in_unsloth
+    from gtpo.models.generation import unsloth_uses_vllm
     from gtpo.recipe.sections import ModelSection
 
     find = importlib.util.find_spec
@@ -189,9 +189,9 @@ def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, several):
     auto, yes, no = (
         ModelSection(model_name="model", fast_inference=wanted) for wanted in ("auto", True, False)
     )
-    assert vllm_in_unsloth(auto) is not several and not vllm_in_unsloth(no)
+    assert unsloth_uses_vllm(auto) is not several and not unsloth_uses_vllm(no)
     if not several:
-        assert vllm_in_unsloth(yes)
+        assert unsloth_uses_vllm(yes)
         return
     with pytest.raises(
         RecipeError,
@@ -200,7 +200,7 @@ def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, several):
             " a vLLM server"
         ),
     ):
-        vllm_in_unsloth(yes)
+        unsloth_uses_vllm(yes)
 
 
 @pytest.fixture

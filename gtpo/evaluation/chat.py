@@ -4,7 +4,7 @@ is kept.
 
 import sys
 
-from gtpo.models.generation import Sampling, completion, draw_seed, generate_options
+from gtpo.models.generation import Sampling, completion_seed, decoded_completion, generate_options
 from gtpo.system.safe_text import printable
 
 COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a completion"
@@ -54,7 +54,7 @@ def chat(
                 policy,
                 ids,
                 sampling._replace(max_completion_length=limit),
-                draw_seed(sampling.seed, turn, 0),
+                completion_seed(sampling.seed, turn, 0),
             )
         except KeyboardInterrupt:
             print("\n(stopped; this line and its answer are forgotten)", file=sys.stderr)
@@ -92,4 +92,4 @@ def _stream(policy, ids, sampling: Sampling, seed: int):
             streamer=Streamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **generate_options(policy.tokenizer, sampling, [seed], model.device),
         )
-    return completion(drawn[0, ids.shape[1] :].tolist(), policy.tokenizer)
+    return decoded_completion(drawn[0, ids.shape[1] :].tolist(), policy.tokenizer)

@@ -8,7 +8,7 @@ from typing import Any
 from gtpo.answers import final_answer, format_score, reference_answer, same_answer
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile
-from gtpo.models.generation import Completion, Sampler, Sampling, draw_seed
+from gtpo.models.generation import SampledCompletion, Sampler, Sampling, completion_seed
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,9 @@ def evaluate(
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
             drawn = _draw(
-                sampler, [prompts[p] for p, _ in batch], [draw_seed(seed, *pair) for pair in batch]
+                sampler,
+                [prompts[p] for p, _ in batch],
+                [completion_seed(seed, *pair) for pair in batch],
             )
             for (problem, sample), completion in zip(batch, drawn, strict=True):
                 file.append(
@@ -108,7 +110,7 @@ def evaluate(
     return file.rows
 
 
-def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[Completion]:
+def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[SampledCompletion]:
     import torch
 
     try:
@@ -121,7 +123,7 @@ def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[Comple
         ) from None
 
 
-def graded(problem: dict[str, Any], completion: Completion) -> dict[str, Any]:
+def graded(problem: dict[str, Any], completion: SampledCompletion) -> dict[str, Any]:
     """A completion with its verdict: correct is what the reward pays for, well formed with the
     right answer.
     """

@@ -8,7 +8,7 @@ import logging
 
 from gtpo.errors import RecipeError
 from gtpo.models import adapters
-from gtpo.models.generation import Sampling, with_model, with_vllm
+from gtpo.models.generation import Sampling, policy_sampler, vllm_samplers
 from gtpo.models.saved import Saved, load_saved, saved_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -94,14 +94,14 @@ class Engine:
         if self.backend == "vllm":
             return self._vllm(sampling, length)
         policy = functools.cache(lambda: self.policy(length))
-        return lambda adapter: with_model(
+        return lambda adapter: policy_sampler(
             policy(), sampling, adapter=adapter or self.saved.adapter is None
         )
 
     def _vllm(self, sampling: Sampling, length: int):
         adapter, section = self.saved.adapter, self.saved.section
         load = functools.cache(
-            lambda: with_vllm(
+            lambda: vllm_samplers(
                 self.saved.base,
                 self.tokenizer,
                 sampling,

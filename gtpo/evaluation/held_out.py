@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 from gtpo.evaluation.draw import evaluate, header, rendered
 from gtpo.evaluation.file import EvaluationFile
 from gtpo.evaluation.scores import Scores, means
-from gtpo.models.generation import Sampling, with_model
+from gtpo.models.generation import Sampling, policy_sampler
 from gtpo.recipe import Recipe
 from gtpo.system.signals import Interrupted, Interruption
 
@@ -79,7 +79,7 @@ class HeldOut(TrainerCallback):
                 **told,
             ),
         )
-        draw = with_model(self.policy, self.sampling)
+        draw = policy_sampler(self.policy, self.sampling)
 
         def draw_unless_asked_to_stop(prompts, seeds):
             self.interruption.stop_here("the evaluation goes on with --resume")

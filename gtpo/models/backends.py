@@ -12,8 +12,8 @@ from gtpo.errors import RecipeError
 from gtpo.hooks.merged_generation import merged
 from gtpo.models import adapters
 from gtpo.models.base_model import check_context, check_memory, loading_error
-from gtpo.models.generation import vllm_in_unsloth
-from gtpo.models.tokenizer import ready_tokenizer
+from gtpo.models.generation import unsloth_uses_vllm
+from gtpo.models.tokenizer import prepare_tokenizer
 from gtpo.recipe.sections import DocumentedTraining, ModelSection
 from gtpo.system.importing import collector_off
 from gtpo.system.whole_files import files_written_aside
@@ -227,7 +227,7 @@ def _load_with_unsloth(
 ) -> Policy:
     from unsloth import FastLanguageModel
 
-    vllm = vllm_in_unsloth(section)
+    vllm = unsloth_uses_vllm(section)
     logger.info("[GTPO] Generation: %s", "vLLM" if vllm else "Unsloth, without vLLM")
     model, theirs = FastLanguageModel.from_pretrained(
         model_name=section.model_name,
@@ -265,7 +265,7 @@ def _load_with_unsloth(
             use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
         )
     theirs.chat_template = tokenizer.chat_template  # the one that the prompts were filtered with
-    return Policy(model, ready_tokenizer(theirs, section, "unsloth"), "unsloth", uses_vllm=vllm)
+    return Policy(model, prepare_tokenizer(theirs, section, "unsloth"), "unsloth", uses_vllm=vllm)
 
 
 def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Policy:

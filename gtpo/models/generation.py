@@ -27,7 +27,7 @@ class Sampling(NamedTuple):
     max_completion_length: int  # tokens
 
 
-class Completion(NamedTuple):
+class SampledCompletion(NamedTuple):
     """A completion as the reward sees it: decoded, without special tokens."""
 
     text: str
@@ -35,11 +35,11 @@ class Completion(NamedTuple):
     truncated: bool  # it has none
 
 
-Sampler = Callable[[list[str], list[int]], list[Completion]]
+Sampler = Callable[[list[str], list[int]], list[SampledCompletion]]
 """Prompts, after the chat template, and their seeds -> completions."""
 
 
-def draw_seed(seed: int, problem: int, sample: int) -> int:
+def completion_seed(seed: int, problem: int, sample: int) -> int:
     """The seed of one completion, 0 to 2^63 - 1: no two of an evaluation, nor of two seeds, are
     alike.
     """
@@ -47,7 +47,7 @@ def draw_seed(seed: int, problem: int, sample: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def with_model(policy, sampling: Sampling, *, adapter: bool = True) -> Sampler:
+def policy_sampler(policy, sampling: Sampling, *, adapter: bool = True) -> Sampler:
     """A sampler that asks `policy.model.generate`; `adapter=False` switches the LoRA weights
     off.
     """
@@ -56,7 +56,7 @@ def with_model(policy, sampling: Sampling, *, adapter: bool = True) -> Sampler:
     tokenizer = policy.tokenizer
 
     @torch.no_grad()
-    def sample(prompts: list[str], seeds: list[int]) -> list[Completion]:
+    def sample(prompts: list[str], seeds: list[int]) -> list[SampledCompletion]:
         inputs = tokenizer(
             prompts,
             return_tensors="pt",
@@ -77,7 +77,8 @@ def with_model(policy, sampling: Sampling, *, adapter: bool = True) -> Sampler:
                 **generate_options(tokenizer, sampling, seeds, model.device),
             )
         return [
-            completion(row, tokenizer) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()
+            decoded_completion(row, tokenizer)
+            for row in ids[:, inputs["input_ids"].shape[1] :].tolist()
         ]
 
     return sample
@@ -133,7 +134,7 @@ class _GumbelNoise:
         return scores - noise.log()
 
 
-def with_vllm(
+def vllm_samplers(
     base: str,
     tokenizer,
     sampling: Sampling,
@@ -162,7 +163,7 @@ def with_vllm(
     lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
 
     def sampler(use_adapter: bool) -> Sampler:
-        def sample(prompts: list[str], seeds: list[int]) -> list[Completion]:
+        def sample(prompts: list[str], seeds: list[int]) -> list[SampledCompletion]:
             ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
             parameters = [
                 SamplingParams(
@@ -184,21 +185,24 @@ def with_vllm(
                 use_tqdm=False,
                 lora_request=lora if use_adapter else None,
             )
-            return [completion(list(output.outputs[0].token_ids), tokenizer) for output in outputs]
+            return [
+                decoded_completion(list(output.outputs[0].token_ids), tokenizer)
+                for output in outputs
+            ]
 
         return sample
 
     return sampler
 
 
-def completion(ids: list[int], tokenizer) -> Completion:
+def decoded_completion(ids: list[int], tokenizer) -> SampledCompletion:
     """What `ids` say up to the first end-of-sequence token; what follows is padding."""
     ended = tokenizer.eos_token_id in ids
     ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if ended else ids
-    return Completion(tokenizer.decode(ids, skip_special_tokens=True), len(ids), not ended)
+    return SampledCompletion(tokenizer.decode(ids, skip_special_tokens=True), len(ids), not ended)
 
 
-def vllm_in_unsloth(section: ModelSection) -> bool:
+def unsloth_uses_vllm(section: ModelSection) -> bool:
     """Whether Unsloth samples with vLLM while it trains; raises RecipeError where that is asked for
     and cannot be had.
     """

@@ -244,7 +244,7 @@ def _ordinary_tokens(tokenizer) -> dict[str, int]:
 # ---- model.adapter: a new run that goes on training an earlier adapter's weights
 
 
-def continued(recipe: Recipe) -> Recipe:
+def resolve_adapter(recipe: Recipe) -> Recipe:
     """`recipe` with `model.adapter` as a folder, and that adapter's rank, alpha and layers;
     unchanged where it names none.
 

@@ -43,10 +43,10 @@ def load_tokenizer(section: ModelSection, backend: str):
             section,
             error,
         ) from error
-    return ready_tokenizer(tokenizer, section, backend)
+    return prepare_tokenizer(tokenizer, section, backend)
 
 
-def ready_tokenizer(tokenizer, section: ModelSection, backend: str):
+def prepare_tokenizer(tokenizer, section: ModelSection, backend: str):
     """Give `tokenizer` what training needs: chat template, padding token, padding on the left."""
     if section.chat_template:
         path = Path(section.chat_template)

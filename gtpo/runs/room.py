@@ -7,7 +7,7 @@ import os
 
 from gtpo.errors import RecipeError
 from gtpo.models.backends import precision
-from gtpo.models.generation import vllm_in_unsloth
+from gtpo.models.generation import unsloth_uses_vllm
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import batch_plan, optimizer_steps
 from gtpo.runs.memory import Load, Shape, peak
@@ -88,7 +88,9 @@ def _load(
         backend == "unsloth",
         recipe.training.trl_options(),
     )
-    share = recipe.model.gpu_memory_utilization if unsloth and vllm_in_unsloth(recipe.model) else 0
+    share = (
+        recipe.model.gpu_memory_utilization if unsloth and unsloth_uses_vllm(recipe.model) else 0
+    )
     if (
         options.get("use_vllm")
         and options.get("vllm_mode", grpo_options()["vllm_mode"].default) != "server"
