@@ -170,11 +170,27 @@ def test_truncated_completions_that_the_loss_masks_keep_their_tokens(tmp_path):
     assert truncated and all(len(line["ids"]) == 7 and line["entropy"] == 0 for line in truncated)
 
 
+def test_lines_have_the_keys_of_the_schema_in_its_order(recorded):
+    from gtpo.hooks.completion_line import CompletionLine
+
+    for line in recorded[1]["lines"]:
+        assert list(line) == list(CompletionLine.model_fields)
+        CompletionLine.model_validate(line, strict=True)
+
+
+def test_a_key_that_the_schema_does_not_have_is_not_written():
+    from gtpo.hooks.completion_line import encoded
+
+    with pytest.raises(ValueError, match="entropie: not a key of CompletionLine"):
+        encoded({"step": 1, "entropie": 0.1})
+
+
 def test_a_line_stays_one_line_whatever_the_policy_writes(tmp_path):
     from gtpo.hooks import recorder
+    from gtpo.hooks.completion_line import encoded
 
     values = {"completion": "a\u2028b\u2029c\x85d\ne\x00\u4e2d", "prompt": "half a pair: \ud83d"}
-    line = recorder._as_line({**values, "reward": recorder._number(float("inf"))}).decode()
+    line = encoded({**values, "reward": recorder._number(float("inf"))}).decode()
     assert len(line.splitlines()) == 1 and "\u4e2d" in line
     assert json.loads(line) == {**values, "reward": None}
 

@@ -642,7 +642,7 @@ def test_help_needs_neither_matplotlib_nor_jinja2():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "no run given; use: python report_run.py RUN [RUN ...]"),
+        ([], "RUN: missing; use: python report_run.py RUN [RUN ...]"),
         (
             ["missing"],
             (

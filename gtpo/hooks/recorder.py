@@ -18,11 +18,9 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from gtpo import shaping
+from gtpo.hooks.completion_line import encoded
 from gtpo.hooks.groups import whole_groups
 from gtpo.hooks.token_texts import TokenTexts
-
-# the ones that JSON leaves as they are
-LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 class Recorder(TrainerCallback):
@@ -188,7 +186,7 @@ class Recorder(TrainerCallback):
         if self.file is None:
             return
         # all processes meet here
-        texts = gather_object([_as_line(line) for line in self.latest])
+        texts = gather_object([encoded(line) for line in self.latest])
         if self.trainer.accelerator.is_main_process:
             # each line in one piece, also for somebody who reads meanwhile
             with self.file.open("ab", buffering=0) as file:
@@ -250,12 +248,3 @@ def _of_the_loss(seen: dict, width: int) -> list[dict]:
 def _number(value: float) -> float | None:
     """`value` with the digits that float32 has; None where it is no number that JSON knows."""
     return float(f"{value:.7g}") if math.isfinite(value) else None
-
-
-def _as_line(values: dict) -> bytes:
-    text = (
-        json.dumps(values, ensure_ascii=False, allow_nan=False, default=str).translate(LINE_BREAKS)
-        + "\n"
-    )
-    # half a surrogate pair becomes what JSON calls it
-    return text.encode("utf-8", errors="backslashreplace")

@@ -6,48 +6,23 @@ Lines that are no completion (a last one cut by a crash, for instance) are left 
 """
 
 import itertools
-import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from gtpo.answers import format_score
+from gtpo.hooks.completion_line import CompletionLine
 
 PIECES = re.compile(r"(?:<[/|]?[\w-]+\|?>\s*)+|[^<\n]+\n*|<|\n+")  # tags in a row, else lines
-Number = Annotated[
-    float | None,
-    AfterValidator(lambda value: value if value is not None and math.isfinite(value) else None),
-]
 
 
-class Completion(BaseModel):
-    """One line of the file; lists per token that do not fit together count as not recorded."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    step: int
-    rollout: int | None = None
-    group: int
-    row: int
-    prompt: Any = None
-    completion: str = ""
-    answer: Any = None
-    reward: Number = None
-    rewards: dict[str, Number] = {}
-    advantage: Number = None
-    entropy: Number = None  # mean, nats
-    kept: bool | None = None
-    truncated: bool = False
-    ids: list[int] | None = None
-    tokens: list[str] | None = None
-    weights: list[Number] | None = None
-    entropies: list[Number] | None = None
-    prefix: int = 0
-    suffix: int = 0
+class Completion(CompletionLine):
+    """A line as a report uses it; lists per token that do not fit together count as not
+    recorded.
+    """
 
     @model_validator(mode="after")
     def lists_belong_together(self):
