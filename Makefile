@@ -20,10 +20,10 @@ pictures: $(VENV)/.cpu
 	$(VENV)/bin/python benchmarks/screenshots.py runs/pictures/report docs/images
 
 soak: $(VENV)/.unsloth
-	$(VENV)/bin/python benchmarks/resume_proof.py
-	$(VENV)/bin/python benchmarks/soak.py --rounds 20
-	$(VENV)/bin/python benchmarks/fuzz.py
-	$(VENV)/bin/python benchmarks/soak_rewards.py
+	$(VENV)/bin/python reliability/resume_proof.py
+	$(VENV)/bin/python reliability/soak.py --rounds 20
+	$(VENV)/bin/python reliability/fuzz.py
+	$(VENV)/bin/python reliability/soak_rewards.py
 	$(VENV)/bin/python tests/injected.py --unsloth "$$(mktemp -d)" 2 4
 
 gpu-check:

@@ -28,9 +28,9 @@ def train(
     **options,
 ) -> dict:
     """What has to be the same, of a run with a recorder."""
-    from benchmarks.resume_proof import _drop_times
     from gtpo.hooks.recorder import Recorder
     from gtpo.runs.exact_resume import ExactResume
+    from reliability.resume_proof import _drop_times
 
     folder.mkdir(parents=True, exist_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{**OPTIONS, **options})
@@ -66,8 +66,8 @@ def train(
 def where_resumed_runs_differ(
     class_path: str, folder: Path, steps=(1, 2, 3), **options
 ) -> list[str]:
-    from benchmarks.resume_proof import differences
     from gtpo.runs import checkpoints
+    from reliability.resume_proof import differences
 
     straight = train(class_path, folder / "straight", **options)
     return [

@@ -39,7 +39,16 @@ FAULTS = [
 @pytest.fixture(scope="module")
 def soak() -> dict[str, list[str]]:
     """What a short soak says of each fault: how many were injected, steps repeated, losses."""
-    command = [sys.executable, "benchmarks/soak.py", "--rounds", "2", "--steps", "5", "--seed", "1"]
+    command = [
+        sys.executable,
+        "reliability/soak.py",
+        "--rounds",
+        "2",
+        "--steps",
+        "5",
+        "--seed",
+        "1",
+    ]
     done = subprocess.run(
         command,
         cwd=ROOT,

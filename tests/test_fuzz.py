@@ -1,28 +1,23 @@
-"""Hostile input, a little of it: benchmarks/fuzz.py brings more. Random texts by hypothesis;
-recipes, answers and runs by benchmarks/hostile.py.
+"""Hostile input, a little of it: reliability/fuzz.py brings more. Random texts by hypothesis;
+recipes, answers and runs by reliability/hostile_inputs.py.
 """
 
 import random
-import sys
 
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.append(str(ROOT / "benchmarks"))
-import fuzz  # noqa: E402
-import hostile  # noqa: E402
-
 from gtpo.answers import text as answers
 from gtpo.recipe import yaml_text
-from gtpo.system import safe_text  # noqa: E402
-from reward_math import final_reward, released_reward  # noqa: E402
+from gtpo.system import safe_text
+from reliability import fuzz, hostile_inputs
+from reward_math import final_reward, released_reward
 
 FEW = settings(max_examples=80, deadline=None, derandomize=True, database=None)
-TEXTS = st.lists(st.one_of(st.sampled_from(hostile.PIECES), st.text(max_size=8)), max_size=12).map(
-    "".join
-)
+TEXTS = st.lists(
+    st.one_of(st.sampled_from(hostile_inputs.PIECES), st.text(max_size=8)), max_size=12
+).map("".join)
 NUMBERS = st.integers(-(10**12), 10**12)
 
 
@@ -64,7 +59,7 @@ def test_the_check_of_a_page_sees_what_has_escaped(hack, monkeypatch):
     monkeypatch.setattr(
         jinja2.Environment, "__init__", _without_escaping(jinja2.Environment.__init__)
     )
-    monkeypatch.setattr(hostile, "text", lambda dice, pieces=12: hack)
+    monkeypatch.setattr(hostile_inputs, "text", lambda dice, pieces=12: hack)
     with pytest.raises(AssertionError):
         fuzz.check_report(random.Random(0), 16)
 

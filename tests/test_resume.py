@@ -8,8 +8,8 @@ import pytest
 import resumes
 from conftest import ROOT
 
-from benchmarks import resume_proof
 from gtpo.runs import checkpoints
+from reliability import resume_proof
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def proof() -> str:
     """What the proof says of its hardest cases, briefly: of GTPO, and of the baseline."""
     command = [
         sys.executable,
-        "benchmarks/resume_proof.py",
+        "reliability/resume_proof.py",
         "--steps",
         "4",
         "--at",

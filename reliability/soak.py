@@ -1,4 +1,4 @@
-"""Kill, stop, fill and damage runs, and see that nothing is lost: `python benchmarks/soak.py
+"""Kill, stop, fill and damage runs, and see that nothing is lost: `python reliability/soak.py
 [--rounds 20] [--seed 0] [--faults ...]`.
 
 Every fault is a real one, injected into a run of the embedded demo's model. Afterwards the run goes
@@ -24,10 +24,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks import workers  # noqa: E402
-from benchmarks.resume_proof import CASES, EVERY, differences, flags, outcome  # noqa: E402
 from gtpo.recipe import RecipeError  # noqa: E402
 from gtpo.runs import checkpoints  # noqa: E402
+from reliability import training_processes  # noqa: E402
+from reliability.resume_proof import CASES, EVERY, differences, flags, outcome  # noqa: E402
 
 VARIED = [  # what the rounds take turns with
     ["--training.save_steps", "1", "--training.save_total_limit", "2"],
@@ -69,7 +69,7 @@ class Soak:
         """The outcome of a run that nothing happens to, and the seconds it takes."""
         if varied not in self._straight:
             folder, began = self.scratch / f"straight{varied}", time.monotonic()
-            if workers.run(
+            if training_processes.run(
                 flags(folder, self.steps, VARIED[varied]), self.scratch / "straight.txt"
             ):
                 raise SystemExit((self.scratch / "straight.txt").read_text()[-3000:])
@@ -90,7 +90,7 @@ class Soak:
         self, argv: list[str], folder: Path, said: Path, varied: int, found: Found
     ) -> None:
         """Let the run go on to its end, and compare."""
-        code = workers.run([*argv, "--resume"], said)
+        code = training_processes.run([*argv, "--resume"], said)
         if code:
             found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
         else:
@@ -113,7 +113,7 @@ class Soak:
             varied = found.faults % len(VARIED)
             argv, folder, said = self.new(varied)
             while found.faults < rounds:
-                worker = workers.Worker([*argv, "--resume"], said)
+                worker = training_processes.Worker([*argv, "--resume"], said)
                 time.sleep(self.dice.uniform(0, self.straight(varied)[1]))
                 worker.kill(signal.SIGKILL)
                 if worker.wait() == 0:
@@ -138,7 +138,7 @@ class Soak:
             argv, folder, said = self.new(varied)
             for _ in range(3):  # within one run, if it does not end before
                 began = said.read_text().count("Backend") if said.is_file() else 0
-                worker = workers.Worker([*argv, "--resume"], said)
+                worker = training_processes.Worker([*argv, "--resume"], said)
                 wait_for(lambda: worker.said.count("Backend") > began, worker)
                 time.sleep(self.dice.uniform(0, self.straight(varied)[1]))
                 worker.kill(signum)
@@ -162,7 +162,7 @@ class Soak:
         found = Found(rounds)
         for i in range(rounds):
             argv, folder, said = self.new(i % len(VARIED))
-            worker = workers.Worker(argv, said, before=slow_rewards)
+            worker = training_processes.Worker(argv, said, before=slow_rewards)
             wait_for(lambda: "Step 2 judges" in worker.said)
             worker.kill(signal.SIGINT)
             time.sleep(1.3)
@@ -181,7 +181,7 @@ class Soak:
         found = Found(rounds)
         for i in range(rounds):
             argv, folder, said = self.new(0)
-            worker = workers.Worker(argv, said)
+            worker = training_processes.Worker(argv, said)
             wait_for(lambda: len(list(folder.glob("*/checkpoint-*"))) > 1, worker)
             worker.kill(signal.SIGKILL)
             worker.wait()
@@ -205,7 +205,7 @@ class Soak:
             with small_disk(
                 folder, int(self.dice.uniform(1.5, self.steps - 1) * self.checkpoint_bytes())
             ) as (limit, make_room):
-                code = workers.run(argv, said, before=limit)
+                code = training_processes.run(argv, said, before=limit)
                 found.faults += 1
                 errors = [
                     line for line in said.read_text().splitlines() if line.startswith("error: ")
@@ -234,7 +234,7 @@ class Soak:
         for i in range(rounds):
             argv, folder, said = self.new(i % len(VARIED))
             step = self.dice.randrange(2, self.steps)
-            code = workers.run(argv, said, before=lambda step=step: greedy_rewards(step))
+            code = training_processes.run(argv, said, before=lambda step=step: greedy_rewards(step))
             found.faults += 1
             keys = (
                 "training.per_device_train_batch_size",
@@ -257,7 +257,7 @@ class Soak:
         found = Found(rounds)
         for _ in range(rounds):
             argv, folder, said = self.new(0, ["--training.report_to", "wandb"])
-            code = workers.run(argv, said, before=kill_wandb)
+            code = training_processes.run(argv, said, before=kill_wandb)
             found.faults += "wandb's process is killed" in said.read_text()
             if code or "wandb fails" not in said.read_text():
                 found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
@@ -275,7 +275,7 @@ class Soak:
         found = Found(rounds)
         for _ in range(rounds):
             argv, folder, said = self.new(0)
-            code = workers.run(
+            code = training_processes.run(
                 [*argv, "--training.report_to", "wandb"], said, before=online_without_network
             )
             found.faults += 1
@@ -327,7 +327,7 @@ def problem(folder: Path) -> str | None:
         return str(error)
 
 
-def wait_for(seen, worker: workers.Worker | None = None, seconds: float = 300) -> None:
+def wait_for(seen, worker: training_processes.Worker | None = None, seconds: float = 300) -> None:
     for _ in range(int(seconds / 0.005)):
         if seen():
             return
@@ -424,7 +424,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="*", default=FAULTS, choices=FAULTS)
     options = parser.parse_args()
-    workers.prepare()
+    training_processes.prepare()
     lost = 0
     print(f"{'fault':14} {'injected':>8} {'steps repeated':>15} {'losses':>7}")
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,5 +1,5 @@
 """Train the demo with a reward that misbehaves in ten ways, and count what was lost: `python
-benchmarks/soak_rewards.py`.
+reliability/soak_rewards.py`.
 
 Twice: one process and one call for each rollout, then two processes and a call for each completion.
 Lost is a completion whose reward is not what an honest reward pays, or None where it misbehaves; a
@@ -23,10 +23,10 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks.hostile_reward import WAYS, way_of  # noqa: E402
 from gtpo.answers import format_reference, format_score  # noqa: E402
 from gtpo.rewards.pool import JudgePool  # noqa: E402
 from gtpo.rewards.worker import judge  # noqa: E402
+from reliability.hostile_reward import WAYS, way_of  # noqa: E402
 from reward_math import final_reward  # noqa: E402
 
 MARK = "GTPO_SOAK_REWARDS"  # in the environment of whatever the runs start
@@ -94,7 +94,7 @@ def train(
             "--output_root",
             str(folder),
             "--trainer.reward_funcs",
-            "benchmarks.hostile_reward.pay",
+            "reliability.hostile_reward.pay",
             "--training.max_steps",
             str(steps),
             "--rewards.seconds",

@@ -1,4 +1,4 @@
-"""Hostile input for all that reads what others wrote: `python benchmarks/fuzz.py [TARGET ...]
+"""Hostile input for all that reads what others wrote: `python reliability/fuzz.py [TARGET ...]
 [--inputs N] [--seed S]`.
 
 recipe    the recipe reader: a Recipe that survives being saved and read again, or a RecipeError
@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT)]
 
-import hostile  # noqa: E402
+from reliability import hostile_inputs  # noqa: E402
 
 # seconds for one input, or one report; a question that math-verify may think about takes 3 seconds
 # of its CPU time
@@ -47,7 +47,7 @@ class Hang(Exception):
 
 
 def check_recipe(dice: random.Random) -> int:
-    content, words = hostile.recipe(dice)
+    content, words = hostile_inputs.recipe(dice)
     return recipe_text(content, words)
 
 
@@ -92,7 +92,7 @@ def _same_import_path():
 
 
 def check_answers(dice: random.Random) -> int:
-    return answers_text(*hostile.answer_pair(dice), hostile.text(dice))
+    return answers_text(*hostile_inputs.answer_pair(dice), hostile_inputs.text(dice))
 
 
 def answers_text(one: str, other: str, text: str) -> int:
@@ -125,37 +125,39 @@ def check_rewards(dice: random.Random) -> int:
     import reward_math
 
     if dice.random() < 0.7:
-        value = hostile.number(dice)
-        reference = hostile.written(dice, value)
+        value = hostile_inputs.number(dice)
+        reference = hostile_inputs.written(dice, value)
         wrong, same = (
-            [hostile.wrong_answer(dice, value, reference) for _ in range(16)],
-            hostile.written(dice, value),
+            [hostile_inputs.wrong_answer(dice, value, reference) for _ in range(16)],
+            hostile_inputs.written(dice, value),
         )
     else:
         reference, *others = (
-            dice.choice(hostile.EXPRESSIONS + hostile.WORDS),
-            *dice.sample(hostile.EXPRESSIONS, 5),
+            dice.choice(hostile_inputs.EXPRESSIONS + hostile_inputs.WORDS),
+            *dice.sample(hostile_inputs.EXPRESSIONS, 5),
         )
         others = [other for other in others if other != reference]
         wrong, same = (
             [
-                dice.choice(hostile.WRONG).format(w=dice.choice(others), r=reference)
+                dice.choice(hostile_inputs.WRONG).format(w=dice.choice(others), r=reference)
                 for _ in range(16)
             ],
             reference,
         )
-    wrong = [hostile.completion(dice, answer) for answer in wrong]
+    wrong = [hostile_inputs.completion(dice, answer) for answer in wrong]
     right = [
-        hostile.completion(
+        hostile_inputs.completion(
             dice,
-            dice.choice(hostile.RIGHT if same[-1].isdigit() else hostile.RIGHT[:-6]).format(r=same),
+            dice.choice(
+                hostile_inputs.RIGHT if same[-1].isdigit() else hostile_inputs.RIGHT[:-6]
+            ).format(r=same),
         )
         for _ in range(4)
     ]
     odd = (
-        [hostile.broken(dice, reference) for _ in range(4)]
-        + [hostile.mutated(dice, dice.choice(right)) for _ in range(4)]
-        + [hostile.text(dice, 20) for _ in range(4)]
+        [hostile_inputs.broken(dice, reference) for _ in range(4)]
+        + [hostile_inputs.mutated(dice, dice.choice(right)) for _ in range(4)]
+        + [hostile_inputs.text(dice, 20) for _ in range(4)]
     )
     completions = wrong + right + odd
     columns = {
@@ -236,7 +238,7 @@ def check_report(dice: random.Random, completions: int = 2048) -> int:
     from gtpo.report.run_record import read_run
 
     with tempfile.TemporaryDirectory() as folder:
-        hostile.write_run(dice, Path(folder, "run"), completions)
+        hostile_inputs.write_run(dice, Path(folder, "run"), completions)
         try:
             run = read_run(Path(folder, "run"))
             html = render([run], []).decode("utf-8")
@@ -280,7 +282,7 @@ def _check_group(run, step: int, group: dict, texts: list[str]) -> None:
 def check_console(dice: random.Random) -> int:
     from gtpo.system.safe_text import printable, without_secrets
 
-    text, secret = hostile.text(dice), "".join(dice.choices("abcXYZ0189-_", k=12))
+    text, secret = hostile_inputs.text(dice), "".join(dice.choices("abcXYZ0189-_", k=12))
     shown = printable(
         without_secrets(f"{text}{secret}{text} hf_{'aZ09' * 8} {text}", {"MY_TOKEN": secret})
     )
@@ -374,10 +376,12 @@ def run_atheris(target: str, inputs: int, seed: int) -> None:
             answers_text(text[: len(text) // 2], text[len(text) // 2 :], text)
 
     with tempfile.TemporaryDirectory() as corpus:
-        Path(corpus, "recipe").write_text(hostile.RECIPE)
-        for i, answer in enumerate(hostile.ANSWERS):
+        Path(corpus, "recipe").write_text(hostile_inputs.RECIPE)
+        for i, answer in enumerate(hostile_inputs.ANSWERS):
             Path(corpus, str(i)).write_text(
-                answer * 2 if target == "answers" else f"{hostile.RECIPE}run_name: {answer}\n"
+                answer * 2
+                if target == "answers"
+                else f"{hostile_inputs.RECIPE}run_name: {answer}\n"
             )
         atheris.Setup(
             [

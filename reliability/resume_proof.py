@@ -1,4 +1,4 @@
-"""Prove that a resumed run is the run it would have been: `python benchmarks/resume_proof.py
+"""Prove that a resumed run is the run it would have been: `python reliability/resume_proof.py
 [--steps 6] [--cases NAME ...]`.
 
 Each case trains the embedded demo's model straight, and then once for every step k: a SIGTERM
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from benchmarks import workers  # noqa: E402
+from reliability import training_processes  # noqa: E402
 
 BASELINE = ["--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer"]
 # of 2 steps
@@ -247,7 +247,9 @@ def prove(name: str, steps: int, at: list[int] | None, scratch: Path) -> tuple[i
     """How many interruptions of a case were tried, and where any of the resumed runs differed."""
     case, problems = CASES[name], []
     if (
-        code := workers.run(flags(scratch / "straight", steps, case), scratch / "straight.txt")
+        code := training_processes.run(
+            flags(scratch / "straight", steps, case), scratch / "straight.txt"
+        )
     ) != 0:
         raise SystemExit(
             f"{name}: the straight run ended with {code}:"
@@ -260,8 +262,8 @@ def prove(name: str, steps: int, at: list[int] | None, scratch: Path) -> tuple[i
     for k in interrupted:
         argv, said = flags(scratch / f"at{k}", steps, case), scratch / f"at{k}.txt"
         codes = (
-            workers.run(argv, said, lambda k=k: interrupt_at(k, name, total)),
-            workers.run([*argv, "--resume"], said),
+            training_processes.run(argv, said, lambda k=k: interrupt_at(k, name, total)),
+            training_processes.run([*argv, "--resume"], said),
         )
         if codes != (143, 0):
             problems.append(f"{name}, step {k}: exit codes {codes}: {said.read_text()[-3000:]}")
@@ -281,7 +283,7 @@ def main() -> int:
     )
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     options = parser.parse_args()
-    workers.prepare()
+    training_processes.prepare()
     tried, problems = 0, []
     for name in options.cases:
         began = time.monotonic()
