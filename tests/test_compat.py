@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from benchmarks.resume_proof import differences, outcome
 from gtpo.recipe import command_line
+from reliability.resume_proof import differences, outcome
 
 FILES = ROOT / "tests/compat"
 RECIPES = json.loads((FILES / "recipes.json").read_text(encoding="utf-8"))
