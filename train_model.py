@@ -96,9 +96,9 @@ def train(
     the run directory.
     """
     from gtpo.models.saved import resolve_adapter
+    from gtpo.runs.endings import explained
     from gtpo.runs.start import Request, find_start
     from gtpo.runs.trackers import one_tracker_run
-    from gtpo.runs.troubles import explained
 
     recipe = resolve_adapter(recipe)
     start = find_start(recipe, request or Request(), processes.count())
@@ -166,7 +166,6 @@ def _train(
     from gtpo.hooks.nonfinite import skip_non_finite
     from gtpo.hooks.streaming_head import stream_log_probs
     from gtpo.rewards.guarded import Judges
-    from gtpo.runs import sharding
     from gtpo.runs.exact_resume import resume_exactly
     from gtpo.runs.progress import watch  # after the backend, like all that imports trl
 
@@ -186,7 +185,7 @@ def _train(
     trackers.let_training_go_on(trainer)
     model_card.describe_saves(policy.model, trainer, recipe, run_dir)
 
-    sharding.check(trainer, held_out)
+    imported.check_processes(trainer, held_out)
     is_main = trainer.accelerator.is_main_process
     with runs.opened(start, recipe, early_log) if is_main else contextlib.nullcontext():
         held_out = (
@@ -205,7 +204,7 @@ def _train(
         interruption.stop_here(
             f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume"
         )
-        state = sharding.whole_state(trainer)
+        state = imported.whole_state(trainer)
         if is_main:
             policy.save_adapter(run_dir, state)
         if held_out:

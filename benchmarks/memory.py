@@ -205,10 +205,10 @@ ESTIMATE = """
 import json, sys
 from gtpo.models import backends
 from gtpo.recipe import command_line as cli
-from gtpo.runs import memory, room
+from gtpo.runs import memory
 recipe = cli.read_recipe(sys.argv[1:])
 shape = memory.shape(recipe.model, backends.lora_config(recipe.model, None))
-load = room._load(recipe, backend="transformers", processes=1, longest=31, optimizer=8, cuda=False)
+load = memory._load(recipe, backend="transformers", processes=1, longest=31, optimizer=8, cuda=False)
 print(json.dumps(memory.peak(shape, load)))
 """
 

@@ -216,9 +216,9 @@ def _model(facts: Facts) -> str:
 
 
 def _memory(facts: Facts) -> str:
-    from gtpo.runs.room import memory
+    from gtpo.runs.memory import check_memory
 
-    return memory(
+    return check_memory(
         facts.recipe,
         facts.shape,
         backend=facts.backend,
@@ -229,15 +229,14 @@ def _memory(facts: Facts) -> str:
 
 
 def _disk(facts: Facts) -> str:
-    from gtpo.runs.memory import checkpoint
-    from gtpo.runs.room import disk
+    from gtpo.runs.memory import check_disk, checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         facts.tokenizer.save_pretrained(folder)
         tokenizer = sum(file.stat().st_size for file in Path(folder).iterdir())
     run_dir = Path(facts.recipe.output_dir())
     there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
-    return disk(
+    return check_disk(
         facts.recipe,
         checkpoint(facts.shape, facts.optimizer, tokenizer),
         free=shutil.disk_usage(there).free,

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from gtpo.errors import RecipeError
 from gtpo.recipe import command_line as cli
-from gtpo.runs import checkpoints, trackers, troubles
+from gtpo.runs import checkpoints, endings, trackers
 from gtpo.system.signals import Interrupted, Interruption
 from gtpo.system.whole_files import (
     files_written_aside,
@@ -176,7 +176,7 @@ def sentence(tmp_path, error: Exception, *, checkpoint: bool = True) -> str:
     recipe = cli.read_recipe([str(tmp_path / "r.yaml")])
     if checkpoint:
         (tmp_path / "checkpoint-7").mkdir(exist_ok=True)
-    with pytest.raises(RecipeError) as told, troubles.explained(recipe, tmp_path):
+    with pytest.raises(RecipeError) as told, endings.explained(recipe, tmp_path):
         raise error
     return str(told.value)
 
@@ -236,7 +236,7 @@ def test_an_error_of_the_code_stays_an_error(tmp_path):
         FileNotFoundError(errno.ENOENT, "No such file", "x"),
         RuntimeError("shapes differ"),
     ):
-        with pytest.raises(type(error)), troubles.explained(None, tmp_path):
+        with pytest.raises(type(error)), endings.explained(None, tmp_path):
             raise error
 
 

@@ -26,7 +26,6 @@ IN_A_RUN = {
     "options.py",
     "runs/exact_resume.py",
     "runs/progress.py",
-    "runs/sharding.py",
     "report/curves.py",
     "report/page.py",
     "evaluation/held_out.py",

@@ -14,7 +14,7 @@ from conftest import ROOT
 import train_model
 from gtpo import checks, preflight
 from gtpo.recipe import command_line as cli
-from gtpo.runs import room
+from gtpo.runs import memory
 from gtpo.runs.memory import Load, Shape
 from gtpo.runs.start import Request
 from gtpo.system.findings import Finding, conclusion, line
@@ -338,13 +338,13 @@ BIG = Shape(
 
 def test_too_little_memory_names_three_keys_that_help(monkeypatch):
     recipe = cli.read_recipe([str(ROOT / "recipes/demo.yaml"), "--model.max_seq_length", "2000"])
-    monkeypatch.setattr(room, "_free", lambda cuda: (2 * 2**30, "the card"))
+    monkeypatch.setattr(memory, "_free", lambda cuda: (2 * 2**30, "the card"))
     with pytest.raises(
-        room.RecipeError,
+        memory.RecipeError,
         match=r"at worst .* GiB \(logits .*\), and the card has 2.0 GiB free; lower "
         "training.per_device_train_batch_size, model.max_seq_length, training.max_prompt_length",
     ):
-        room.memory(
+        memory.check_memory(
             recipe,
             BIG._replace(plain_head=False),
             backend="transformers",
@@ -352,14 +352,14 @@ def test_too_little_memory_names_three_keys_that_help(monkeypatch):
             longest=60,
             optimizer=8,
         )
-    assert room._keys_that_help({"sampling": 5, "weights": 3, "libraries": 1}, Load(1, 1, 1, 1))[
+    assert memory._keys_that_help({"sampling": 5, "weights": 3, "libraries": 1}, Load(1, 1, 1, 1))[
         :1
     ] == ["training.gradient_accumulation_steps"]
 
 
 def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_records():
     def said(*flags, free=10**12):
-        return room.disk(
+        return memory.check_disk(
             cli.read_recipe([str(ROOT / "recipes/demo.yaml"), *flags]),
             512 * 2**20,
             free=free,
@@ -375,6 +375,6 @@ def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_records():
     )
     assert said("--training.save_steps", "0.25").startswith("at most 2.5 GiB (5 checkpoints")
     with pytest.raises(
-        room.RecipeError, match="and the disk has 1.0 GiB free; set training.save_total_limit"
+        memory.RecipeError, match="and the disk has 1.0 GiB free; set training.save_total_limit"
     ):
         said(free=2**30)

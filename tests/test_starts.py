@@ -9,7 +9,7 @@ import pytest
 from gtpo.errors import RecipeError
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.differences import changes
-from gtpo.runs import checkpoints, rewinding, trackers
+from gtpo.runs import checkpoints, trackers
 from gtpo.runs import directory as runs
 from gtpo.runs.start import Request, find_start
 
@@ -362,7 +362,7 @@ def test_a_finished_run_with_more_steps_is_finished_no_more(recipe):
     evaluation(run_dir, "after", 9)
     more = recipe("--training.max_steps", "12")
     with runs.opened(find_start(more, Request(resume="")), more, None):
-        assert not any((run_dir / name).exists() for name in rewinding.AT_THE_END)
+        assert not any((run_dir / name).exists() for name in runs.AT_THE_END)
         assert [path.stem for path in (run_dir / "evaluation").iterdir()] == ["step-9"]
         assert cli.read_saved(run_dir / "recipe.yaml").training.max_steps == 12
 

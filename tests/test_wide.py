@@ -138,7 +138,7 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
 
     from accelerate.utils import DistributedType
 
-    from gtpo.runs import sharding
+    from gtpo.runs import trainers
 
     def trainer(kind, stage=0):
         state = SimpleNamespace(
@@ -148,30 +148,32 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
 
     for spread in (trainer(DistributedType.FSDP), trainer(DistributedType.DEEPSPEED, 3)):
         with pytest.raises(RecipeError, match="evaluation: one process evaluates"):
-            sharding.check(spread, object())
-        sharding.check(spread, None)
+            trainers.check_processes(spread, object())
+        trainers.check_processes(spread, None)
     for whole in (
         trainer(DistributedType.DEEPSPEED, 2),
         trainer(DistributedType.MULTI_GPU),
         trainer(DistributedType.NO),
     ):
-        sharding.check(whole, object())
+        trainers.check_processes(whole, object())
 
 
 def test_processes_that_do_not_know_of_each_other_end_with_a_sentence(monkeypatch):
     from types import SimpleNamespace
 
-    from gtpo.runs import sharding
+    from gtpo.runs import trainers
 
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(
         RecipeError,
         match=(
-            "WORLD_SIZE is 8, and accelerate found 1 process; start with torchrun or accelerate"
+            "WORLD_SIZE: it is 8, and accelerate found 1 process; start with torchrun or accelerate"
             " launch"
         ),
     ):
-        sharding.check(SimpleNamespace(accelerator=SimpleNamespace(num_processes=1)), None)
+        trainers.check_processes(
+            SimpleNamespace(accelerator=SimpleNamespace(num_processes=1)), None
+        )
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -302,16 +304,16 @@ def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(
     import transformers
 
     from gtpo.models.backends import lora_config
-    from gtpo.runs import memory, room
+    from gtpo.runs import memory
 
     kind, values = SHAPES[name]
     getattr(transformers, kind)(max_position_embeddings=32_768, **values).save_pretrained(tmp_path)
     file = ROOT / f"recipes/{name}.yaml"
     recipe = cli.read_recipe([str(file), "--model-name", str(tmp_path)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(room, "_free", lambda cuda: (int(gib * 2**30), "the card"))
+    monkeypatch.setattr(memory, "_free", lambda cuda: (int(gib * 2**30), "the card"))
     shape = memory.shape(recipe.model, lora_config(recipe.model, None))
-    told = room.memory(
+    told = memory.check_memory(
         recipe,
         shape,
         backend="unsloth",

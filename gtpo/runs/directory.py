@@ -5,7 +5,9 @@ import importlib.metadata
 import json
 import logging
 import logging.handlers
+import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +15,11 @@ from pathlib import Path
 import gtpo
 from gtpo.recipe import Recipe
 from gtpo.recipe.command_line import to_yaml
-from gtpo.runs.rewinding import rewind
+from gtpo.runs import checkpoints
 from gtpo.runs.start import Start, check_still, only_run_in
 from gtpo.runs.trackers import keep_identity
 from gtpo.system.safe_text import SafeFormatter
-from gtpo.system.whole_files import remove, write_whole, written_aside
+from gtpo.system.whole_files import put, remove, remove_leftovers, write_whole, written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,9 @@ LIBRARIES = (
     "math-verify",
     "wandb",
 )
+ABANDONED = "abandoned"
+# first what says that it is finished
+AT_THE_END = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 @contextlib.contextmanager
@@ -118,3 +123,91 @@ def _commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
     return git.stdout.strip() or "unknown"
+
+
+# ---- going back to a checkpoint
+
+
+def rewind(start: Start) -> None:
+    """Take out of the run directory what came after `start`: steps that will be repeated.
+
+    What whole checkpoints later than that have seen is no accident: it goes to the folder
+    `abandoned`. Of another run's checkpoint, its part of that run's completions and evaluations is
+    copied first.
+    """
+    run_dir, step = start.run_dir, start.checkpoint.step if start.checkpoint else 0
+    size = start.checkpoint.told.get("completions", 0) if start.checkpoint else 0
+    remove_leftovers(run_dir)
+    if start.copies:
+        _copy(start.checkpoint.folder.parent, run_dir, size, step)
+    for name in AT_THE_END:
+        remove(run_dir / name)
+    later = [
+        folder for folder in checkpoints.folders(run_dir) if checkpoints.step_of(folder) > step
+    ]
+    keep = run_dir / ABANDONED if later else None
+    for folder in later:
+        logger.warning(
+            "[GTPO] %s is set aside in %s: the run goes on from an earlier step", folder.name, keep
+        )
+        _set_aside(folder, keep)
+    _cut(run_dir / "completions.jsonl", size, keep)
+    for file in sorted((run_dir / "evaluation").glob("*.jsonl")):
+        seen = _evaluated_step(file)
+        if file.stem == "after" and seen == step and start.more_steps:
+            put(file, file.with_stem(f"step-{step}"))
+        elif seen is None or seen > step or start.evaluates_anew:
+            _set_aside(file, keep and keep / "evaluation")
+
+
+def _copy(earlier: Path, run_dir: Path, size: int, step: int) -> None:
+    completions = earlier / "completions.jsonl"
+    if completions.is_file():
+        with (
+            written_aside(run_dir / completions.name) as aside,
+            completions.open("rb") as source,
+            aside.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
+            target.truncate(min(size, target.tell()))
+    for file in (earlier / "evaluation").glob("*.jsonl"):
+        if (_evaluated_step(file) or 0) <= step and file.stem != "after":
+            (run_dir / "evaluation").mkdir(exist_ok=True)
+            with written_aside(run_dir / "evaluation" / file.name) as aside:
+                shutil.copyfile(file, aside)
+
+
+def _cut(file: Path, size: int, keep: Path | None) -> None:
+    """Shorten the completions file to `size` bytes; the rest goes to the folder `keep`, if there is
+    one.
+    """
+    there = file.stat().st_size if file.is_file() else 0
+    if there < size:
+        logger.warning(
+            "[GTPO] %s has lost completions: %d bytes of %d are there", file, there, size
+        )
+    if there <= size:
+        return
+    if keep:
+        with file.open("rb") as source, (keep / file.name).open("ab") as target:
+            source.seek(size)
+            shutil.copyfileobj(source, target)
+    os.truncate(file, size)
+
+
+def _set_aside(path: Path, keep: Path | None) -> None:
+    if keep:
+        keep.mkdir(parents=True, exist_ok=True)
+        put(path, keep / path.name)
+    else:
+        remove(path)
+
+
+def _evaluated_step(file: Path) -> int | None:
+    """The step at which the policy was evaluated; None where the file does not say."""
+    with (
+        contextlib.suppress(OSError, ValueError, KeyError, TypeError),
+        file.open(encoding="utf-8") as lines,
+    ):
+        return int(json.loads(lines.readline())["header"]["step"])
+    return None

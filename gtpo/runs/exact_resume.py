@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import send_to_device, set_seed
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from trl import GRPOTrainer
 
 from gtpo.recipe import Recipe
-from gtpo.runs import checkpoints, other_processes
+from gtpo.runs import checkpoints
 from gtpo.runs.checkpoints import Checkpoint
-from gtpo.runs.start import Start
+from gtpo.runs.start import Start, within_rollout
 from gtpo.system.signals import Interruption
 from gtpo.system.whole_files import ASIDE, flush, remove
 
@@ -172,7 +172,7 @@ class ExactResume(TrainerCallback):
             folder / self._state_file(None if as_many else 0), map_location="cpu", weights_only=True
         )
         if not as_many:
-            saved["step"] = other_processes.step(trainer, folder, told, saved["rollout"])
+            saved["step"] = self._micro_batches(saved["rollout"])
         trainer._step, trainer._current_train_step_time = saved["step"], saved["step_time"]
         trainer._buffered_inputs = send_to_device(saved["rollout"], trainer.accelerator.device)
         trainer._tr_loss = saved["loss"].to(trainer._tr_loss.device)
@@ -196,6 +196,25 @@ class ExactResume(TrainerCallback):
                 )
         # logging_steps and save_steps are this recipe's
         state.compute_steps(args, state.max_steps)
+
+    def _micro_batches(self, rollout) -> int:
+        """TRL's counter of micro-batches after the step that the run goes on from, and generators
+        for its processes: there are more or fewer of them than there were.
+
+        Weights, optimizer, schedule, metrics and the order of the problems are the same in all
+        processes, so any number can take them up; with as many completions per step the updates are
+        those of the run that it was, as far as they depend on them. Sampling depends on the
+        processes: each has a generator of its own. And a rollout under way is spread over them: it
+        cannot be taken up. Raises RecipeError if a rollout does not begin there, for these
+        processes as well as for those that were.
+        """
+        args, steps = self.trainer.args, self.trainer.state.global_step
+        micro_batches = steps * args.gradient_accumulation_steps
+        rollout_length = args.steps_per_generation * self.trainer.num_iterations
+        if rollout is not None or micro_batches % rollout_length:
+            raise within_rollout(self.checkpoint)
+        set_seed(args.seed + steps, device_specific=True)
+        return micro_batches
 
     def _sampler(self, get, *args):
         sampler = get(*args)

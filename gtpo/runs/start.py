@@ -13,7 +13,7 @@ from pathlib import Path
 from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe.differences import MORE, changes
-from gtpo.runs import checkpoints, other_processes
+from gtpo.runs import checkpoints
 from gtpo.runs.checkpoints import Checkpoint
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
             "holds the adapter alone (training.save_only_model); start a new run with "
             f"--model.adapter {checkpoint.folder}",
         )
-    other_processes.check(checkpoint.folder, told, processes)
+    if told.get("processes", processes) != processes and told.get("within_rollout"):
+        raise within_rollout(checkpoint)
     matter, harmless = changes(told["recipe"], recipe, (told["processes"], processes))
     if matter and not request.force:
         raise RecipeError.of(
@@ -160,6 +161,19 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
             ),
         )
     return replace(start, changes=tuple(matter), more_steps=more)
+
+
+def within_rollout(checkpoint: Checkpoint) -> RecipeError:
+    """The error of a checkpoint within a rollout that other processes than its own would go on
+    from.
+    """
+    processes = checkpoint.told["processes"]
+    return RecipeError(
+        "--resume",
+        f"{checkpoint.folder} lies within a rollout, which is spread over {processes}"
+        f" process{'' if processes == 1 else 'es'}; go on with as many, or from a"
+        " checkpoint between two rollouts",
+    )
 
 
 def _named(path: Path) -> Checkpoint:
