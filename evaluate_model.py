@@ -201,13 +201,13 @@ def _run(asked: argparse.Namespace) -> None:
 
 
 def _from_files(asked: argparse.Namespace) -> None:
-    from gtpo.evaluation.file import read
+    from gtpo.evaluation.file import read_evaluation
     from gtpo.evaluation.scores import report
 
     _allow(asked, "--from", "files", "k")
     if len(asked.files) > 2:
         raise RecipeError("--from", f"{len(asked.files)} files; give one, or two to compare")
-    held = {str(file): read(file) for file in asked.files}
+    held = {str(file): read_evaluation(file) for file in asked.files}
     if cut := [name for name, evaluation in held.items() if evaluation.cut]:
         raise RecipeError(
             cut[0],
@@ -251,7 +251,7 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
         load_object=load_object,
     )
     problems = problems.select(range(min(plan.limit or len(problems), len(problems))))
-    prompts = evaluation.rendered(problems, engine.tokenizer, plan.chat_template_kwargs)
+    prompts = evaluation.rendered_prompts(problems, engine.tokenizer, plan.chat_template_kwargs)
     files = {}
     for name, adapter in (("trained", True), ("base" if saved.adapter else "model", False)):
         if asked.base or adapter == (saved.adapter is not None):

@@ -143,7 +143,7 @@ def train(run: Run) -> tuple[Run, float]:
     import torch
 
     import train_model
-    from gtpo.evaluation.file import read
+    from gtpo.evaluation.file import read_evaluation
     from gtpo.recipe import command_line as cli
     from gtpo.runs import directory as runs
     from gtpo.runs.start import Request
@@ -154,7 +154,7 @@ def train(run: Run) -> tuple[Run, float]:
     recipe = cli.read_recipe([*run.flags, "--output_root", "runs/compare"])
     run_dir = train_model.train(recipe, Request(overwrite=True))
     greedy = {
-        when: shares(read(run_dir / f"evaluation/{when}.jsonl").rows)
+        when: shares(read_evaluation(run_dir / f"evaluation/{when}.jsonl").rows)
         for when in ("before", "after")
     }
     sampled = shares(sample(recipe, run_dir))
@@ -233,19 +233,19 @@ def sample(recipe, run_dir: Path) -> list[dict]:
     """SAMPLES completions of each held-out problem by the trained policy, at temperature 1,
     graded.
     """
-    from gtpo.evaluation.draw import evaluate, header, rendered
-    from gtpo.evaluation.file import EvaluationFile
+    from gtpo.evaluation.draw import evaluate, rendered_prompts
+    from gtpo.evaluation.file import EvaluationFile, make_header
     from gtpo.models.generation import Sampling, policy_sampler
     from gtpo.models.saved import find_saved, load_saved
     from gtpo.problems import load_held_out
 
     policy = load_saved(find_saved(str(run_dir)))
     problems = load_held_out(recipe, policy.tokenizer)
-    prompts = rendered(problems, policy.tokenizer, recipe.training.chat_template_kwargs)
+    prompts = rendered_prompts(problems, policy.tokenizer, recipe.training.chat_template_kwargs)
     sampling = Sampling(1.0, 1.0, recipe.seed, recipe.max_completion_length)
     file = EvaluationFile(
         run_dir / "evaluation/sampled.jsonl",
-        header(problems, prompts, sampling, SAMPLES, weights="trained"),
+        make_header(problems, prompts, sampling, SAMPLES, weights="trained"),
     )
     return evaluate(
         file,

@@ -91,7 +91,7 @@ def test_a_run_is_evaluated_on_what_it_held_out_beside_its_base_model(run_dir, c
     assert "40 problems x 4, temperature 1, seed 3407" in out
     assert "trained" in out and "base" in out and "difference" in out
     held = {
-        name: evaluation_file.read(Path(run_dir, f"evaluation/{name}test-40x4-t1.jsonl"))
+        name: evaluation_file.read_evaluation(Path(run_dir, f"evaluation/{name}test-40x4-t1.jsonl"))
         for name in ("", "base-")
     }
     ours, base = (sum(row["correct"] for row in h.rows) / 160 for h in held.values())
@@ -112,8 +112,8 @@ def test_a_run_alone_gets_one_greedy_sample_and_agrees_with_the_evaluation_after
     run_dir, capsys
 ):
     out = evaluate(capsys, run_dir)
-    rows = evaluation_file.read(Path(run_dir, "evaluation/test-40x1-t0.jsonl")).rows
-    assert rows == evaluation_file.read(Path(run_dir, "evaluation/after.jsonl")).rows
+    rows = evaluation_file.read_evaluation(Path(run_dir, "evaluation/test-40x1-t0.jsonl")).rows
+    assert rows == evaluation_file.read_evaluation(Path(run_dir, "evaluation/after.jsonl")).rows
     assert "pass@" not in out and "\nCompletions: run/evaluation/test-40x1-t0.jsonl" in out
 
 
@@ -171,7 +171,7 @@ def test_a_single_file_is_its_own_split_whatever_that_is_called(run_dir, capsys)
         capsys, run_dir, "--split", "train[3:8]", "--to", "others.jsonl"
     )
     rows = [
-        sorted(evaluation_file.read(Path(name)).rows, key=lambda row: row["problem"])
+        sorted(evaluation_file.read_evaluation(Path(name)).rows, key=lambda row: row["problem"])
         for name in ("first.jsonl", "others.jsonl")
     ]
     first, others = ([row["prompt"] for row in held] for held in rows)
@@ -254,7 +254,7 @@ def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_t
         "base-adapter-test-4x1-t0.jsonl",
         "model-test-4x1-t0.jsonl",
     ]
-    base, alone = (evaluation_file.read(Path("evaluation", name)) for name in names[1:])
+    base, alone = (evaluation_file.read_evaluation(Path("evaluation", name)) for name in names[1:])
     assert base.rows == alone.rows and base.header["prompts"] == alone.header["prompts"]
 
 
@@ -269,7 +269,7 @@ def test_other_weights_in_the_same_place_are_noticed_and_overwrite_begins_anew(r
     )
     assert file.read_bytes() == content
     evaluate(capsys, run_dir, "--limit", "4", "--overwrite")
-    assert file.read_bytes() != content and len(evaluation_file.read(file).rows) == 4
+    assert file.read_bytes() != content and len(evaluation_file.read_evaluation(file).rows) == 4
 
 
 def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, capsys, monkeypatch):
@@ -304,7 +304,7 @@ def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, cap
         "--max-prompt-length",
         "100",
     )
-    rows = evaluation_file.read(Path(run_dir, "evaluation/aime-3x1-t0.jsonl")).rows
+    rows = evaluation_file.read_evaluation(Path(run_dir, "evaluation/aime-3x1-t0.jsonl")).rows
     assert {row["answer"]: row["correct"] for row in rows} == {
         "73": True,
         "0204": True,
@@ -345,7 +345,7 @@ def test_real_sets_are_evaluated_from_local_folders(
         capsys, run_dir, *flags, "--max-prompt-length", "700", "--max-completion-length", "8"
     )
     assert f"{problems} problems x 1" in out
-    rows = evaluation_file.read(Path(run_dir, f"evaluation/{name}.jsonl")).rows
+    rows = evaluation_file.read_evaluation(Path(run_dir, f"evaluation/{name}.jsonl")).rows
     assert len(rows) == problems and all(row["tokens"] <= 8 for row in rows)
 
 

@@ -16,6 +16,7 @@ from gtpo.data import load_problems
 from gtpo.errors import RecipeError
 from gtpo.evaluation import draw as evaluation
 from gtpo.evaluation import file as evaluation_file
+from gtpo.evaluation import plan as evaluation_plan
 from gtpo.evaluation import scores
 from gtpo.evaluation.file import EvaluationFile
 from gtpo.models import generation
@@ -45,11 +46,11 @@ def problems(policy):
 
 @pytest.fixture(scope="module")
 def prompts(policy, problems) -> list[str]:
-    return evaluation.rendered(problems, policy.tokenizer)
+    return evaluation.rendered_prompts(problems, policy.tokenizer)
 
 
 def header(problems, prompts, sampling=SAMPLED, samples=2, weights="w") -> dict:
-    return evaluation.header(problems, prompts, sampling, samples, weights, model="demo")
+    return evaluation_file.make_header(problems, prompts, sampling, samples, weights, model="demo")
 
 
 # ---- drawing
@@ -268,7 +269,7 @@ def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes
     path = tmp_path / "cut.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run(path, problems, prompts, interrupted)
-    assert len(evaluation_file.read(path).rows) == 10
+    assert len(evaluation_file.read_evaluation(path).rows) == 10
 
     def counted(texts, seeds):
         batches.append(seeds)
@@ -314,7 +315,7 @@ def whole_file(policy, problems, prompts, tmp_path):
 def test_a_cut_last_line_is_left_out_and_drawn_again(policy, problems, prompts, whole_file, cut):
     content = whole_file.read_bytes()
     whole_file.write_bytes(content[:-cut])
-    held = evaluation_file.read(whole_file)
+    held = evaluation_file.read_evaluation(whole_file)
     assert held.cut and len(held.rows) == 11
     run(whole_file, problems, prompts, policy_sampler(policy, GREEDY), sampling=GREEDY, samples=1)
     assert whole_file.read_bytes() == content
@@ -323,7 +324,7 @@ def test_a_cut_last_line_is_left_out_and_drawn_again(policy, problems, prompts, 
 def test_a_missing_line_end_loses_nothing(policy, problems, prompts, whole_file):
     content = whole_file.read_bytes()
     whole_file.write_bytes(b"\n".join(content.splitlines()[:-1]))
-    held = evaluation_file.read(whole_file)
+    held = evaluation_file.read_evaluation(whole_file)
     assert not held.cut and len(held.rows) == 11
     run(whole_file, problems, prompts, policy_sampler(policy, GREEDY), sampling=GREEDY, samples=1)
     assert whole_file.read_bytes() == content
@@ -373,7 +374,7 @@ def test_damage_elsewhere_is_told_in_one_sentence_and_nothing_is_overwritten(
     )
     content = whole_file.read_bytes()
     for use in (
-        lambda: evaluation_file.read(whole_file),
+        lambda: evaluation_file.read_evaluation(whole_file),
         lambda: run(whole_file, problems, prompts, None, sampling=GREEDY, samples=1),
     ):
         with pytest.raises(RecipeError, match=sentence) as error:
@@ -419,17 +420,17 @@ def test_two_evaluations_into_one_file_are_noticed(problems, prompts, tmp_path):
         ):
             other.append(row)
         one.append(row)
-    assert len(evaluation_file.read(tmp_path / "e.jsonl").rows) == 1
+    assert len(evaluation_file.read_evaluation(tmp_path / "e.jsonl").rows) == 1
 
 
 def test_other_weights_in_the_same_folder_have_another_fingerprint(tmp_path):
     content = bytearray(5_000_000)
     (tmp_path / "model.safetensors").write_bytes(content)
-    before = evaluation.fingerprint(tmp_path)
-    assert evaluation.fingerprint(tmp_path) == before
+    before = evaluation_plan.weights_fingerprint(tmp_path)
+    assert evaluation_plan.weights_fingerprint(tmp_path) == before
     content[::1000] = b"\1" * len(content[::1000])
     (tmp_path / "model.safetensors").write_bytes(content)
-    assert evaluation.fingerprint(tmp_path) != before
+    assert evaluation_plan.weights_fingerprint(tmp_path) != before
 
 
 def test_a_gpu_without_memory_is_told_with_what_to_change(problems, prompts, tmp_path):
@@ -539,7 +540,7 @@ def test_problems_of_real_sets_are_evaluated(policy, shared_data, tmp_path):
         section = DatasetSection(name=name, path=str(shared_data / name), split="test[:2]")
         problems = load_problems(section, policy.tokenizer, 2000, 0, shuffle=False)
         assert isinstance(problems, datasets.Dataset)
-        texts = evaluation.rendered(problems, policy.tokenizer)
+        texts = evaluation.rendered_prompts(problems, policy.tokenizer)
         rows = run(
             tmp_path / f"{name}.jsonl",
             problems,

@@ -284,7 +284,7 @@ def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
         and "After,  20 held-out problems: accuracy " in out
     )
     for name in ("before", "after"):
-        held = evaluation_file.read(run_dir(here) / f"evaluation/{name}.jsonl")
+        held = evaluation_file.read_evaluation(run_dir(here) / f"evaluation/{name}.jsonl")
         assert (
             len(held.rows) == 20 and held.header["samples"] == 1 and held.header["temperature"] == 0
         )

@@ -1,19 +1,17 @@
 """Sample completions of problems, grade them as the reward does, and write each as it comes."""
 
-import hashlib
 import logging
-from pathlib import Path
 from typing import Any
 
 from gtpo.answers import final_answer, format_score, reference_answer, same_answer
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile
-from gtpo.models.generation import SampledCompletion, Sampler, Sampling, completion_seed
+from gtpo.models.generation import SampledCompletion, Sampler, completion_seed
 
 logger = logging.getLogger(__name__)
 
 
-def rendered(problems, tokenizer, chat_template_kwargs: dict | None = None) -> list[str]:
+def rendered_prompts(problems, tokenizer, chat_template_kwargs: dict | None = None) -> list[str]:
     """Each problem's prompt after the chat template, as it is in training."""
     return [
         tokenizer.apply_chat_template(
@@ -21,47 +19,6 @@ def rendered(problems, tokenizer, chat_template_kwargs: dict | None = None) -> l
         )
         for prompt in problems["prompt"]
     ]
-
-
-def header(
-    problems, prompts: list[str], sampling: Sampling, samples: int, weights: str, **told: Any
-) -> dict[str, Any]:
-    """A file's header: what must be the same to go on with it, and `told`, which only tells."""
-    asked = hashlib.blake2b(
-        repr((prompts, list(problems["answer"]))).encode(), digest_size=8
-    ).hexdigest()
-    return {
-        **told,
-        "problems": len(prompts),
-        "samples": samples,
-        **sampling._asdict(),
-        "weights": weights,
-        "prompts": asked,
-    }
-
-
-def fingerprint(*folders: Path) -> str:
-    """What tells other weights in the same folders: names, sizes, and pieces of every file of
-    weights; and how they are used.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    for file in (
-        folder / name for folder in folders for name in ("config.json", "adapter_config.json")
-    ):
-        digest.update(file.read_bytes() if file.is_file() else b"")
-    weights = (
-        file
-        for folder in folders
-        for file in folder.glob("*model*")
-        if file.suffix in (".safetensors", ".bin")
-    )
-    for file in sorted(weights):
-        digest.update(f"{file.name} {file.stat().st_size} ".encode())
-        with file.open("rb") as content:
-            for place in range(0, file.stat().st_size, max(65536, file.stat().st_size // 64)):
-                content.seek(place)
-                digest.update(content.read(4096))
-    return digest.hexdigest()
 
 
 def evaluate(

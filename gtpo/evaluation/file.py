@@ -5,12 +5,14 @@ Whoever evaluates again goes on where the file stops, and whoever only wants the
 model.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtpo.errors import RecipeError
+from gtpo.models.generation import Sampling
 from gtpo.system.whole_files import write_whole
 
 ROW = {  # of every completion
@@ -47,6 +49,23 @@ HEADER = {
 }
 
 
+def make_header(
+    problems, prompts: list[str], sampling: Sampling, samples: int, weights: str, **told: Any
+) -> dict[str, Any]:
+    """A file's header: what must be the same to go on with it, and `told`, which only tells."""
+    asked = hashlib.blake2b(
+        repr((prompts, list(problems["answer"]))).encode(), digest_size=8
+    ).hexdigest()
+    return {
+        **told,
+        "problems": len(prompts),
+        "samples": samples,
+        **sampling._asdict(),
+        "weights": weights,
+        "prompts": asked,
+    }
+
+
 class Evaluation(NamedTuple):
     """What a file holds."""
 
@@ -56,7 +75,7 @@ class Evaluation(NamedTuple):
     whole: int  # bytes up to there
 
 
-def read(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> Evaluation:
     """The evaluation in `path`; raises RecipeError for what is no evaluation, or a damaged one. A
     cut last line is left out.
     """
@@ -148,7 +167,7 @@ class EvaluationFile:
             self._size = path.stat().st_size
             if overwrite and begins_as_evaluation(path):
                 return
-            _, self.rows, self.cut, self._whole = held = read(path)
+            _, self.rows, self.cut, self._whole = held = read_evaluation(path)
             if other := [
                 text.format(held.header[name])
                 for name, text in SETTINGS.items()

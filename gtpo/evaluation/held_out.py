@@ -6,8 +6,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from gtpo.evaluation.draw import evaluate, header, rendered
-from gtpo.evaluation.file import EvaluationFile
+from gtpo.evaluation.draw import evaluate, rendered_prompts
+from gtpo.evaluation.file import EvaluationFile, make_header
 from gtpo.evaluation.scores import Scores, means
 from gtpo.models.generation import Sampling, policy_sampler
 from gtpo.recipe import Recipe
@@ -51,7 +51,9 @@ class HeldOut(TrainerCallback):
         self.sampling = Sampling(
             recipe.evaluation.temperature, 1.0, recipe.seed, recipe.max_completion_length
         )
-        self.prompts = rendered(problems, policy.tokenizer, recipe.training.chat_template_kwargs)
+        self.prompts = rendered_prompts(
+            problems, policy.tokenizer, recipe.training.chat_template_kwargs
+        )
         self.told = {
             "model": recipe.model.model_name,
             "run": run_dir.name,
@@ -70,7 +72,7 @@ class HeldOut(TrainerCallback):
         told = {**self.told, "step": self.trainer.state.global_step}
         file = EvaluationFile(
             self.folder / f"{name}.jsonl",
-            header(
+            make_header(
                 self.problems,
                 self.prompts,
                 self.sampling,

@@ -2,6 +2,7 @@
 and defaults.
 """
 
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -9,8 +10,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from gtpo.errors import RecipeError
-from gtpo.evaluation.draw import fingerprint, header
-from gtpo.evaluation.file import EvaluationFile
+from gtpo.evaluation.file import EvaluationFile, make_header
 from gtpo.evaluation.scores import samples_and_ks
 from gtpo.models.generation import Sampling
 from gtpo.models.saved import Saved
@@ -176,10 +176,12 @@ def open_file(
     local = [
         Path(folder) for folder in (saved.base, adapter_folder) if folder and os.path.isdir(folder)
     ]
-    weights = f"{'' if os.path.isdir(saved.base) else saved.base + ' '}{fingerprint(*local)}"
+    weights = (
+        f"{'' if os.path.isdir(saved.base) else saved.base + ' '}{weights_fingerprint(*local)}"
+    )
     return EvaluationFile(
         path,
-        header(
+        make_header(
             problems,
             prompts,
             plan.sampling,
@@ -198,6 +200,30 @@ def open_file(
         ),
         overwrite=asked.overwrite,
     )
+
+
+def weights_fingerprint(*folders: Path) -> str:
+    """What tells other weights in the same folders: names, sizes, and pieces of every file of
+    weights; and how they are used.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for file in (
+        folder / name for folder in folders for name in ("config.json", "adapter_config.json")
+    ):
+        digest.update(file.read_bytes() if file.is_file() else b"")
+    weights = (
+        file
+        for folder in folders
+        for file in folder.glob("*model*")
+        if file.suffix in (".safetensors", ".bin")
+    )
+    for file in sorted(weights):
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as content:
+            for place in range(0, file.stat().st_size, max(65536, file.stat().st_size // 64)):
+                content.seek(place)
+                digest.update(content.read(4096))
+    return digest.hexdigest()
 
 
 def _file_path(saved: Saved, plan: Plan, problems: int, *, adapter: bool) -> Path:

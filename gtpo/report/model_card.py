@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gtpo.data import DATASETS
 from gtpo.errors import RecipeError
-from gtpo.evaluation import file as evaluation_file
+from gtpo.evaluation.file import read_evaluation
 from gtpo.evaluation.scores import means
 from gtpo.models.base_model import is_hub_name
 from gtpo.recipe import Recipe
@@ -270,7 +270,7 @@ def _evaluations(run_dir: Path, step: int, of: Path | None) -> list[tuple]:
     rows = []
     for file in sorted((run_dir / "evaluation").glob("*.jsonl"), key=os.path.getmtime):
         try:
-            header, completions, *_ = evaluation_file.read(file)
+            header, completions, *_ = read_evaluation(file)
             # evaluate_model.py's; those of the training name a step
             theirs = Path(str(header.get("adapter"))).name
             if (

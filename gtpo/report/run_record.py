@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from gtpo.errors import RecipeError
-from gtpo.evaluation.file import read
+from gtpo.evaluation.file import read_evaluation
 from gtpo.evaluation.scores import Scores, scores
 from gtpo.recipe import Recipe
 from gtpo.recipe.yaml_text import YamlError, load
@@ -223,7 +223,7 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluated], list[str]]:
     found, notes = {}, []
     for file in sorted(folder.glob("*.jsonl"), key=_before_then_by_step_then_after):
         try:
-            header, rows, cut, _ = read(file)
+            header, rows, cut, _ = read_evaluation(file)
             if cut:
                 notes.append(f"{file}: its last line was cut, and is left out")
             ks = [k for k in (2, 4, 8, 16, 32, 64, 128) if k <= header["samples"]]
