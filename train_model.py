@@ -165,18 +165,18 @@ def _train(
     from gtpo.hooks.merged_generation import generate_merged
     from gtpo.hooks.nonfinite import skip_non_finite
     from gtpo.hooks.streaming_head import stream_log_probs
-    from gtpo.rewards.guarded import Judges
+    from gtpo.rewards.guarded import GuardedRewards
     from gtpo.runs.exact_resume import resume_exactly
     from gtpo.runs.progress import watch  # after the backend, like all that imports trl
 
-    judges = Judges(
+    guarded = GuardedRewards(
         recipe.rewards,
         list(zip(recipe.trainer.reward_funcs, rewards)),
         seed=recipe.seed,
         file=run_dir / "reward_failures.jsonl",
     )
-    trainer = _make_trainer(trainer_class, policy, judges.functions, arguments, train_set)
-    judges.attach(trainer)
+    trainer = _make_trainer(trainer_class, policy, guarded.functions, arguments, train_set)
+    guarded.attach(trainer)
     stream_log_probs(trainer)
     if policy.backend == "transformers":
         generate_merged(trainer)
@@ -218,7 +218,7 @@ def _train(
             with written_aside(run_dir / "trainer_state.json") as aside:
                 trainer.state.save_to_json(str(aside))
             print(f"Run directory: {run_dir}")
-        if stopped_by := judges.stopped_by or non_finite.stopped_by or alarm.stopped_by:
+        if stopped_by := guarded.stopped_by or non_finite.stopped_by or alarm.stopped_by:
             raise RunStopped(
                 f"{stopped_by}; the run was stopped there, its adapter and a checkpoint are saved"
             )

@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT)]
 
 from gtpo.answers import format_reference, format_score, reference_answer  # noqa: E402
 from gtpo.data import gsm8k_reference, math_reference  # noqa: E402
-from gtpo.rewards.pool import JudgePool  # noqa: E402
+from gtpo.rewards.pool import RewardPool  # noqa: E402
 
 WARM_UP = 16  # problems that do not count
 SETS = {
@@ -96,7 +96,7 @@ def graded(name: str, calls: list[dict], rounds: int) -> dict:
     for _ in range(rounds):
         for workers in (1, 2):
             # new ones: a process remembers what it has compared
-            pool = JudgePool(workers, seconds=30, memory=4)
+            pool = RewardPool(workers, seconds=30, memory=4)
             grade(pool, started)  # and imports what it needs
             began, before = time.perf_counter(), cpu_seconds()
             rewards[workers] = grade(pool, calls)
@@ -133,12 +133,12 @@ def graded(name: str, calls: list[dict], rounds: int) -> dict:
     }
 
 
-def grade(pool: JudgePool, calls: list[dict]) -> list[list[float]]:
+def grade(pool: RewardPool, calls: list[dict]) -> list[list[float]]:
     """The rewards of each call, at most as many calls at a time as the pool has processes."""
     return [
         reply["rewards"]
         for reply in pool.map(
-            lambda call: pool.ask("reward_math.final_reward", call, "seed"), calls
+            lambda call: pool.call("reward_math.final_reward", call, "seed"), calls
         )
     ]
 

@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from gtpo.answers import format_reference, format_score  # noqa: E402
-from gtpo.rewards.pool import JudgePool  # noqa: E402
-from gtpo.rewards.worker import judge  # noqa: E402
+from gtpo.rewards.pool import RewardPool  # noqa: E402
+from gtpo.rewards.worker import call_reward  # noqa: E402
 from reliability.hostile_reward import WAYS, way_of  # noqa: E402
 from reward_math import final_reward  # noqa: E402
 
@@ -161,14 +161,14 @@ def print_costs(calls: int = 300) -> None:
             log_history=[{f"metric {i}": i / 7 for i in range(35)} for _ in range(100)]
         ),
     }
-    pool = JudgePool(1, seconds=30, memory=4)
+    pool = RewardPool(1, seconds=30, memory=4)
 
     def ask(_=None):
-        return pool.ask("reward_math.final_reward", rollout, "seed")
+        return pool.call("reward_math.final_reward", rollout, "seed")
 
     pool.map(ask, [0])  # it starts
     for name, call in (
-        ("in our process", lambda: judge(final_reward, rollout, 64)),
+        ("in our process", lambda: call_reward(final_reward, rollout, 64)),
         ("in its own", lambda: pool.map(ask, [0])),
     ):
         before, began = cpu_seconds(), time.perf_counter()

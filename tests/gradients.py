@@ -383,21 +383,21 @@ def judged(folder: str) -> dict:
 
     from gtpo.hooks.nonfinite import skip_non_finite
     from gtpo.recipe.rewards_sections import RewardsSection
-    from gtpo.rewards.guarded import Judges
+    from gtpo.rewards.guarded import GuardedRewards
 
     figures = {}
     for class_path in (
         "gtpo.gtpo_training.UnslothGTPOTrainer",
         "custom_trainer.original.UnslothGRPOTrainer",
     ):
-        judges = Judges(
+        guarded = GuardedRewards(
             RewardsSection(max_failures=1),
             [("hostile_rewards.failing_step_by_step", hostile_rewards.failing_step_by_step)],
             seed=1,
             file=Path(folder, "failures.jsonl"),
         )
-        trainer = make_trainer(class_path, folder, reward=judges.functions, max_steps=3)
-        judges.attach(trainer)
+        trainer = make_trainer(class_path, folder, reward=guarded.functions, max_steps=3)
+        guarded.attach(trainer)
         skipping, seen = skip_non_finite(trainer, None), watch(trainer)
         weight = next(p for p in trainer.model.parameters() if p.requires_grad)
         weight.register_hook(

@@ -21,9 +21,9 @@ from gtpo.errors import RecipeError
 from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.rewards_sections import RewardsSection
 from gtpo.rewards.failures import Settling
-from gtpo.rewards.guarded import Judges
-from gtpo.rewards.pool import JudgePool, JudgeProcess
-from gtpo.rewards.worker import judge
+from gtpo.rewards.guarded import GuardedRewards
+from gtpo.rewards.pool import RewardPool, RewardProcess
+from gtpo.rewards.worker import call_reward
 
 GTPO = "gtpo.gtpo_training.UnslothGTPOTrainer"
 GRPO = "custom_trainer.original.UnslothGRPOTrainer"
@@ -35,11 +35,11 @@ def trained(
     """What a short run of a tiny policy saw, with the named functions of hostile_rewards."""
     section = RewardsSection(**(rewards or {}))
     functions = [(f"hostile_rewards.{name}", getattr(hostile_rewards, name)) for name in names]
-    judges = Judges(section, functions, seed=1, file=folder / "reward_failures.jsonl")
-    trainer = gradients.make_trainer(class_path, str(folder), reward=judges.functions, **options)
-    judges.attach(trainer)
+    guarded = GuardedRewards(section, functions, seed=1, file=folder / "reward_failures.jsonl")
+    trainer = gradients.make_trainer(class_path, str(folder), reward=guarded.functions, **options)
+    guarded.attach(trainer)
     seen = gradients.watch(trainer)
-    seen |= {"trainer": trainer, "judges": judges, "completions": [], "prompts": [], "tables": []}
+    seen |= {"trainer": trainer, "guarded": guarded, "completions": [], "prompts": [], "tables": []}
     calculate = trainer._calculate_rewards
 
     def recorded(inputs, prompts, completions, *rest):
@@ -145,7 +145,7 @@ def test_what_it_prints_reaches_neither_stdout_nor_the_rewards(tmp_path, capfd):
         and "file descriptor" not in out
         and err.count("to the file descriptor") == 2
     )
-    assert not torch.cat(seen["tables"]).isnan().any() and seen["judges"].failures.total == 0
+    assert not torch.cat(seen["tables"]).isnan().any() and seen["guarded"].failures.total == 0
 
 
 def test_a_hang_off_the_main_thread_ends_in_time_too(tmp_path):
@@ -158,7 +158,7 @@ def test_a_hang_off_the_main_thread_ends_in_time_too(tmp_path):
     )
     thread.start()
     thread.join(300)
-    assert found and found[0]["judges"].failures.total > 0
+    assert found and found[0]["guarded"].failures.total > 0
 
 
 def test_a_function_that_compares_a_group_gives_the_rewards_it_would_give_without_the_offenders(
@@ -185,7 +185,7 @@ def test_an_asynchronous_function_is_isolated_as_well(tmp_path):
 
 def test_reward_models_are_left_to_trl(tmp_path):
     model = torch.nn.Linear(1, 1)
-    assert Judges(
+    assert GuardedRewards(
         RewardsSection(), [("some.model", model)], seed=1, file=tmp_path / "f"
     ).functions == [model]
 
@@ -210,13 +210,13 @@ def test_past_the_rate_the_run_stops_with_a_checkpoint_and_trains_no_more(tmp_pa
     seen = trained(
         tmp_path, "failing_later", max_steps=9, per_device_train_batch_size=16, save_strategy="no"
     )
-    state, judges = seen["trainer"].state, seen["judges"]
+    state, guarded = seen["trainer"].state, seen["guarded"]
     assert (
         state.global_step == 2 and (tmp_path / "checkpoint-2/adapter_model.safetensors").is_file()
     )
     # none of its completions counts
     assert all((g == 0).all() for g in seen["gradients"][1].values())
-    assert judges.stopped_by.startswith(
+    assert guarded.stopped_by.startswith(
         "Step 2: reward functions failed on 21 of the last 64 completions, more than"
         " rewards.max_failures allows; the last of them: hostile_rewards.failing_later raised"
         " KeyError"
@@ -226,23 +226,23 @@ def test_past_the_rate_the_run_stops_with_a_checkpoint_and_trains_no_more(tmp_pa
 
 def test_a_rate_of_one_never_stops(tmp_path):
     seen = trained(tmp_path, "failing_later", max_steps=4, rewards={"max_failures": 1})
-    assert seen["judges"].stopped_by is None and [
+    assert seen["guarded"].stopped_by is None and [
         logs["reward/cannot_judge"] for logs in seen["logs"][:4]
     ] == [0, 16, 32, 48]
 
 
 def test_a_run_that_was_stopped_and_resumed_begins_to_count_again(tmp_path):
-    judges = trained(tmp_path, "failing_later", max_steps=9, per_device_train_batch_size=16)[
-        "judges"
+    guarded = trained(tmp_path, "failing_later", max_steps=9, per_device_train_batch_size=16)[
+        "guarded"
     ]
-    kept = judges.resume_state()
+    kept = guarded.resume_state()
     assert kept["total"] == 21 and kept["recent"] == []
     with (tmp_path / "reward_failures.jsonl").open("a") as file:
         file.write("what came after the checkpoint\n")
-    judges.failures.total = 99
-    judges.restore(kept)
+    guarded.failures.total = 99
+    guarded.restore(kept)
     assert (
-        judges.failures.total == 21
+        guarded.failures.total == 21
         and "what came after" not in (tmp_path / "reward_failures.jsonl").read_text()
     )
 
@@ -294,7 +294,7 @@ def test_no_token_ends_up_in_the_file(tmp_path):
 def test_a_wrong_count_later_on_stops_the_run_saved(tmp_path):
     seen = trained(tmp_path, "too_few_later", max_steps=9)
     assert (
-        seen["judges"].stopped_by
+        seen["guarded"].stopped_by
         == "Step 2: the reward function 'hostile_rewards.too_few_later' returned 15 rewards for 16 "
         "completions, not one for each; return a list with a number or None for each completion"
     )
@@ -320,7 +320,7 @@ def test_a_wrong_count_later_on_stops_the_run_saved(tmp_path):
     ],
 )
 def test_a_wrong_type_or_count_is_a_bug_of_the_function(returned, bug):
-    assert judge(lambda **kwargs: returned, {}, 2)["bug"].startswith(bug)
+    assert call_reward(lambda **kwargs: returned, {}, 2)["bug"].startswith(bug)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_a_wrong_type_or_count_is_a_bug_of_the_function(returned, bug):
     [[1, None], (True, None), torch.tensor([1.0, 2.0]), iter([1.0, 2.0]), [torch.tensor(1.0), 2]],
 )
 def test_what_trl_takes_for_rewards_is_taken(returned):
-    assert judge(lambda **kwargs: returned, {}, 2)["rewards"] in ([1.0, None], [1.0, 2.0])
+    assert call_reward(lambda **kwargs: returned, {}, 2)["rewards"] in ([1.0, None], [1.0, 2.0])
 
 
 # ---- what is asked again
@@ -395,7 +395,7 @@ def test_past_the_limit_nothing_more_is_asked_and_nothing_of_the_rollout_counts(
 
 
 def test_a_call_may_take_longer_than_its_like_by_the_limit_of_one_completion():
-    pool = JudgePool(1, seconds=10.0, memory=None)
+    pool = RewardPool(1, seconds=10.0, memory=None)
     assert pool._limit("f", 8, fresh=True) == 40  # the first call may have something to load
     pool._pace["f"], pool._start["f"] = 2.0, 5.0
     assert (
@@ -411,8 +411,8 @@ def test_a_call_may_take_longer_than_its_like_by_the_limit_of_one_completion():
 def test_a_process_ends_with_its_parent_even_when_that_is_killed_and_it_is_in_a_loop_of_its_own():
     program = (
         "import sys, threading, time; sys.path[:0] = sys.argv[1:]; from gtpo.rewards.pool import"
-        " JudgeProcess; p = JudgeProcess();ask = lambda:"
-        " p.ask('hostile_rewards.in_an_endless_regex', {'completions': ['a', '#']}, count=2,"
+        " RewardProcess; p = RewardProcess();ask = lambda:"
+        " p.call('hostile_rewards.in_an_endless_regex', {'completions': ['a', '#']}, count=2,"
         " seconds=99.0, seed='');threading.Thread(target=ask, daemon=True).start()\nwhile p._child"
         " is None: time.sleep(0.01)\nprint(p._child.pid, flush=True); time.sleep(99)"
     )
@@ -437,12 +437,12 @@ def test_a_process_ends_with_its_parent_even_when_that_is_killed_and_it_is_in_a_
 
 
 def test_a_process_imports_nothing_heavy_and_calls_start_from_a_seed_of_their_own():
-    process = JudgeProcess()
-    ask = lambda seed: process.ask(
+    process = RewardProcess()
+    ask = lambda seed: process.call(
         "hostile_rewards.dice", {"completions": ["a"]}, count=1, seconds=9.0, seed=seed
     )["rewards"]  # noqa: E731
     assert ask("x") == ask("x") != ask("y")
-    heavy = process.ask(
+    heavy = process.call(
         "hostile_rewards.heavy_imports", {"completions": ["a"]}, count=1, seconds=9.0, seed=""
     )
     assert heavy["rewards"] == [0.0]
@@ -450,8 +450,8 @@ def test_a_process_imports_nothing_heavy_and_calls_start_from_a_seed_of_their_ow
 
 
 def test_what_it_logs_gets_into_our_log(caplog):
-    process = JudgeProcess()
-    process.ask(
+    process = RewardProcess()
+    process.call(
         "hostile_rewards.logging_loudly", {"completions": ["a", "b"]}, count=2, seconds=9.0, seed=""
     )
     # and not what is below the level here
@@ -460,14 +460,14 @@ def test_what_it_logs_gets_into_our_log(caplog):
 
 
 def test_what_cannot_be_handed_over_is_told(tmp_path):
-    judges = Judges(
+    guarded = GuardedRewards(
         RewardsSection(),
         [("hostile_rewards.letters", load_object("hostile_rewards.letters"))],
         seed=1,
         file=tmp_path / "f",
     )
-    trainer = gradients.make_trainer(GTPO, str(tmp_path), reward=judges.functions[0])
-    judges.attach(trainer)
+    trainer = gradients.make_trainer(GTPO, str(tmp_path), reward=guarded.functions[0])
+    guarded.attach(trainer)
     with pytest.raises(
         RecipeError,
         match=(
@@ -475,7 +475,7 @@ def test_what_cannot_be_handed_over_is_told(tmp_path):
             " rewards.isolated to false"
         ),
     ):
-        judges.functions[0](
+        guarded.functions[0](
             prompts=["a"],
             completions=["b"],
             lock=[threading.Lock()],

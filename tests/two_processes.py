@@ -127,9 +127,9 @@ def judged_over_processes(folder: str) -> dict:
     import hostile_rewards
 
     from gtpo.recipe.rewards_sections import RewardsSection
-    from gtpo.rewards.guarded import Judges
+    from gtpo.rewards.guarded import GuardedRewards
 
-    judges = Judges(
+    guarded = GuardedRewards(
         RewardsSection(max_failures=0.1),
         [("hostile_rewards.failing_on_the_second", hostile_rewards.failing_on_the_second)],
         seed=1,
@@ -138,19 +138,19 @@ def judged_over_processes(folder: str) -> dict:
     trainer = gradients.make_trainer(
         "gtpo.gtpo_training.UnslothGTPOTrainer",
         folder,
-        reward=judges.functions,
+        reward=guarded.functions,
         num_generations=8,
         per_device_train_batch_size=4,
         gradient_accumulation_steps=1,
         max_steps=9,
     )
-    judges.attach(trainer)
+    guarded.attach(trainer)
     seen = gradients.watch(trainer)
     trainer.train()
     return {
         "steps": trainer.state.global_step,
-        "stopped_by": judges.stopped_by,
-        "failures": judges.failures.total,
+        "stopped_by": guarded.stopped_by,
+        "failures": guarded.failures.total,
         "judged": [rollout["judged"].tolist() for rollout in seen["rollouts"]],
         "logs": seen["logs"][:-1],
     }

@@ -17,8 +17,8 @@ from gtpo.answers import format_reference, reference_answer, same_answer
 from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.rewards_sections import RewardsSection
 from gtpo.rewards.failures import Verdict, accept
-from gtpo.rewards.pool import CannotHandOver, JudgePool
-from gtpo.rewards.worker import judge
+from gtpo.rewards.pool import CannotHandOver, RewardPool
+from gtpo.rewards.worker import call_reward
 from gtpo.system.findings import Finding
 
 PROBLEMS = 8
@@ -96,7 +96,7 @@ def _try(
     section: RewardsSection,
     import_seconds: float,
 ) -> Trial:
-    pool = JudgePool(
+    pool = RewardPool(
         1, seconds=section.seconds, memory=section.memory, load_seconds=import_seconds, quiet=True
     )
     paid, seconds, count = {}, 0.0, 0
@@ -145,11 +145,11 @@ def _try(
     return Trial(path, paid, 1000 * seconds / max(count, 1))
 
 
-def _ask(pool: JudgePool, path: str, isolated: bool, arguments: dict) -> dict:
+def _ask(pool: RewardPool, path: str, isolated: bool, arguments: dict) -> dict:
     """What `judge_call.judge` says of a call, and its `seconds`."""
     arguments["trainer_state"] = TRAINER_STATE
     try:
-        (reply,) = pool.map(lambda call: pool.ask(path, call, seed="check"), [arguments])
+        (reply,) = pool.map(lambda call: pool.call(path, call, seed="check"), [arguments])
     except CannotHandOver as error:
         if isolated:
             return {
@@ -160,7 +160,7 @@ def _ask(pool: JudgePool, path: str, isolated: bool, arguments: dict) -> dict:
                 "traceback": "",
             }
         began = time.perf_counter()
-        reply = judge(load_object(path), arguments, len(arguments["completions"])) | {
+        reply = call_reward(load_object(path), arguments, len(arguments["completions"])) | {
             "seconds": time.perf_counter() - began
         }
     return reply

@@ -25,11 +25,11 @@ from gtpo.errors import RecipeError
 from gtpo.recipe.rewards_sections import RewardsSection
 from gtpo.rewards.failure_file import Failures
 from gtpo.rewards.failures import ContractBroken, Settling
-from gtpo.rewards.pool import CannotHandOver, JudgePool
-from gtpo.rewards.worker import judge
+from gtpo.rewards.pool import CannotHandOver, RewardPool
+from gtpo.rewards.worker import call_reward
 
 
-class Judges(TrainerCallback):
+class GuardedRewards(TrainerCallback):
     """Reward functions made harmless, as `functions` for a trainer, which they are to be `attach`ed
     to afterwards.
 
@@ -38,6 +38,9 @@ class Judges(TrainerCallback):
     a RecipeError in the first step (also where they fail on everything), later saved. Asynchronous
     ones stay asynchronous; not isolated, they are left as they are.
     """
+
+    # What checkpoints call its state; earlier ones used the name that the class had.
+    state_key, earlier_state_keys = "rewards", ("Judges",)
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class Judges(TrainerCallback):
         """`functions` with their dotted paths; failures are appended to `file`."""
         self.section, self.seed = section, seed
         self.failures = Failures(file, section.max_failures)
-        self.pool = JudgePool(section.workers, seconds=section.seconds, memory=section.memory)
+        self.pool = RewardPool(section.workers, seconds=section.seconds, memory=section.memory)
         self.functions = [self._guarded(path, function) for path, function in functions]
         self.trainer: GRPOTrainer | None = None
         self.stopped_by: str | None = None
@@ -106,8 +109,8 @@ class Judges(TrainerCallback):
                 for name, value in handed.items()
             }
             if not self.section.isolated:
-                return judge(function, arguments, len(rows))
-            return self.pool.ask(
+                return call_reward(function, arguments, len(rows))
+            return self.pool.call(
                 path, arguments, seed=f"{self.seed} {step} {path} {arguments['completions']!r}"
             )
 

@@ -30,7 +30,7 @@ class CannotHandOver(Exception):
     """An argument that pickle cannot hand to another process."""
 
 
-class JudgePool:
+class RewardPool:
     """`workers` processes that share calls. A call may take `seconds` longer than its like have
     taken so far.
 
@@ -40,7 +40,7 @@ class JudgePool:
 
     def __init__(self, workers: int, *, seconds: float, memory: float | None, **more):
         """`seconds` for one completion; `memory`, and what there is `more`, as for a
-        JudgeProcess.
+        RewardProcess.
         """
         self.workers, self.seconds, self.memory, self.more = workers, seconds, memory, more
         # by function, the most seconds per completion of a call so far
@@ -62,19 +62,19 @@ class JudgePool:
 
     def _open(self) -> ThreadPoolExecutor:
         """Threads that stay, because Linux ends a process with the thread that started it."""
-        self._processes = [JudgeProcess(self.memory, **self.more) for _ in range(self.workers)]
+        self._processes = [RewardProcess(self.memory, **self.more) for _ in range(self.workers)]
         self._idle = queue.LifoQueue()  # the last one knows the function best
         for process in self._processes:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(self.workers, "judge")
         return self._threads
 
-    def ask(self, function: str, arguments: dict, seed: str) -> dict:
+    def call(self, function: str, arguments: dict, seed: str) -> dict:
         """What `judge_call.judge` says; within a task of `map`."""
         count = len(arguments["completions"])
         process = self._idle.get()
         try:
-            reply = process.ask(
+            reply = process.call(
                 function,
                 arguments,
                 count=count,
@@ -103,7 +103,7 @@ class JudgePool:
                 process.stop()
 
 
-class JudgeProcess:
+class RewardProcess:
     """A process that calls reward functions, one call at a time. It starts when it is asked, and
     again after a kill.
     """
@@ -125,7 +125,9 @@ class JudgeProcess:
     def has_called(self, function: str) -> bool:
         return self._runs() and function in self._called
 
-    def ask(self, function: str, arguments: dict, *, count: int, seconds: float, seed: str) -> dict:
+    def call(
+        self, function: str, arguments: dict, *, count: int, seconds: float, seed: str
+    ) -> dict:
         """What `judge_call.judge` says of a call, and its `seconds`; or the `failure` and
         `traceback` of a process that ended.
 

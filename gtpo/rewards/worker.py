@@ -38,7 +38,7 @@ class Bug(Exception):
     """
 
 
-def judge(function: Callable, arguments: dict, count: int) -> dict:
+def call_reward(function: Callable, arguments: dict, count: int) -> dict:
     """What one call says: its `rewards`, `count` floats or Nones, and the `metrics` and `columns`
     that it logged.
 
@@ -183,7 +183,7 @@ def _answer(request: bytes, replies, log: _Log) -> bytes:
     _seed(seed)
     faulthandler.dump_traceback_later(seconds, exit=True, file=replies)
     began = time.perf_counter()
-    reply = judge(function, arguments, count) | {
+    reply = call_reward(function, arguments, count) | {
         "seconds": time.perf_counter() - began,
         "log": list(log.queue),
     }

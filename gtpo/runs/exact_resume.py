@@ -131,7 +131,8 @@ class ExactResume(TrainerCallback):
                     else self._epoch_began
                 ),
                 "callbacks": {
-                    type(callback).__name__: callback.resume_state() for callback in self._keepers()
+                    _state_keys(callback)[0]: callback.resume_state()
+                    for callback in self._keepers()
                 },
             }
         )
@@ -185,8 +186,10 @@ class ExactResume(TrainerCallback):
         _extend(trainer._logs, saved["logs"])
         self._to_restore = saved["sampler"]
         for callback in self._keepers():
-            if (kept := saved["callbacks"].get(type(callback).__name__)) is not None:
-                callback.restore(send_to_device(kept, trainer.accelerator.device))
+            for key in _state_keys(callback):
+                if (kept := saved["callbacks"].get(key)) is not None:
+                    callback.restore(send_to_device(kept, trainer.accelerator.device))
+                    break
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
                 vars(callback).update(
@@ -291,6 +294,12 @@ def resume_exactly(
         changed=start.changed,
         interruption=interruption,
     )
+
+
+def _state_keys(callback: Any) -> tuple[str, ...]:
+    """The key of a callback's state in a checkpoint, then the keys that earlier versions wrote."""
+    key = getattr(callback, "state_key", type(callback).__name__)
+    return (key, *getattr(callback, "earlier_state_keys", ()))
 
 
 def _plain(value: Any) -> Any:
