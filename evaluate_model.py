@@ -232,7 +232,6 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
     from gtpo.evaluation.engines import Engine
     from gtpo.evaluation.file import Evaluation
     from gtpo.evaluation.scores import report
-    from gtpo.recipe.dotted_paths import load_object
 
     plan = evaluation_plan.make_plan(asked, saved)
     if asked.base and saved.adapter is None:
@@ -248,7 +247,6 @@ def _evaluate(asked: argparse.Namespace, saved) -> None:
         shuffle=False,
         label="Problems",
         chat_template_kwargs=plan.chat_template_kwargs,
-        load_object=load_object,
     )
     problems = problems.select(range(min(plan.limit or len(problems), len(problems))))
     prompts = evaluation.rendered_prompts(problems, engine.tokenizer, plan.chat_template_kwargs)

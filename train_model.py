@@ -67,7 +67,7 @@ def _run(
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
     if "dry_run" in command.switches:
         from gtpo.models.saved import resolve_adapter
-        from gtpo.plan import print_plan
+        from gtpo.preflight import print_plan
 
         print_plan(resolve_adapter(recipe), processes.count())
     else:
@@ -121,7 +121,7 @@ def _train(
     early_log: logging.handlers.MemoryHandler | None,
     interruption: Interruption,
 ) -> None:
-    from gtpo import data, problems
+    from gtpo import data
     from gtpo.models import backends, base_model
     from gtpo.models.saved import training_tokenizer
     from gtpo.report import model_card
@@ -134,7 +134,7 @@ def _train(
 
     run_dir = start.run_dir
     data.check_source(recipe.dataset)
-    problems.check_held_out(recipe)
+    data.check_held_out(recipe)
     base_model.check_model(recipe.model.model_name)
     trackers.prepare_trackers(recipe, run_dir)
 
@@ -144,8 +144,8 @@ def _train(
     rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
     _seed_everything(recipe)
     tokenizer = training_tokenizer(recipe.model, backend)
-    train_set = problems.load_training(recipe, tokenizer, processes.count())
-    held_out = problems.load_held_out(recipe, tokenizer)
+    train_set = data.load_training(recipe, tokenizer, processes.count())
+    held_out = data.load_held_out(recipe, tokenizer)
     policy = backends.load_policy(
         recipe.model,
         tokenizer,

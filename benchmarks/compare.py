@@ -233,11 +233,11 @@ def sample(recipe, run_dir: Path) -> list[dict]:
     """SAMPLES completions of each held-out problem by the trained policy, at temperature 1,
     graded.
     """
+    from gtpo.data import load_held_out
     from gtpo.evaluation.draw import evaluate, rendered_prompts
     from gtpo.evaluation.file import EvaluationFile, make_header
     from gtpo.models.generation import Sampling, policy_sampler
     from gtpo.models.saved import find_saved, load_saved
-    from gtpo.problems import load_held_out
 
     policy = load_saved(find_saved(str(run_dir)))
     problems = load_held_out(recipe, policy.tokenizer)

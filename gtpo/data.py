@@ -5,13 +5,18 @@ A dataset of one's own needs no code here: `dataset.path` with column names, or 
 my_module.load`.
 """
 
+import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtpo.answers import boxed_answer, format_reference, gsm8k_answer
-from gtpo.errors import RecipeError
+from gtpo.errors import Mistake, RecipeError
+from gtpo.recipe import Recipe
+from gtpo.recipe.batch import check_enough_problems
+from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.sections import DatasetSection
 
 logger = logging.getLogger(__name__)
@@ -109,18 +114,15 @@ def load_problems(
     shuffle: bool = True,
     label: str = "Dataset",
     chat_template_kwargs: dict | None = None,
-    load_object: Callable[[str], Any] | None = None,
 ):
     """The dataset as problems, without prompts longer than `max_prompt_length` tokens, shuffled
     with `seed`.
 
     Prompts are counted after the chat template, with the opening of the answer; how many were
     dropped is always said. Raises RecipeError for missing files, columns or splits, and if nothing
-    is left. `load_object` finds the function of a dotted `dataset.name`.
+    is left.
     """
-    problems = measured_problems(
-        section, tokenizer, chat_template_kwargs=chat_template_kwargs, load_object=load_object
-    )
+    problems = measured_problems(section, tokenizer, chat_template_kwargs=chat_template_kwargs)
     fitting = problems.filter(
         lambda length: length <= max_prompt_length,
         input_columns="prompt_length",
@@ -149,12 +151,11 @@ def measured_problems(
     tokenizer,
     *,
     chat_template_kwargs: dict | None = None,
-    load_object: Callable[[str], Any] | None = None,
 ):
     """All the dataset's problems in their order, with `prompt_length` in tokens."""
     import datasets
 
-    rows, source = _load_rows(section, load_object)
+    rows, source = _load_rows(section)
     question = section.question_column or source.question_column
     answer = section.answer_column or source.answer_column
     if missing := [column for column in (question, answer) if column not in rows.column_names]:
@@ -211,11 +212,11 @@ def measured_problems(
     )
 
 
-def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
+def _load_rows(section: DatasetSection) -> tuple[Any, Source]:
     import datasets
 
     if section.kind == "function" and section.path is None:
-        return _rows_of_a_function(section, load_object), DATASETS["file"]
+        return _rows_of_a_function(section), DATASETS["file"]
     source = DATASETS.get(section.kind, DATASETS["file"])
     try:
         if section.path is not None:
@@ -244,7 +245,7 @@ def _load_rows(section: DatasetSection, load_object) -> tuple[Any, Source]:
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0], source
 
 
-def _rows_of_a_function(section: DatasetSection, load_object):
+def _rows_of_a_function(section: DatasetSection):
     import datasets
 
     try:
@@ -342,3 +343,88 @@ def _files(section: DatasetSection) -> list[list[Path]]:
             )
         found.append(files)
     return found
+
+
+# ---- a recipe's problems: those to train on, and those held out to evaluate
+
+
+def load_training(recipe: Recipe, tokenizer, processes: int):
+    """The problems to train on, shuffled with the seed; raises RecipeError if they do not fill one
+    rollout.
+    """
+    problems = _load_problems(recipe, recipe.dataset, tokenizer)
+    check_enough_problems(recipe, len(problems), processes)
+    return problems
+
+
+def measured_training(recipe: Recipe, tokenizer):
+    """All problems of the recipe's dataset, with `prompt_length`, before the length filter."""
+    return measured_problems(
+        recipe.dataset,
+        tokenizer,
+        chat_template_kwargs=recipe.training.chat_template_kwargs,
+    )
+
+
+def _load_problems(
+    recipe: Recipe, section, tokenizer, *, shuffle: bool = True, label: str = "Dataset"
+):
+    return load_problems(
+        section,
+        tokenizer,
+        recipe.max_prompt_length,
+        recipe.seed,
+        shuffle=shuffle,
+        label=label,
+        chat_template_kwargs=recipe.training.chat_template_kwargs,
+    )
+
+
+def held_out_section(recipe: Recipe):
+    """`evaluation`'s file or split as a dataset section; None where the recipe names neither."""
+    path, split = recipe.evaluation.path, recipe.evaluation.split
+    if path is None:
+        return split and recipe.dataset.model_copy(update={"split": split})
+    return recipe.dataset.model_copy(
+        update={"path": path, "split": split or ("test" if os.path.isdir(path) else "train")}
+    )
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """A short look at where the held-out problems are; raises RecipeError."""
+    section = held_out_section(recipe)
+    if section is not None:
+        with _told_of_evaluation():
+            check_source(section)
+
+
+@contextlib.contextmanager
+def _told_of_evaluation():
+    try:
+        yield
+    except RecipeError as error:
+        raise _of_evaluation(error) from None
+
+
+def _of_evaluation(error: RecipeError) -> RecipeError:
+    """`error` with the keys by which `evaluation` names held-out problems."""
+    keys = {
+        "dataset": "evaluation",
+        "dataset.path": "evaluation.path",
+        "dataset.split": "evaluation.split",
+    }
+    return RecipeError.of(
+        Mistake(keys.get(mistake.key, mistake.key), mistake.sentence) for mistake in error.mistakes
+    )
+
+
+def load_held_out(recipe: Recipe, tokenizer):
+    """The first held-out problems, unshuffled; None where the recipe names none."""
+    section = held_out_section(recipe)
+    if section is None:
+        return None
+    with _told_of_evaluation():
+        problems = _load_problems(
+            recipe, section, tokenizer, shuffle=False, label="Held-out problems"
+        )
+    return problems.select(range(min(recipe.evaluation.limit, len(problems))))

@@ -12,7 +12,6 @@ from conftest import ROOT
 from gtpo.answers import final_answer, format_score
 from gtpo.data import check_source, count_rows, gsm8k_reference, load_problems, math_reference
 from gtpo.errors import RecipeError
-from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.sections import DatasetSection
 
 
@@ -35,9 +34,7 @@ def rows(count: int) -> list[dict]:
 
 
 def load(section, tokenizer, length=10_000, **options):
-    return load_problems(
-        DatasetSection(**section), tokenizer, length, 0, load_object=load_object, **options
-    )
+    return load_problems(DatasetSection(**section), tokenizer, length, 0, **options)
 
 
 def test_a_gsm8k_row_becomes_system_and_user_message_and_a_formatted_reference(tmp_path, tokenizer):

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 import train_model
-from gtpo import checks, preflight
+from gtpo import preflight
 from gtpo.recipe import command_line as cli
 from gtpo.runs import memory
 from gtpo.runs.memory import Load, Shape
@@ -303,7 +303,7 @@ def test_somebody_elses_error_is_a_failure_and_the_other_checks_go_on(monkeypatc
             ("fourth", ("shape",), explode),
         ],
     )
-    found = list(preflight.findings(checks.Facts(cli.CommandLine(), Request(), 1)))
+    found = list(preflight.findings(preflight.Facts(cli.CommandLine(), Request(), 1)))
     assert [(f.verdict, f.check) for f in found] == [
         ("ok", "first"),
         ("fail", "second"),

@@ -9,12 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from gtpo.data import held_out_section
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile, make_header
 from gtpo.evaluation.scores import samples_and_ks
 from gtpo.models.generation import Sampling
 from gtpo.models.saved import Saved
-from gtpo.problems import held_out_section
 from gtpo.recipe import Recipe
 from gtpo.recipe.dotted_paths import check_dotted_path
 from gtpo.recipe.kinds import DOTTED_PATH
