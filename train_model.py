@@ -97,16 +97,16 @@ def train(
     """
     from gtpo.models.saved import resolve_adapter
     from gtpo.runs.endings import explained
-    from gtpo.runs.start import Request, find_start
+    from gtpo.runs.start import Request, resolve_start
     from gtpo.runs.trackers import one_tracker_run
 
     recipe = resolve_adapter(recipe)
-    start = find_start(recipe, request or Request(), processes.count())
-    if start.finished is not None:
+    start = resolve_start(recipe, request or Request(), processes.count())
+    if start.finished_steps is not None:
         logging.getLogger("gtpo").info(
             "[GTPO] This run is finished, after %d steps; to train on, raise training.max_steps or "
             "training.num_train_epochs",
-            start.finished,
+            start.finished_steps,
         )
         print(f"Run directory: {start.run_dir}")
     else:

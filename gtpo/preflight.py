@@ -21,7 +21,7 @@ from gtpo.recipe import Recipe
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.batch import batch_plan, log_batch_plan, optimizer_steps
 from gtpo.recipe.yaml_text import to_yaml
-from gtpo.runs.start import Request, find_start
+from gtpo.runs.start import Request, resolve_start
 from gtpo.system.environment import set_up
 from gtpo.system.findings import Finding, as_json, conclusion, line
 from gtpo.system.safe_text import without_secrets
@@ -64,9 +64,9 @@ def _recipe(facts: Facts) -> str:
 
 
 def _run_directory(facts: Facts) -> str:
-    start = find_start(facts.recipe, facts.request, facts.processes)
-    if start.finished is not None:
-        return f"{start.run_dir} holds this run, finished after {start.finished} steps"
+    start = resolve_start(facts.recipe, facts.request, facts.processes)
+    if start.finished_steps is not None:
+        return f"{start.run_dir} holds this run, finished after {start.finished_steps} steps"
     if start.checkpoint is not None:
         return f"{start.run_dir}: the run goes on after step {start.checkpoint.step}"
     return f"{start.run_dir} {'will be replaced' if start.run_dir.exists() else 'is free'}"

@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from gtpo.models.adapters import checkpoint_folders, checkpoint_step  # noqa: E402
 from gtpo.recipe import RecipeError  # noqa: E402
 from gtpo.runs import checkpoints  # noqa: E402
 from reliability import training_processes  # noqa: E402
@@ -102,7 +103,7 @@ class Soak:
     def checkpoint_bytes(self) -> int:
         self.straight(0)
         (run_dir,) = (self.scratch / "straight0").glob("demo*")
-        return sum(file.stat().st_size for file in checkpoints.folders(run_dir)[-1].iterdir())
+        return sum(file.stat().st_size for file in checkpoint_folders(run_dir)[-1].iterdir())
 
     # ---- the faults, each in a number of rounds
 
@@ -185,7 +186,7 @@ class Soak:
             wait_for(lambda: len(list(folder.glob("*/checkpoint-*"))) > 1, worker)
             worker.kill(signal.SIGKILL)
             worker.wait()
-            last = checkpoints.folders(next(folder.iterdir()))[-1]
+            last = checkpoint_folders(next(folder.iterdir()))[-1]
             file = self.dice.choice(sorted(file for file in last.iterdir() if file.stat().st_size))
             os.truncate(file, self.dice.randrange(file.stat().st_size))
             found.faults += 1
@@ -219,7 +220,7 @@ class Soak:
                     found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
                 damaged = [
                     folder
-                    for folder in checkpoints.folders(next(folder.glob("demo*")))
+                    for folder in checkpoint_folders(next(folder.glob("demo*")))
                     if problem(folder)
                 ]
                 found.losses += [f"{said}: {folder} is damaged" for folder in damaged]
@@ -307,9 +308,7 @@ def steps_lost(folder: Path) -> int:
     if run_dir is None:
         return 0
     whole = [
-        checkpoints.step_of(folder)
-        for folder in checkpoints.folders(run_dir)
-        if not problem(folder)
+        checkpoint_step(folder) for folder in checkpoint_folders(run_dir) if not problem(folder)
     ]
     completions = run_dir / "completions.jsonl"
     steps = (

@@ -23,7 +23,7 @@ def train(
     folder: Path,
     *,
     checkpoint=None,
-    changed: bool = False,
+    use_recipe_optimizer: bool = False,
     callback=None,
     **options,
 ) -> dict:
@@ -38,7 +38,7 @@ def train(
     # as in a run, one process writes the file
     if checkpoint and trainer.accelerator.is_main_process:
         earlier = checkpoint.folder.parent / completions.name
-        completions.write_bytes(earlier.read_bytes()[: checkpoint.told["completions"]])
+        completions.write_bytes(earlier.read_bytes()[: checkpoint.manifest["completions"]])
     Recorder(trainer, completions)
     if callback:
         trainer.add_callback(callback)
@@ -47,7 +47,7 @@ def train(
         folder,
         {"recipe": {}, "processes": trainer.accelerator.num_processes},
         checkpoint=checkpoint,
-        changed=changed,
+        use_recipe_optimizer=use_recipe_optimizer,
     )
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
     trainer.accelerator.wait_for_everyone()  # before another process reads what that one wrote

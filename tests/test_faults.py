@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from gtpo.errors import RecipeError
+from gtpo.models.adapters import checkpoint_folders
 from gtpo.recipe import command_line as cli
 from gtpo.runs import checkpoints, endings, trackers
 from gtpo.system.signals import Interrupted, Interruption
@@ -282,6 +283,6 @@ def test_a_checkpoint_is_not_there_before_it_is_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(OSError):
         patched.setattr(json, "dumps", out_of_room)
         checkpoints.publish(written, tmp_path / "checkpoint-3", step=3)
-    assert checkpoints.folders(tmp_path) == []
+    assert checkpoint_folders(tmp_path) == []
     checkpoints.publish(written, tmp_path / "checkpoint-3", step=3)
     assert checkpoints.read(tmp_path / "checkpoint-3").step == 3

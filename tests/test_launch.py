@@ -113,7 +113,7 @@ def test_a_killed_process_ends_the_other_and_the_last_checkpoint_is_whole(killed
     assert found["code"] != 0 and not any(
         os.path.exists(f"/proc/{child}") for child in found["children"]
     )
-    assert found["whole"].step >= 2 and found["whole"].told["processes"] == 2
+    assert found["whole"].step >= 2 and found["whole"].manifest["processes"] == 2
     (sentence,) = errors(found["first"])
     assert sentence.startswith("error: processes: another process of this run has ended")
     assert (

@@ -115,7 +115,7 @@ def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_ru
         "custom_trainer.original.UnslothGRPOTrainer",
         tmp_path / "resumed",
         **other,
-        changed=True,
+        use_recipe_optimizer=True,
         checkpoint=checkpoints.read(tmp_path / "first/checkpoint-2"),
     )
     assert rates[str(tmp_path / "resumed")] == rates[str(tmp_path / "straight")][2:]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from gtpo.errors import RecipeError
+from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.differences import changes
 from gtpo.runs import checkpoints, trackers
 from gtpo.runs import directory as runs
-from gtpo.runs.start import Request, find_start
+from gtpo.runs.start import Request, resolve_start
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def recipe(tmp_path, monkeypatch):
 def begin(recipe, completions: str = "") -> Path:
     """A run directory as it is once a run has begun."""
     run_dir = Path(recipe.output_dir())
-    with runs.opened(find_start(recipe, Request()), recipe, None):
+    with runs.opened(resolve_start(recipe, Request()), recipe, None):
         if completions:
             (run_dir / "completions.jsonl").write_text(completions)
     return run_dir
@@ -73,7 +74,7 @@ def evaluation(run_dir: Path, name: str, step: int) -> Path:
 
 def refusal(recipe, request: Request) -> str:
     with pytest.raises(RecipeError) as error:
-        find_start(recipe, request)
+        resolve_start(recipe, request)
     return str(error.value)
 
 
@@ -104,18 +105,18 @@ def test_an_unfinished_run_is_refused_with_the_step_at_which_it_stopped(recipe):
 def test_a_run_without_checkpoints_is_refused_only_if_it_has_trained(recipe):
     begin(recipe())
     # nothing to lose: it just starts again
-    assert find_start(recipe(), Request()).checkpoint is None
+    assert resolve_start(recipe(), Request()).checkpoint is None
     begin(recipe(), completions="{}\n")
     assert "stopped before its first checkpoint; start it again with --resume" in refusal(
         recipe(), Request()
     )
-    assert find_start(recipe(), Request(resume="")).begins_again
+    assert resolve_start(recipe(), Request(resume="")).restarts
 
 
 def test_overwriting_replaces_it_whole(recipe):
     run_dir = begin(recipe(), completions="{}\n")
     checkpoint(run_dir, 4, recipe())
-    with runs.opened(find_start(recipe(), Request(overwrite=True)), recipe(), None):
+    with runs.opened(resolve_start(recipe(), Request(overwrite=True)), recipe(), None):
         assert sorted(path.name for path in run_dir.iterdir()) == [
             ".lock",
             "recipe.yaml",
@@ -143,8 +144,13 @@ def test_resume_takes_the_last_checkpoint_and_says_from_which_step(recipe, caplo
     run_dir = begin(recipe())
     for step in (2, 10, 9):  # by number, not by name
         checkpoint(run_dir, step, recipe())
-    start = find_start(recipe(), Request(resume=""))
-    assert (start.checkpoint.step, start.changed, start.copies, start.finished) == (
+    start = resolve_start(recipe(), Request(resume=""))
+    assert (
+        start.checkpoint.step,
+        start.use_recipe_optimizer,
+        start.from_another_run,
+        start.finished_steps,
+    ) == (
         10,
         False,
         False,
@@ -155,7 +161,7 @@ def test_resume_takes_the_last_checkpoint_and_says_from_which_step(recipe, caplo
 
 def test_resume_without_a_run_starts_from_the_beginning_and_says_so(recipe, caplog):
     caplog.set_level(logging.INFO, "gtpo")
-    assert find_start(recipe(), Request(resume="")).checkpoint is None
+    assert resolve_start(recipe(), Request(resume="")).checkpoint is None
     assert "has no checkpoint yet, so the run starts from the beginning" in caplog.text
 
 
@@ -184,7 +190,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_line_and_the_one_before_used(
     run_dir = begin(recipe())
     checkpoint(run_dir, 2, recipe())
     damage(checkpoint(run_dir, 4, recipe()))
-    assert find_start(recipe(), Request(resume="")).checkpoint.step == 2
+    assert resolve_start(recipe(), Request(resume="")).checkpoint.step == 2
     assert f"Skipped, damaged: {run_dir}/checkpoint-4: {said}" in caplog.text
     assert said in refusal(recipe(), Request(resume=str(run_dir / "checkpoint-4")))
     damage(run_dir / "checkpoint-2")
@@ -197,24 +203,26 @@ def test_resume_of_a_finished_run_says_so_unless_there_are_more_steps_to_do(reci
     run_dir = begin(recipe())
     checkpoint(run_dir, 9, recipe())
     finish(run_dir)
-    assert find_start(recipe(), Request(resume="")).finished == 9
-    more = find_start(recipe("--training.max_steps", "12"), Request(resume=""))
-    assert more.finished is None and more.more_steps and more.changed
+    assert resolve_start(recipe(), Request(resume="")).finished_steps == 9
+    more = resolve_start(recipe("--training.max_steps", "12"), Request(resume=""))
+    assert more.finished_steps is None and more.adds_steps and more.use_recipe_optimizer
 
 
 def test_a_run_that_an_alarm_has_stopped_goes_on(recipe):
     run_dir = begin(recipe())
     checkpoint(run_dir, 5, recipe())
     finish(run_dir, steps=5)
-    assert find_start(recipe(), Request(resume="")).finished is None
+    assert resolve_start(recipe(), Request(resume="")).finished_steps is None
 
 
 def test_a_named_checkpoint_may_be_an_earlier_one_and_a_run_directory_stands_for_its_last(recipe):
     run_dir = begin(recipe())
     for step in (2, 4):
         checkpoint(run_dir, step, recipe())
-    assert find_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))).checkpoint.step == 2
-    assert find_start(recipe(), Request(resume=str(run_dir))).checkpoint.step == 4
+    assert (
+        resolve_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))).checkpoint.step == 2
+    )
+    assert resolve_start(recipe(), Request(resume=str(run_dir))).checkpoint.step == 4
     assert refusal(recipe(), Request(resume="nowhere")).startswith(
         "--resume: nowhere: there is no such folder"
     )
@@ -244,8 +252,8 @@ def test_a_changed_recipe_is_refused_with_the_list_of_what_changed_unless_forced
         "training.temperature: not set -> 0.5",
         "gtpo_runtime.w_raw: 2.0 -> 3.0",
     ]
-    start = find_start(other, Request(resume="", force=True))
-    assert start.changed and start.changes == (
+    start = resolve_start(other, Request(resume="", force=True))
+    assert start.use_recipe_optimizer and start.forced_changes == (
         "training.temperature: not set -> 0.5",
         "gtpo_runtime.w_raw: 2.0 -> 3.0",
     )
@@ -265,7 +273,7 @@ def test_another_number_of_processes_cannot_take_up_a_rollout_under_way(recipe):
         "checkpoint-2 lies within a rollout, which is spread over 2 processes; go on with as many,"
         " or from a checkpoint between two rollouts"
     )
-    assert find_start(recipe(), Request(resume=""), processes=2).checkpoint.step == 2
+    assert resolve_start(recipe(), Request(resume=""), processes=2).checkpoint.step == 2
 
 
 @pytest.mark.parametrize(
@@ -331,7 +339,7 @@ def test_what_came_after_the_checkpoint_is_taken_out(recipe):
     for name, step in (("before", 0), ("step-2", 2), ("step-4", 4), ("after", 4)):
         evaluation(run_dir, name, step)
     (run_dir / ".partial-saving").mkdir()
-    with runs.opened(find_start(recipe(), Request(resume="")), recipe(), None):
+    with runs.opened(resolve_start(recipe(), Request(resume="")), recipe(), None):
         assert (run_dir / "completions.jsonl").read_text() == "1\n"
         assert sorted(path.stem for path in (run_dir / "evaluation").iterdir()) == [
             "before",
@@ -347,9 +355,9 @@ def test_what_later_checkpoints_have_seen_is_set_aside(recipe):
     checkpoint(run_dir, 4, recipe())
     evaluation(run_dir, "step-4", 4)
     with runs.opened(
-        find_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))), recipe(), None
+        resolve_start(recipe(), Request(resume=str(run_dir / "checkpoint-2"))), recipe(), None
     ):
-        assert [path.name for path in checkpoints.folders(run_dir)] == ["checkpoint-2"]
+        assert [path.name for path in checkpoint_folders(run_dir)] == ["checkpoint-2"]
         assert checkpoints.read(run_dir / "abandoned/checkpoint-4").step == 4
         assert (run_dir / "abandoned/completions.jsonl").read_text() == "2\n"
         assert (run_dir / "abandoned/evaluation/step-4.jsonl").is_file()
@@ -361,7 +369,7 @@ def test_a_finished_run_with_more_steps_is_finished_no_more(recipe):
     finish(run_dir)
     evaluation(run_dir, "after", 9)
     more = recipe("--training.max_steps", "12")
-    with runs.opened(find_start(more, Request(resume="")), more, None):
+    with runs.opened(resolve_start(more, Request(resume="")), more, None):
         assert not any((run_dir / name).exists() for name in runs.AT_THE_END)
         assert [path.stem for path in (run_dir / "evaluation").iterdir()] == ["step-9"]
         assert cli.read_saved(run_dir / "recipe.yaml").training.max_steps == 12
@@ -372,7 +380,7 @@ def test_evaluations_that_would_not_compare_are_drawn_anew(recipe):
     checkpoint(run_dir, 2, recipe())
     evaluation(run_dir, "before", 0)
     other = recipe("--evaluation.limit", "3")
-    with runs.opened(find_start(other, Request(resume="", force=True)), other, None):
+    with runs.opened(resolve_start(other, Request(resume="", force=True)), other, None):
         assert not list((run_dir / "evaluation").iterdir())
 
 
@@ -385,7 +393,7 @@ def test_a_checkpoint_of_another_run_directory_is_copied_from_and_left_alone(rec
     there = sorted(path.read_bytes() for path in run_dir.rglob("*") if path.is_file())
     other = recipe("--training.learning_rate", "1e-5")
     with runs.opened(
-        find_start(other, Request(resume=str(run_dir / "checkpoint-2"), force=True)), other, None
+        resolve_start(other, Request(resume=str(run_dir / "checkpoint-2"), force=True)), other, None
     ):
         new = Path(other.output_dir())
         assert new != run_dir and (new / "completions.jsonl").read_text() == "1\n"
@@ -409,11 +417,11 @@ def test_the_oldest_go_beyond_the_limit_but_never_the_best_nor_the_last(recipe):
     ]
     assert checkpoints.best_step(run_dir, history) == 2  # step 9 has no checkpoint
     checkpoints.rotate(run_dir, None, 2)
-    assert len(checkpoints.folders(run_dir)) == 4
+    assert len(checkpoint_folders(run_dir)) == 4
     checkpoints.rotate(run_dir, 3, 2)
-    assert [checkpoints.step_of(folder) for folder in checkpoints.folders(run_dir)] == [2, 3, 4]
+    assert [checkpoint_step(folder) for folder in checkpoint_folders(run_dir)] == [2, 3, 4]
     checkpoints.rotate(run_dir, 1, 2)
-    assert [checkpoints.step_of(folder) for folder in checkpoints.folders(run_dir)] == [2, 4]
+    assert [checkpoint_step(folder) for folder in checkpoint_folders(run_dir)] == [2, 4]
 
 
 # ---- trackers
@@ -428,7 +436,7 @@ def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_an
         monkeypatch.delenv(name, raising=False)
     tracked, seen = recipe("--training.report_to", "wandb"), []
     for request in (Request(), Request(resume=""), Request(overwrite=True)):
-        start = find_start(tracked, request)
+        start = resolve_start(tracked, request)
         with trackers.one_tracker_run(tracked, start), runs.opened(start, tracked, None):
             seen.append(
                 (

@@ -822,11 +822,11 @@ def test_damaged_weights_and_a_reward_that_cannot_be_imported_are_refused(here, 
 def test_of_two_runs_at_once_with_one_name_the_second_is_told(here, capsys):
     from gtpo.errors import RecipeError
     from gtpo.runs import directory as runs
-    from gtpo.runs.start import Request, find_start
+    from gtpo.runs.start import Request, resolve_start
 
     recipe = cli.read_recipe(demo_flags())
     # both looked at the same time
-    first, second = find_start(recipe, Request()), find_start(recipe, Request())
+    first, second = resolve_start(recipe, Request()), resolve_start(recipe, Request())
     with runs.opened(first, recipe, None):
         with pytest.raises(RecipeError, match="another process trains in .* right now"):
             with runs.opened(second, recipe, None):

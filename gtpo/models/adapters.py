@@ -3,11 +3,24 @@ only.
 """
 
 import json
+import re
 from pathlib import Path
 
 from gtpo.errors import RecipeError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """The N of a folder that is named `checkpoint-N`; None for any other name."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.absolute().name)
+    return int(match[1]) if match else None
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """A run's folders `checkpoint-N` in the order of N, damaged ones too."""
+    folders = [folder for folder in run_dir.glob("checkpoint-*") if folder.is_dir()]
+    return sorted((f for f in folders if checkpoint_step(f) is not None), key=checkpoint_step)
 
 
 def read_config(folder: Path) -> dict:

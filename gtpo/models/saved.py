@@ -161,7 +161,7 @@ def _run(folder: Path) -> Saved:
             return Saved("run", recipe.model.model_name, folder, recipe, folder)
         except RecipeError as error:
             logger.warning("[GTPO] %s", error)
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in reversed(adapters.checkpoint_folders(folder)):
         try:
             adapters.read_config(checkpoint)
         except RecipeError as error:
@@ -183,15 +183,10 @@ def _adapter(folder: Path) -> Saved:
 
     config = adapters.read_config(folder)
     run_dir = Path(os.path.normpath(folder / ".."))
-    if _step(folder) >= 0 and (run_dir / "recipe.yaml").is_file():
+    if adapters.checkpoint_step(folder) is not None and (run_dir / "recipe.yaml").is_file():
         recipe = read_saved(run_dir / "recipe.yaml")
         return Saved("checkpoint", recipe.model.model_name, folder, recipe, run_dir)
     return Saved("adapter", config.get("base_model_name_or_path") or "", folder)
-
-
-def _step(folder: Path) -> int:
-    name, _, step = folder.absolute().name.partition("-")
-    return int(step) if name == "checkpoint" and step.isdecimal() else -1
 
 
 def _fit_context(section: ModelSection) -> ModelSection:

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import read_evaluation
 from gtpo.evaluation.scores import Scores, scores
+from gtpo.models.adapters import checkpoint_folders
 from gtpo.recipe import Recipe
 from gtpo.recipe.yaml_text import YamlError, load
 from gtpo.report.completion_log import CompletionLog
@@ -171,12 +172,8 @@ def _versions(path: Path) -> dict[str, str]:
 
 def _newest_state(path: Path) -> tuple[Path | None, dict]:
     """The final state, else the newest checkpoint's that can be read."""
-    checkpoints = [
-        (int(match[1]), file)
-        for file in path.glob(f"checkpoint-*/{STATE}")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", file.parent.name))
-    ]
-    for file in (path / STATE, *(file for _, file in sorted(checkpoints, reverse=True))):
+    for folder in (path, *reversed(checkpoint_folders(path))):
+        file = folder / STATE
         if isinstance((state := _read_json(file)).get("log_history"), list):
             return file, state
     return None, {}

@@ -8,18 +8,17 @@ that was damaged later is found out.
 import hashlib
 import json
 import logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gtpo.errors import RecipeError
+from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.system.whole_files import flush, put, remove
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-NAME = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class Checkpoint:
     """
 
     folder: Path
-    told: dict[str, Any]
+    manifest: dict[str, Any]
 
     @property
     def step(self) -> int:
-        return self.told["step"]
+        return self.manifest["step"]
 
 
 def publish(written: Path, folder: Path, **told: Any) -> None:
@@ -79,18 +78,6 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(folder, {**told, "step": step})
 
 
-def folders(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, whole or not, in the order of their steps."""
-    found = [
-        path for path in run_dir.glob("checkpoint-*") if NAME.fullmatch(path.name) and path.is_dir()
-    ]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    return int(NAME.fullmatch(folder.name)[1])
-
-
 def last_whole(run_dir: Path) -> Checkpoint | None:
     """The last checkpoint that is whole; says which damaged ones it skips. None where the run has
     none at all.
@@ -98,7 +85,7 @@ def last_whole(run_dir: Path) -> Checkpoint | None:
     Raises RecipeError where all are damaged.
     """
     problems = []
-    for folder in reversed(folders(run_dir)):
+    for folder in reversed(checkpoint_folders(run_dir)):
         try:
             checkpoint = read(folder)
         except RecipeError as error:
@@ -118,8 +105,8 @@ def last_whole(run_dir: Path) -> Checkpoint | None:
 
 def rotate(run_dir: Path, limit: int | None, best: int | None) -> None:
     """Remove the oldest checkpoints beyond `limit`, but never the last, nor that of step `best`."""
-    found = folders(run_dir)
-    removable = [folder for folder in found[:-1] if step_of(folder) != best]
+    found = checkpoint_folders(run_dir)
+    removable = [folder for folder in found[:-1] if checkpoint_step(folder) != best]
     for folder in removable[: max(len(found) - limit, 0) if limit else 0]:
         remove(folder)
 
@@ -128,7 +115,7 @@ def best_step(run_dir: Path, history: list[dict[str, Any]]) -> int | None:
     """The step whose checkpoint did best on the held-out problems, the later of equals; None
     without an evaluation.
     """
-    steps = {step_of(folder) for folder in folders(run_dir)}
+    steps = {checkpoint_step(folder) for folder in checkpoint_folders(run_dir)}
     scores = [
         (line["evaluation/accuracy"], line["step"])
         for line in history

@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import gtpo
+from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import Recipe
 from gtpo.recipe.command_line import to_yaml
-from gtpo.runs import checkpoints
-from gtpo.runs.start import Start, check_still, only_run_in
+from gtpo.runs.start import Start, check_still_free, locked
 from gtpo.runs.trackers import keep_identity
 from gtpo.system.safe_text import SafeFormatter
 from gtpo.system.whole_files import put, remove, remove_leftovers, write_whole, written_aside
@@ -50,12 +50,12 @@ def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandl
     Raises RecipeError if another process trains in it.
     """
     run_dir = start.run_dir
-    if start.replaces and run_dir.is_dir():
-        with only_run_in(run_dir):
+    if start.overwrites and run_dir.is_dir():
+        with locked(run_dir):
             remove(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with only_run_in(run_dir):
-        check_still(start)
+    with locked(run_dir):
+        check_still_free(start)
         rewind(start)
         _describe(run_dir, recipe)
         log = _Log(run_dir / "train.log", encoding="utf-8")
@@ -136,15 +136,13 @@ def rewind(start: Start) -> None:
     copied first.
     """
     run_dir, step = start.run_dir, start.checkpoint.step if start.checkpoint else 0
-    size = start.checkpoint.told.get("completions", 0) if start.checkpoint else 0
+    size = start.checkpoint.manifest.get("completions", 0) if start.checkpoint else 0
     remove_leftovers(run_dir)
-    if start.copies:
+    if start.from_another_run:
         _copy(start.checkpoint.folder.parent, run_dir, size, step)
     for name in AT_THE_END:
         remove(run_dir / name)
-    later = [
-        folder for folder in checkpoints.folders(run_dir) if checkpoints.step_of(folder) > step
-    ]
+    later = [folder for folder in checkpoint_folders(run_dir) if checkpoint_step(folder) > step]
     keep = run_dir / ABANDONED if later else None
     for folder in later:
         logger.warning(
@@ -154,9 +152,9 @@ def rewind(start: Start) -> None:
     _cut(run_dir / "completions.jsonl", size, keep)
     for file in sorted((run_dir / "evaluation").glob("*.jsonl")):
         seen = _evaluated_step(file)
-        if file.stem == "after" and seen == step and start.more_steps:
+        if file.stem == "after" and seen == step and start.adds_steps:
             put(file, file.with_stem(f"step-{step}"))
-        elif seen is None or seen > step or start.evaluates_anew:
+        elif seen is None or seen > step or start.discards_evaluations:
             _set_aside(file, keep and keep / "evaluation")
 
 

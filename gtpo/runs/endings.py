@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from gtpo.errors import Mistake, RecipeError
+from gtpo.models.adapters import checkpoint_folders
 from gtpo.recipe import Recipe
-from gtpo.runs import checkpoints
 from gtpo.system import processes
 from gtpo.system.console import print_end
 from gtpo.system.processes import ProcessLost
@@ -161,7 +161,7 @@ def _memory(error: BaseException, recipe: Recipe) -> str:
 
 
 def _goes_on(run_dir: Path, more: str = "") -> str:
-    saved = checkpoints.folders(run_dir) if run_dir.is_dir() else []
+    saved = checkpoint_folders(run_dir) if run_dir.is_dir() else []
     if not saved:
         return "There is no checkpoint yet: start again with --resume"
     return f"Everything up to {saved[-1].name} is whole: go on with --resume{more}"

@@ -45,11 +45,11 @@ class ExactResume(TrainerCallback):
         told: dict[str, Any],
         *,
         checkpoint: Checkpoint | None = None,
-        changed: bool = False,
+        use_recipe_optimizer: bool = False,
         interruption: Interruption | None = None,
     ):
-        self.trainer, self.run_dir, self.told = trainer, run_dir, told
-        self.checkpoint, self.changed = checkpoint, changed
+        self.trainer, self.run_dir, self.manifest = trainer, run_dir, told
+        self.checkpoint, self.use_recipe_optimizer = checkpoint, use_recipe_optimizer
         self.interruption = interruption or Interruption()
         self._generator: torch.Generator | None = None  # draws the order of each epoch
         # its state, from which this epoch's order was drawn
@@ -94,7 +94,7 @@ class ExactResume(TrainerCallback):
             self.run_dir / written.name,
             step=step,
             max_steps=state.max_steps,
-            **self.told,
+            **self.manifest,
             within_rollout=self._rollout() is not None,
             completions=completions.stat().st_size if completions.is_file() else 0,
         )
@@ -167,7 +167,7 @@ class ExactResume(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if self.checkpoint is None:
             return
-        trainer, folder, told = self.trainer, self.checkpoint.folder, self.checkpoint.told
+        trainer, folder, told = self.trainer, self.checkpoint.folder, self.checkpoint.manifest
         as_many = told["processes"] == trainer.accelerator.num_processes
         saved = torch.load(
             folder / self._state_file(None if as_many else 0), map_location="cpu", weights_only=True
@@ -249,7 +249,7 @@ class ExactResume(TrainerCallback):
         if self.trainer.args.device.type == "cpu":
             vars(self.trainer.args)["_setup_devices"] = torch.device("cpu")
         load(checkpoint)
-        if self.changed and hasattr(scheduler, "lr_lambdas"):
+        if self.use_recipe_optimizer and hasattr(scheduler, "lr_lambdas"):
             scheduler.base_lrs = rates
             for group, own, rate, factor in zip(
                 optimizer.param_groups, ours, rates, scheduler.lr_lambdas, strict=True
@@ -291,7 +291,7 @@ def resume_exactly(
         start.run_dir,
         told,
         checkpoint=start.checkpoint,
-        changed=start.changed,
+        use_recipe_optimizer=start.use_recipe_optimizer,
         interruption=interruption,
     )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gtpo.errors import Mistake, RecipeError
+from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import Recipe
 from gtpo.recipe.differences import MORE, changes
 from gtpo.runs import checkpoints
@@ -38,14 +39,14 @@ class Start:
 
     run_dir: Path
     checkpoint: Checkpoint | None = None
-    replaces: bool = False  # what the run directory holds goes, with --overwrite
-    finished: int | None = None  # there is nothing left to do after that many steps
-    begins_again: bool = False  # resumed without a checkpoint
-    changes: tuple[str, ...] = ()  # what of the recipe was forced
-    more_steps: bool = False
+    overwrites: bool = False  # what the run directory holds goes, with --overwrite
+    finished_steps: int | None = None  # there is nothing left to do after that many steps
+    restarts: bool = False  # resumed without a checkpoint
+    forced_changes: tuple[str, ...] = ()  # what of the recipe was forced
+    adds_steps: bool = False
 
     @property
-    def copies(self) -> bool:
+    def from_another_run(self) -> bool:
         """Whether the checkpoint is another run's, which stays as it is."""
         return (
             self.checkpoint is not None
@@ -53,16 +54,16 @@ class Start:
         )
 
     @property
-    def changed(self) -> bool:
+    def use_recipe_optimizer(self) -> bool:
         """Whether optimizer and schedule are to be the recipe's, since the checkpoint's were
         others.
         """
-        return bool(self.changes) or self.more_steps
+        return bool(self.forced_changes) or self.adds_steps
 
     @property
-    def evaluates_anew(self) -> bool:
+    def discards_evaluations(self) -> bool:
         """Whether earlier evaluations do not compare with those to come."""
-        return any(change.startswith(EVALUATED) for change in self.changes)
+        return any(change.startswith(EVALUATED) for change in self.forced_changes)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Request:
     overwrite: bool = False
 
 
-def find_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
+def resolve_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
     """How the run of `recipe` starts, said where it resumes; nothing is written. Raises RecipeError
     for what stands against it.
     """
@@ -89,7 +90,7 @@ def find_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
     if request.resume:
         checkpoint = _named(Path(request.resume))
         start = Start(run_dir, checkpoint)
-        if start.copies:
+        if start.from_another_run:
             _check_free(run_dir, request)
     elif request.resume is None:
         _check_free(run_dir, request)
@@ -97,7 +98,7 @@ def find_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
             logger.info(
                 "[GTPO] %s holds a run that stopped before its first step; it starts again", run_dir
             )
-        return Start(run_dir, replaces=request.overwrite)
+        return Start(run_dir, overwrites=request.overwrite)
     else:
         checkpoint = checkpoints.last_whole(run_dir)
         start = Start(run_dir, checkpoint)
@@ -106,12 +107,12 @@ def find_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
             "[GTPO] --resume: %s has no checkpoint yet, so the run starts from the beginning",
             run_dir,
         )
-        return replace(start, begins_again=True)
+        return replace(start, restarts=True)
     return _resumed(start, recipe, request, processes)
 
 
 def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> Start:
-    checkpoint, told = start.checkpoint, start.checkpoint.told
+    checkpoint, told = start.checkpoint, start.checkpoint.manifest
     if not any(name.startswith(OPTIMIZER) for name in told["files"]):
         raise RecipeError(
             checkpoint.folder,
@@ -138,10 +139,10 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
         finished is not None
         and not matter
         and not more
-        and not start.copies
+        and not start.from_another_run
         and checkpoint.step == finished
     ):
-        return replace(start, finished=finished)
+        return replace(start, finished_steps=finished)
     logger.info(
         "[GTPO] Resuming from %s: goes on after step %d of %d",
         checkpoint.folder,
@@ -160,14 +161,14 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
                 else ""
             ),
         )
-    return replace(start, changes=tuple(matter), more_steps=more)
+    return replace(start, forced_changes=tuple(matter), adds_steps=more)
 
 
 def within_rollout(checkpoint: Checkpoint) -> RecipeError:
     """The error of a checkpoint within a rollout that other processes than its own would go on
     from.
     """
-    processes = checkpoint.told["processes"]
+    processes = checkpoint.manifest["processes"]
     return RecipeError(
         "--resume",
         f"{checkpoint.folder} lies within a rollout, which is spread over {processes}"
@@ -179,7 +180,7 @@ def within_rollout(checkpoint: Checkpoint) -> RecipeError:
 def _named(path: Path) -> Checkpoint:
     """The checkpoint that --resume PATH names: itself, or the last whole one of a run directory."""
     if not (path / checkpoints.MANIFEST).is_file() and (
-        checkpoints.folders(path) if path.is_dir() else []
+        checkpoint_folders(path) if path.is_dir() else []
     ):
         return checkpoints.last_whole(path)
     try:
@@ -206,7 +207,7 @@ def held(run_dir: Path) -> Held:
     """What is in a run directory, by a look at names and one file; a run that is under way looks
     like a stopped one.
     """
-    saved = checkpoints.folders(run_dir)
+    saved = checkpoint_folders(run_dir)
     try:
         # written last
         state = json.loads((run_dir / "trainer_state.json").read_text(encoding="utf-8"))
@@ -216,7 +217,7 @@ def held(run_dir: Path) -> Held:
     completions = run_dir / "completions.jsonl"
     return Held(
         steps if steps >= of else None,
-        checkpoints.step_of(saved[-1]) if saved else None,
+        checkpoint_step(saved[-1]) if saved else None,
         bool(saved) or completions.is_file() and completions.stat().st_size > 0,
     )
 
@@ -256,12 +257,12 @@ def _check_free(run_dir: Path, request: Request) -> None:
         )
 
 
-def check_still(start: Start) -> None:
+def check_still_free(start: Start) -> None:
     """Raises RecipeError if another run has been in a directory that was free when this one
     looked.
     """
     taken = (start.run_dir / "recipe.yaml").is_file()  # what TRL makes beforehand is no run
-    if taken and (start.checkpoint is None or start.copies) and not start.begins_again:
+    if taken and (start.checkpoint is None or start.from_another_run) and not start.restarts:
         _check_free(start.run_dir, Request())
 
 
@@ -289,7 +290,7 @@ def _check_writable(run_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_run_in(run_dir: Path):
+def locked(run_dir: Path):
     """Holds the run directory for this process; raises RecipeError where another one trains in it.
     A crash lets go.
     """

@@ -67,7 +67,7 @@ def one_tracker_run(recipe: Recipe, start: Start):
     environment is what it was: the next run of this process is another one, in its own directory.
     """
     theirs, exit_code = _wandb_runs(), 0
-    goes_on = start.checkpoint is not None and not start.copies
+    goes_on = start.checkpoint is not None and not start.from_another_run
     folders = sorted((start.run_dir / "runs").glob("*")) if goes_on else []
     with _same_environment_afterwards():
         if "wandb" in recipe.training.report_to:
