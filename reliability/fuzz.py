@@ -96,8 +96,7 @@ def check_answers(dice: random.Random) -> int:
 
 
 def answers_text(one: str, other: str, text: str) -> int:
-    from gtpo import data
-    from gtpo.answers import text as answers
+    from gtpo import answers, data
 
     for found in (
         answers.gsm8k_answer(text),

@@ -18,10 +18,10 @@ from gtpo.answers import (
     format_reference,
     format_score,
     gsm8k_answer,
+    same,
     same_answer,
     verifier,
 )
-from gtpo.answers import text as answers
 
 ROOT = Path(__file__).resolve().parent.parent
 MANY = 200_000  # repetitions in a hostile text: anything quadratic takes hours
@@ -50,7 +50,7 @@ def no_math_verify(monkeypatch):
     def fail(*texts):
         raise AssertionError(f"math-verify was asked about {texts}")
 
-    monkeypatch.setattr(answers, "equal_expressions", fail)
+    monkeypatch.setattr(same, "equal_expressions", fail)
 
 
 # Finding an answer
@@ -256,7 +256,7 @@ def test_sameness_of_numbers_and_of_their_units_does_not_depend_on_the_order(no_
 
 
 def value(text):
-    return answers._number(answers._split_unit(answers._tidy(text))[0])
+    return same._number(same._split_unit(same._tidy(text))[0])
 
 
 def test_numbers_are_compared_exactly_in_all_their_spellings(no_math_verify):
@@ -325,7 +325,7 @@ PIECES = r"""
 
 def test_random_texts_never_raise_and_never_escape_the_box(monkeypatch):
     asked = []
-    monkeypatch.setattr(answers, "equal_expressions", lambda *texts: bool(asked.append(texts)))
+    monkeypatch.setattr(same, "equal_expressions", lambda *texts: bool(asked.append(texts)))
     dice, pieces = random.Random(0), [*PIECES.split(), " ", "\n", "\x00", "\ud800", "\u0663"]
     for _ in range(5_000):
         one, other = ("".join(dice.choices(pieces, k=dice.randrange(12))) for _ in range(2))
@@ -475,7 +475,7 @@ def test_every_math_answer_is_found_and_is_the_same_as_itself(shared_data):
     assert len(expressions) > 1_500
     dice = random.Random(0)
     for text in dice.sample(expressions, 120):
-        expression = answers._expression(answers._split_unit(answers._tidy(text))[0], None)
+        expression = same._expression(same._split_unit(same._tidy(text))[0], None)
         assert not expression or verifier.equal_expressions(expression, expression), text
     for _ in range(120):
         one, other = dice.sample(expressions, 2)
@@ -483,7 +483,7 @@ def test_every_math_answer_is_found_and_is_the_same_as_itself(shared_data):
 
 
 @pytest.mark.parametrize(
-    "answer", ["0!!" + "=" * 290, "=" * answers.LONGEST_ANSWER, "=1" * 150, "x==5", "5 == 5"]
+    "answer", ["0!!" + "=" * 290, "=" * same.LONGEST_ANSWER, "=1" * 150, "x==5", "5 == 5"]
 )
 def test_a_row_of_equality_signs_is_no_answer_and_no_recursion(answer):
     assert not same_answer(answer, "5") and not same_answer(answer, "2 million")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtpo.answers import text as answers
+from gtpo import answers
 from gtpo.recipe import yaml_text
 from gtpo.system import safe_text
 from reliability import fuzz, hostile_inputs

@@ -1,5 +1,6 @@
 """What a correct answer is: found in a text, formatted, compared."""
 
+from gtpo.answers.same import same_answer
 from gtpo.answers.text import (
     boxed_answer,
     final_answer,
@@ -7,7 +8,6 @@ from gtpo.answers.text import (
     format_score,
     gsm8k_answer,
     reference_answer,
-    same_answer,
 )
 
 __all__ = [
