@@ -1,0 +1,105 @@
+"""pyproject.toml names the versions that may work; the requirements files pin those tested."""
+
+import ast
+import importlib.metadata
+import re
+import tomllib
+
+import pytest
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import gtpo
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+# Imported in gtpo/, and installed by the dependency that requires it.
+COMES_WITH = {
+    "huggingface-hub": "transformers",
+    "numpy": "transformers",
+    "safetensors": "transformers",
+    "tqdm": "transformers",
+    "httpx": "datasets",
+    "pyarrow": "datasets",
+}
+
+
+def ranges(requirements: list[str]) -> dict[str, Requirement]:
+    """Each requirement by the canonical name of its package."""
+    parsed = [Requirement(text) for text in requirements]
+    return {canonicalize_name(requirement.name): requirement for requirement in parsed}
+
+
+def pins(name: str, optional: bool = False) -> dict[str, str]:
+    """The versions pinned in a requirements file; with `optional`, those commented out."""
+    pattern = r"^# ([\w.-]+)==(\S+)" if optional else r"^([\w.-]+)==(\S+)"
+    found = re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE)
+    return {canonicalize_name(package): version for package, version in found}
+
+
+FILES = {path.name: pins(path.name) for path in sorted(ROOT.glob("requirements*.txt"))}
+CORE = ranges(PROJECT["dependencies"])
+ALL = CORE | ranges([text for extra in EXTRAS.values() for text in extra])
+
+
+def test_every_line_of_a_requirements_file_is_an_exact_pin_with_a_reason():
+    for name in FILES:
+        lines = [line for line in (ROOT / name).read_text().splitlines() if line[:1] != "#"]
+        assert all(re.fullmatch(r"[\w.-]+==[\w.]+( +# \S.*)?", line) for line in lines if line), (
+            name
+        )
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_pin_lies_in_the_range_of_pyproject(name):
+    for package, version in (FILES[name] | pins(name, optional=True)).items():
+        if (
+            name != "requirements-unsloth-cpu.txt" or package in ALL
+        ):  # it lists what Unsloth imports
+            assert ALL[package].specifier.contains(version), (package, version)
+
+
+def test_a_package_has_one_version_in_all_files():
+    versions = {}
+    for name, pinned in FILES.items():
+        for package, version in pinned.items():
+            assert versions.setdefault(package, version) == version, (name, package)
+
+
+def test_every_dependency_of_pyproject_is_pinned_where_it_is_installed():
+    gpu, cpu = FILES["requirements.txt"], FILES["requirements-cpu.txt"]
+    assert set(cpu) == set(CORE | ranges(EXTRAS["cpu"]))
+    assert set(gpu) == set(CORE | ranges(EXTRAS["unsloth"]))
+    assert set(FILES["requirements-dev.txt"]) == set(ranges(EXTRAS["dev"]))
+    assert set(ranges(EXTRAS["vllm"])) == set(pins("requirements.txt", optional=True))
+    assert set(FILES["requirements-unsloth-cpu.txt"]) >= {"unsloth", "unsloth-zoo"}
+
+
+def test_what_gtpo_imports_is_a_dependency_or_comes_with_one():
+    modules = {
+        name.split(".")[0]
+        for path in [*(ROOT / "gtpo").rglob("*.py"), *(ROOT / "custom_trainer").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom) and node.level == 0
+            else []
+        )
+    }
+    packages = importlib.metadata.packages_distributions()
+    for module in modules & packages.keys():
+        names = {canonicalize_name(name) for name in packages[module]} - {"gtpo"}
+        assert not names or names & (ALL.keys() | COMES_WITH.keys()), module
+
+
+@pytest.mark.parametrize("package, parent", COMES_WITH.items())
+def test_what_comes_with_a_dependency_is_required_by_it(package, parent):
+    required = ranges(importlib.metadata.requires(parent))
+    assert package in required and parent in CORE
+
+
+def test_the_version_has_one_home():
+    assert "version" in PROJECT["dynamic"] and re.fullmatch(r"\d+\.\d+\.\d+", gtpo.__version__)
