@@ -18,8 +18,8 @@ from pathlib import Path
 
 from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe.sections import DATASET_ALIASES
-from gtpo.system.console import log_to_console, print_end
-from gtpo.system.environment import set_up
+from gtpo.system.console import log_to_console, print_ending
+from gtpo.system.environment import set_environment
 
 FLAGS = {  # how a recipe's keys, in sentences of the parts, are called here
     "dataset.name": "--dataset",
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
             asked = _parse(sys.argv[1:] if argv is None else argv)
             _run(asked)
         except RecipeError as error:
-            print_end("error", _in_flags(error, asked))
+            print_ending("error", _in_flags(error, asked))
             return 2
         except KeyboardInterrupt:
             print(
@@ -196,7 +196,7 @@ def _run(asked: argparse.Namespace) -> None:
     env = saved.recipe.env if saved.recipe else {}
     # Before torch; what the caller has set, CUDA_VISIBLE_DEVICES for one, beats what the run was
     # trained with.
-    set_up({name: value for name, value in env.items() if name not in os.environ})
+    set_environment({name: value for name, value in env.items() if name not in os.environ})
     (_chat if asked.chat else _evaluate)(asked, saved)
 
 

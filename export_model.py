@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from gtpo.errors import RecipeError
-from gtpo.system.console import print_end
-from gtpo.system.environment import set_up
+from gtpo.system.console import print_ending
+from gtpo.system.environment import set_environment
 from gtpo.system.safe_text import SafeFormatter
 
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _run(options)
     except RecipeError as error:
-        print_end("error", error)
+        print_ending("error", error)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> None:
     check_free(options.out)
     saved = find_saved(options.run, base=options.model_name)
     # before torch, so that CUDA_VISIBLE_DEVICES counts
-    set_up(saved.recipe.env if saved.recipe else {})
+    set_environment(saved.recipe.env if saved.recipe else {})
     if options.push:
         hub.check_push(options.push)
     print(f"Compared: {export(saved, options.out, dtype=options.dtype)}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from gtpo.errors import RecipeError
 from gtpo.recipe import command_line as cli
-from gtpo.system.console import print_end
+from gtpo.system.console import print_ending
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 
         write_report(runs, page, picture, steps=steps)
     except RecipeError as error:
-        print_end("error", error)
+        print_ending("error", error)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

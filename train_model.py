@@ -18,7 +18,7 @@ from gtpo.recipe import command_line as cli
 from gtpo.runs.endings import RunStopped, end
 from gtpo.system import processes
 from gtpo.system.console import log_to_console
-from gtpo.system.environment import set_up
+from gtpo.system.environment import set_environment
 from gtpo.system.safe_text import without_secrets
 from gtpo.system.signals import Interrupted, Interruption
 
@@ -34,12 +34,12 @@ def main(argv: list[str] | None = None) -> int:
     if command.switches & {"help", "version", "dry_run", "check"} and not processes.is_first():
         return 0
     with (
-        processes.one_speaks(),
+        processes.only_first_prints(),
         log_to_console() as early_log,
-        Interruption().watching() as interruption,
+        Interruption().handling_signals() as interruption,
     ):
         try:
-            with interruption.not_mistaken():
+            with interruption.unwrapped():
                 return _run(command, early_log, interruption)
         except (Exception, Interrupted) as error:
             return end(error, interruption)
@@ -61,9 +61,9 @@ def _run(
     if "check" in command.switches:
         from gtpo.preflight import check
 
-        return check(command, _request(command), processes.go_alone())
+        return check(command, _request(command), processes.forget_others())
     recipe = cli.make_recipe(command)
-    set_up(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
+    set_environment(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
     if "dry_run" in command.switches:
         from gtpo.models.saved import resolve_adapter
@@ -129,7 +129,7 @@ def _train(
     from gtpo.runs import trackers
     from gtpo.runs import trainers as imported
     from gtpo.runs.arguments import answer_timeout, training_arguments
-    from gtpo.system.importing import collector_off
+    from gtpo.system.environment import garbage_collection_off
     from gtpo.system.whole_files import written_aside
 
     run_dir = start.run_dir
@@ -138,7 +138,7 @@ def _train(
     base_model.check_model(recipe.model.model_name)
     trackers.prepare_trackers(recipe, run_dir)
 
-    with collector_off():
+    with garbage_collection_off():
         backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
         trainer_class = imported.trainer_class(recipe)  # only now: it binds to the patched TRL
     rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
@@ -157,7 +157,7 @@ def _train(
     )
 
     imported.set_constants(recipe, policy.tokenizer)
-    processes.meet(answer_timeout(recipe))
+    processes.connect_on_cpu(answer_timeout(recipe))
     arguments = training_arguments(
         recipe, str(run_dir), processes=processes.count(), use_vllm=policy.uses_vllm
     )
@@ -201,7 +201,7 @@ def _train(
             trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
         if non_finite.poisoned:
             raise RunStopped(non_finite.stopped_by)
-        interruption.stop_here(
+        interruption.raise_if_requested(
             f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume"
         )
         state = imported.whole_state(trainer)

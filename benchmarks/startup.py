@@ -92,12 +92,12 @@ def main() -> int:
 
 def libraries(options) -> int:
     code = (
-        "import contextlib\nfrom gtpo.system.importing import collector_off\nwith {}():\n import torch,"
+        "import contextlib\nfrom gtpo.system.environment import garbage_collection_off\nwith {}():\n import torch,"
         " peft, datasets, trl\n from trl import GRPOTrainer\n"
     )
     taken = {name: [] for name in ("on", "off")}
     for _ in range(options.rounds):
-        for name, around in (("on", "contextlib.nullcontext"), ("off", "collector_off")):
+        for name, around in (("on", "contextlib.nullcontext"), ("off", "garbage_collection_off")):
             taken[name].append(cpu_seconds_of([sys.executable, "-c", code.format(around)]))
     on, off = (statistics.median(taken[name]) for name in ("on", "off"))
     found = {"collector_on": on, "collector_off": off, "ratio": ratio(taken["off"], taken["on"])}

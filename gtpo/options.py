@@ -6,7 +6,7 @@ import logging
 
 from trl import GRPOConfig
 
-from gtpo.system.trl_options import FREE_FOR_GTPO
+from gtpo.system.trl_options import REQUIRED_BY_GTPO
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +17,7 @@ def refuse_conflicting_options(arguments: GRPOConfig) -> None:
     """Raises ValueError if `arguments` use what GTPO's factor would corrupt: the entropy mask, its
     bonus, or Liger.
     """
-    for option, allowed in FREE_FOR_GTPO.items():
+    for option, allowed in REQUIRED_BY_GTPO.items():
         value = getattr(arguments, option)
         if value != allowed:
             raise ValueError(

@@ -20,10 +20,10 @@ from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.batch import batch_plan, log_batch_plan, optimizer_steps
-from gtpo.recipe.yaml_text import to_yaml
+from gtpo.recipe.yaml_text import write_yaml
 from gtpo.runs.start import Request, resolve_start
-from gtpo.system.environment import set_up
-from gtpo.system.findings import Finding, as_json, conclusion, line
+from gtpo.system.console import Finding, conclusion, finding_line, findings_as_json
+from gtpo.system.environment import set_environment
 from gtpo.system.safe_text import without_secrets
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def _recipe(facts: Facts) -> str:
     from gtpo.models.saved import resolve_adapter
 
     recipe = cli.make_recipe(facts.command)
-    set_up(recipe.env)
+    set_environment(recipe.env)
     sys.argv = [without_secrets(word) for word in sys.argv]
     recipe = resolve_adapter(recipe)
     plan = batch_plan(recipe, facts.processes)
@@ -97,9 +97,9 @@ def _data_files(facts: Facts) -> str:
 
 
 def _hub_token(facts: Facts) -> str:
-    from gtpo.system.hub import check_access
+    from gtpo.system.hub import token_status
 
-    return check_access(facts.recipe.model.model_name)
+    return token_status(facts.recipe.model.model_name)
 
 
 def _backend(facts: Facts) -> str:
@@ -287,8 +287,8 @@ def check(command: cli.CommandLine, request: Request, processes: int) -> int:
         for finding in findings(Facts(command, request, processes)):
             found.append(finding)
             if not asked:
-                print(line(finding, colour=out.isatty()), file=out, flush=True)
-    print(as_json(found) if asked else conclusion(found), file=out)
+                print(finding_line(finding, colour=out.isatty()), file=out, flush=True)
+    print(findings_as_json(found) if asked else conclusion(found), file=out)
     return 2 if any(finding.verdict == "fail" for finding in found) else 0
 
 
@@ -340,7 +340,7 @@ def print_plan(recipe: Recipe, processes: int) -> None:
     stderr.
     """
     values, secrets = recipe.saved()
-    to_yaml(values, sys.stdout)
+    write_yaml(values, sys.stdout)
     sys.stdout.flush()
     plan = batch_plan(recipe, processes)
     log_batch_plan(recipe, plan, processes)

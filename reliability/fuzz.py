@@ -55,6 +55,7 @@ def recipe_text(content: str, words: list[str]) -> int:
     from gtpo.errors import RecipeError
     from gtpo.recipe import command_line as cli
     from gtpo.recipe.batch import batch_plan
+    from gtpo.recipe.yaml_text import write_yaml
 
     with (
         tempfile.TemporaryDirectory(
@@ -75,7 +76,7 @@ def recipe_text(content: str, words: list[str]) -> int:
             return 1
         values, _ = recipe.saved()
         with file.open("w", encoding="utf-8") as stream:
-            cli.to_yaml(values, stream)
+            write_yaml(values, stream)
         assert cli.read_recipe([str(file)]).saved()[0] == values, "the saved recipe is another one"
         assert not re.search(r"[\x00-\x1f]", Path(recipe.output_dir()).name), (
             "control characters in the run directory's name"

@@ -382,7 +382,7 @@ def judged(folder: str) -> dict:
     import hostile_rewards
 
     from gtpo.hooks.nonfinite import skip_non_finite
-    from gtpo.recipe.rewards_sections import RewardsSection
+    from gtpo.recipe.sections import RewardsSection
     from gtpo.rewards.guarded import GuardedRewards
 
     figures = {}

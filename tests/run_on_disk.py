@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gtpo import shaping
-from gtpo.recipe.command_line import to_yaml
+from gtpo.recipe.yaml_text import write_yaml
 
 RECIPE = {
     "run_name": "small",
@@ -115,7 +115,7 @@ def write_run(
         for name, values in (recipe or {}).items()
     }
     with (folder / "recipe.yaml").open("w", encoding="utf-8") as file:
-        to_yaml({**RECIPE, **sections}, file)
+        write_yaml({**RECIPE, **sections}, file)
     (folder / "versions.json").write_text(
         json.dumps({"gtpo": "0.1.0", "commit": "abc", "torch": "2"})
     )

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from gtpo.hooks.alarm import CONDITIONS, METRICS, Alarm
-from gtpo.recipe.watch_sections import AlarmSection
+from gtpo.recipe.sections import AlarmSection
 
 HEALTHY = {
     "reward": 12.0,

@@ -117,30 +117,30 @@ def test_what_a_crash_left_aside_is_removed_and_an_old_folder_without_a_successo
 def test_a_signal_with_nothing_to_save_ends_the_run_there_and_else_is_noted():
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     for signum, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        with pytest.raises(Interrupted) as stopped, Interruption().watching():
+        with pytest.raises(Interrupted) as stopped, Interruption().handling_signals():
             os.kill(os.getpid(), signum)
         assert stopped.value.exit_code == code
-        with Interruption().watching() as interruption:
+        with Interruption().handling_signals() as interruption:
             with interruption.deferred():
                 os.kill(os.getpid(), signum)
                 # at the same time: the launcher's, and the terminal's
                 os.kill(os.getpid(), signum)
-            assert interruption.asked
+            assert interruption.requested
             with pytest.raises(Interrupted, match="saved"):
-                interruption.stop_here("saved")
+                interruption.raise_if_requested("saved")
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_a_signal_does_not_overtake_an_error_on_its_way_out():
     """torchrun sends SIGTERM to those that fail because another process has died."""
-    with Interruption().watching() as interruption, pytest.raises(ZeroDivisionError):
+    with Interruption().handling_signals() as interruption, pytest.raises(ZeroDivisionError):
         try:
             with interruption.deferred():
                 1 / 0
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-    assert not interruption.asked
+    assert not interruption.requested
 
 
 def test_a_signal_that_a_library_mistakes_for_an_error_of_its_own_stays_a_signal():
@@ -150,16 +150,16 @@ def test_a_signal_that_a_library_mistakes_for_an_error_of_its_own_stays_a_signal
         except BaseException as error:
             raise ModuleNotFoundError("Could not import module") from error
 
-    with Interruption().watching() as interruption:
-        with pytest.raises(ZeroDivisionError), interruption.not_mistaken():
+    with Interruption().handling_signals() as interruption:
+        with pytest.raises(ZeroDivisionError), interruption.unwrapped():
             1 / 0
         with (
             pytest.raises(Interrupted, match="nothing is lost") as stopped,
-            interruption.not_mistaken(),
+            interruption.unwrapped(),
         ):
             lazy_import()
         assert stopped.value.exit_code == 143
-        with pytest.raises(ZeroDivisionError), interruption.not_mistaken(), interruption.deferred():
+        with pytest.raises(ZeroDivisionError), interruption.unwrapped(), interruption.deferred():
             1 / 0  # in a step that has been finished all the same
 
 

@@ -112,5 +112,5 @@ def test_plain_values_come_back_from_yaml_as_they_were(values):
     import io
 
     stream = io.StringIO()
-    yaml_text.to_yaml(values, stream)
-    assert yaml_text.load(stream.getvalue()) == values
+    yaml_text.write_yaml(values, stream)
+    assert yaml_text.parse_yaml(stream.getvalue()) == values

@@ -19,7 +19,7 @@ from conftest import ROOT
 
 from gtpo.errors import RecipeError
 from gtpo.recipe.dotted_paths import load_object
-from gtpo.recipe.rewards_sections import RewardsSection
+from gtpo.recipe.sections import RewardsSection
 from gtpo.rewards.failures import Settling
 from gtpo.rewards.guarded import GuardedRewards
 from gtpo.rewards.pool import RewardPool, RewardProcess

@@ -7,17 +7,17 @@ import sys
 import pytest
 from conftest import ROOT
 
-from gtpo.system.importing import collector_off
+from gtpo.system.environment import garbage_collection_off
 
 
 def test_the_collector_is_off_inside_and_as_it_was_afterwards():
-    with pytest.raises(ImportError), collector_off():
+    with pytest.raises(ImportError), garbage_collection_off():
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled()
     gc.disable()
     try:
-        with collector_off():
+        with garbage_collection_off():
             pass
         assert not gc.isenabled()
     finally:
@@ -29,7 +29,7 @@ def test_only_what_was_there_before_any_tensor_could_be_is_left_out_of_later_col
     before, frozen
 ):
     code = (
-        f"{before}\nimport gc\nfrom gtpo.system.importing import collector_off\nwith collector_off():\n   "
+        f"{before}\nimport gc\nfrom gtpo.system.environment import garbage_collection_off\nwith garbage_collection_off():\n   "
         " import email\nprint(gc.get_freeze_count() > 0)"
     )
     said = subprocess.run(

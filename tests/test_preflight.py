@@ -17,7 +17,7 @@ from gtpo.recipe import command_line as cli
 from gtpo.runs import memory
 from gtpo.runs.memory import Load, Shape
 from gtpo.runs.start import Request
-from gtpo.system.findings import Finding, conclusion, line
+from gtpo.system.console import Finding, conclusion, finding_line
 
 
 @pytest.fixture
@@ -315,8 +315,11 @@ def test_somebody_elses_error_is_a_failure_and_the_other_checks_go_on(monkeypatc
 
 def test_a_line_is_coloured_on_a_terminal_only():
     finding = Finding("warn", "disk", "little\x1b[2J\nroom")
-    assert line(finding, colour=False) == "warn  disk           little\\x1b[2J room"
-    assert line(finding, colour=True) == "\x1b[33mwarn\x1b[0m  disk           little\\x1b[2J room"
+    assert finding_line(finding, colour=False) == "warn  disk           little\\x1b[2J room"
+    assert (
+        finding_line(finding, colour=True)
+        == "\x1b[33mwarn\x1b[0m  disk           little\\x1b[2J room"
+    )
     assert (
         conclusion([finding, finding, Finding("fail", "a", "b"), Finding("ok", "a", "b")])
         == "Not ready: 1 ok, 2 warnings, 1 failure."

@@ -15,7 +15,7 @@ import report_run
 from gtpo import gtpo_training
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.dotted_paths import check_dotted_path
-from gtpo.recipe.keys import leaves
+from gtpo.recipe.keys import recipe_fields
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
@@ -106,7 +106,7 @@ def test_the_reference_names_every_key_and_no_other():
     named = set(re.findall(r"`(\w+)`", reference))
     keys = {
         path[-1]
-        for path, info, section in leaves()
+        for path, info, section in recipe_fields()
         if section != "training" or info.default is not None or path[-1] == "max_prompt_length"
     }
     sections = {

@@ -14,6 +14,7 @@ from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.dotted_paths import load_object
+from gtpo.recipe.yaml_text import write_yaml
 
 DOCUMENTED = str(ROOT / "tests/recipes/documented.yaml")
 MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"
@@ -104,7 +105,7 @@ def test_every_shipped_recipe_is_valid_and_comes_back_from_its_saved_form(file, 
     recipe = cli.read_recipe([str(file)])
     values, _ = recipe.saved()
     with (tmp_path / "saved.yaml").open("w") as stream:
-        cli.to_yaml(values, stream)
+        write_yaml(values, stream)
     assert cli.read_recipe([str(tmp_path / "saved.yaml")]).saved() == recipe.saved()
 
 
@@ -282,7 +283,7 @@ def test_secrets_never_reach_a_saved_recipe(tmp_path):
     assert values["env"] == {"TOKENIZERS_PARALLELISM": "false", "A": "b"}
     assert sorted(secrets) == ["AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "NOTE", "WANDB_API_KEY"]
     stream = io.StringIO()
-    cli.to_yaml(values, stream)
+    write_yaml(values, stream)
     assert not re.search("abc|def$", stream.getvalue())
 
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from gtpo.answers import format_reference
-from gtpo.recipe.rewards_sections import RewardsSection
+from gtpo.recipe.sections import RewardsSection
 from gtpo.rewards.doctor import diagnose, probe_completions
 
 PROBLEMS = [

@@ -141,8 +141,8 @@ def test_what_is_read_is_what_was_written(tmp_path):
         "b": {"c": {"d": []}},
     }
     with (tmp_path / "values.yaml").open("w", encoding="utf-8") as file:
-        yaml_text.to_yaml(values, file)
-    assert yaml_text.load(yaml_text.read_file(tmp_path / "values.yaml")) == values
+        yaml_text.write_yaml(values, file)
+    assert yaml_text.parse_yaml(yaml_text.read_yaml_file(tmp_path / "values.yaml")) == values
 
 
 # ---- dotted paths
@@ -247,7 +247,7 @@ def test_code_that_comes_with_a_model_runs_only_if_the_recipe_says_so_and_then_i
         assert (tmp_path / "ran").exists() == trust and (said in caplog.text) == trust
     # transformers asks where nobody said yes or no
     assert "Do you wish to run" not in capsys.readouterr().out
-    assert Recipe.model_validate(yaml_text.load(MINIMAL)).model.trust_remote_code is False
+    assert Recipe.model_validate(yaml_text.parse_yaml(MINIMAL)).model.trust_remote_code is False
 
 
 def test_weights_that_could_run_code_are_refused(tmp_path):
@@ -506,7 +506,7 @@ def test_no_secret_is_in_anything_that_a_run_and_its_report_leave_behind(tmp_pat
 
 def test_telemetry_is_off_unless_somebody_says_otherwise():
     variables = {"DO_NOT_TRACK": "0"}
-    environment.set_up({"HF_HUB_DISABLE_TELEMETRY": "0", "A": "b"}, variables)
+    environment.set_environment({"HF_HUB_DISABLE_TELEMETRY": "0", "A": "b"}, variables)
     assert (
         variables["DO_NOT_TRACK"] == "0"
         and variables["HF_HUB_DISABLE_TELEMETRY"] == "0"

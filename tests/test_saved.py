@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from gtpo.errors import RecipeError
 from gtpo.models.saved import find_saved, load_saved
-from gtpo.recipe.command_line import read_recipe, to_yaml
+from gtpo.recipe.command_line import read_recipe
+from gtpo.recipe.yaml_text import write_yaml
 
 TEXT = "How many are left?"
 
@@ -46,7 +47,7 @@ def whole_run(tmp_path_factory, tiny_policy) -> Path:
     for place in ("checkpoint-5", "checkpoint-10", "."):
         save_adapter(folder / place, tiny_policy)
     with (folder / "recipe.yaml").open("w") as file:
-        to_yaml(recipe.saved()[0], file)
+        write_yaml(recipe.saved()[0], file)
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 from gtpo.errors import RecipeError
 from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import command_line as cli
-from gtpo.recipe.differences import changes
+from gtpo.recipe.differences import recipe_differences
 from gtpo.runs import checkpoints, trackers
 from gtpo.runs import directory as runs
 from gtpo.runs.start import Request, resolve_start
@@ -319,14 +319,14 @@ def test_another_number_of_processes_cannot_take_up_a_rollout_under_way(recipe):
     ],
 )
 def test_only_what_does_not_reach_the_policy_is_harmless(recipe, flags, harmless):
-    matter, found = changes(recipe().saved()[0], recipe(*flags))
+    matter, found = recipe_differences(recipe().saved()[0], recipe(*flags))
     assert bool(found) == harmless and bool(matter) != harmless
 
 
 def test_a_key_that_did_not_exist_when_the_checkpoint_was_saved_has_its_default(recipe):
     earlier = recipe().saved()[0]
     del earlier["gtpo_runtime"]["w_raw"], earlier["watch"]
-    assert changes(earlier, recipe()) == ([], [])
+    assert recipe_differences(earlier, recipe()) == ([], [])
 
 
 # ---- what the run directory holds afterwards

@@ -151,7 +151,7 @@ def test_a_message_stands_above_the_progress_bar_and_not_in_it(capsys):
     with console.log_to_console(), tqdm(total=3, file=sys.stderr) as bar:
         bar.update(1)
         logging.getLogger("gtpo.hooks.alarm").warning("Alarm!")
-        console.print_end(
+        console.print_ending(
             "stopped", RuntimeError("It raised \x1b[31m hf_abcdefghijklmnopqrst\nSaved.")
         )
     # the bar was wiped off the line before

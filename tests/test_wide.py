@@ -232,23 +232,27 @@ def second_of_two(monkeypatch):
 def test_the_others_end_after_the_first(second_of_two, monkeypatch):
     import threading
 
-    waiting = threading.Thread(target=processes.after_the_first, daemon=True)
+    waiting = threading.Thread(target=processes.wait_for_first, daemon=True)
     waiting.start()
     waiting.join(timeout=1)
     assert waiting.is_alive()
     monkeypatch.setenv("RANK", "0")
-    processes.after_the_first()
+    processes.wait_for_first()
     waiting.join(timeout=30)
     assert not waiting.is_alive()
 
 
 def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(second_of_two, monkeypatch):
-    assert [processes.first_to_say(text) for text in ("bad", "bad", "worse")] == [True, False, True]
-    assert not processes.first_to_say("lost", if_nobody_spoke=True)
+    assert [processes.is_first_to_say(text) for text in ("bad", "bad", "worse")] == [
+        True,
+        False,
+        True,
+    ]
+    assert not processes.is_first_to_say("lost", if_nobody_spoke=True)
     # another attempt: nothing was said yet
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert [
-        processes.first_to_say(text, if_nobody_spoke=True) for text in ("lost", "lost too")
+        processes.is_first_to_say(text, if_nobody_spoke=True) for text in ("lost", "lost too")
     ] == [True, False]
 
 
@@ -258,7 +262,7 @@ def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
         monkeypatch.setenv("RANK", rank)
         for name in processes.QUIET:
             monkeypatch.delenv(name, raising=False)
-        with processes.one_speaks():
+        with processes.only_first_prints():
             print("hello")
             quiet = {name: os.environ.get(name) for name in processes.QUIET}
         assert capsys.readouterr().out == said

@@ -126,7 +126,7 @@ def judged_over_processes(folder: str) -> dict:
     """
     import hostile_rewards
 
-    from gtpo.recipe.rewards_sections import RewardsSection
+    from gtpo.recipe.sections import RewardsSection
     from gtpo.rewards.guarded import GuardedRewards
 
     guarded = GuardedRewards(

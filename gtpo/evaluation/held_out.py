@@ -84,7 +84,7 @@ class HeldOut(TrainerCallback):
         draw = policy_sampler(self.policy, self.sampling)
 
         def draw_unless_asked_to_stop(prompts, seeds):
-            self.interruption.stop_here("the evaluation goes on with --resume")
+            self.interruption.raise_if_requested("the evaluation goes on with --resume")
             return draw(prompts, seeds)
 
         rows = evaluate(

@@ -17,8 +17,7 @@ from gtpo.models.generation import Sampling
 from gtpo.models.saved import Saved
 from gtpo.recipe import Recipe
 from gtpo.recipe.dotted_paths import check_dotted_path
-from gtpo.recipe.kinds import DOTTED_PATH
-from gtpo.recipe.sections import DATASET_ALIASES, SYSTEM_INSTRUCTION, DatasetSection
+from gtpo.recipe.sections import DATASET_ALIASES, DOTTED_PATH, SYSTEM_INSTRUCTION, DatasetSection
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 LENGTH = 1024  # tokens of prompts and of completions, each, for a model without a recipe

@@ -15,7 +15,7 @@ from gtpo.models.base_model import check_context, check_memory, loading_error
 from gtpo.models.generation import unsloth_uses_vllm
 from gtpo.models.tokenizer import prepare_tokenizer
 from gtpo.recipe.sections import DocumentedTraining, ModelSection
-from gtpo.system.importing import collector_off
+from gtpo.system.environment import garbage_collection_off
 from gtpo.system.whole_files import files_written_aside
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Policy:
             self.tokenizer.save_pretrained(str(aside))
 
 
-@collector_off()
+@garbage_collection_off()
 def choose_backend(section: ModelSection) -> str:
     """Choose the backend and say which; Unsloth, if it is, is imported: it must be before trl and
     transformers are.

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 
 from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe.dotted_paths import check_dotted_path, make_importable
-from gtpo.recipe.keys import ALIASES, SWITCHES, all_keys, alternatives, is_list, key_path
-from gtpo.recipe.mistakes import mistakes, nearest, one_line
+from gtpo.recipe.keys import ALIASES, SWITCHES, alternatives, is_list, key_names, key_path
+from gtpo.recipe.mistakes import nearest, one_line, validation_mistakes
 from gtpo.recipe.recipe import Recipe
 from gtpo.recipe.sections import DATASET_ALIASES
-from gtpo.recipe.yaml_text import YamlError, check_plain, load, read_file, to_yaml
+from gtpo.recipe.yaml_text import YamlError, check_plain, parse_yaml, read_yaml_file
 
 __all__ = [
     "CommandLine",
@@ -27,7 +27,6 @@ __all__ = [
     "parse",
     "read_recipe",
     "read_saved",
-    "to_yaml",
 ]
 
 
@@ -40,7 +39,7 @@ class CommandLine:
     recipe_file: str = "config.yaml"
     overrides: dict[tuple[str, ...], Any] = field(default_factory=dict)
     switches: frozenset[str] = frozenset()
-    problems: tuple[Mistake, ...] = ()
+    mistakes: tuple[Mistake, ...] = ()
     resume: str | None = None  # "" for --resume without a path
 
 
@@ -55,7 +54,7 @@ def parse(argv: list[str]) -> CommandLine:
     """Sort the words of a command line. Unknown flags and wrong counts of values are kept, to be
     told with the rest.
     """
-    files, overrides, switches, problems, resume = [], {}, set(), [], None
+    files, overrides, switches, mistakes, resume = [], {}, set(), [], None
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -74,16 +73,16 @@ def parse(argv: list[str]) -> CommandLine:
         if key in SWITCHES:
             switches.add(key)
             if equals:
-                problems.append(
+                mistakes.append(
                     Mistake(f"--{name}", "takes no value; give it alone, or leave it out")
                 )
             continue
         target = key_path(ALIASES.get(key, key).split("."))
         if target is None:
-            problems.append(
+            mistakes.append(
                 Mistake(
                     f"--{name}",
-                    f"unknown flag{nearest(key, [*SWITCHES, *ALIASES, *all_keys()], '--')}",
+                    f"unknown flag{nearest(key, [*SWITCHES, *ALIASES, *key_names()], '--')}",
                 )
             )
             words = words[_count_values(words) :]
@@ -96,13 +95,13 @@ def parse(argv: list[str]) -> CommandLine:
         try:
             value = _value(values, annotation)
         except ValueError as error:
-            problems.append(Mistake(f"--{name}", one_line(error)))
+            mistakes.append(Mistake(f"--{name}", one_line(error)))
             continue
         if is_list(annotation) and isinstance(overrides.get(path), list):
             value = overrides[path] + value
         overrides[path] = value
     if len(files) > 1:
-        problems.append(
+        mistakes.append(
             Mistake(
                 " ".join(files[1:]),
                 f"neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
@@ -110,14 +109,14 @@ def parse(argv: list[str]) -> CommandLine:
             )
         )
     if "force_resume" in switches and resume is None:
-        problems.append(Mistake("--force-resume", "there is nothing to force without --resume"))
+        mistakes.append(Mistake("--force-resume", "there is nothing to force without --resume"))
     if "json" in switches and "check" not in switches:
-        problems.append(Mistake("--json", "goes with --check; give both, or leave it out"))
+        mistakes.append(Mistake("--json", "goes with --check; give both, or leave it out"))
     return CommandLine(
         *(files[:1] or _recipe_of(resume)),
         overrides=overrides,
         switches=frozenset(switches),
-        problems=tuple(problems),
+        mistakes=tuple(mistakes),
         resume=resume,
     )
 
@@ -128,13 +127,13 @@ def make_recipe(command: CommandLine) -> Recipe:
     overrides = _subset_of_gsm8k(command.overrides, values)
     for path, value in overrides.items():
         _set(values, path, value)
-    problems = list(command.problems) + _not_plain(overrides)
+    mistakes = list(command.mistakes) + _not_plain(overrides)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        problems += mistakes(error, command.recipe_file, overrides)
-    if problems:
-        raise RecipeError.of(problems)
+        mistakes += validation_mistakes(error, command.recipe_file, overrides)
+    if mistakes:
+        raise RecipeError.of(mistakes)
     make_importable(Path(command.recipe_file).resolve().parent)
     paths = {
         "trainer.class_path": [recipe.trainer.class_path],
@@ -142,14 +141,14 @@ def make_recipe(command: CommandLine) -> Recipe:
     }
     if recipe.dataset.kind == "function":
         paths["dataset.name"] = [recipe.dataset.name]
-    problems = [
-        problem
+    mistakes = [
+        mistake
         for key, dotted in paths.items()
         for path in dotted
-        if (problem := check_dotted_path(key, path))
+        if (mistake := check_dotted_path(key, path))
     ]
-    if problems:
-        raise RecipeError.of(problems)
+    if mistakes:
+        raise RecipeError.of(mistakes)
     return recipe
 
 
@@ -160,7 +159,7 @@ def read_saved(file: Path) -> Recipe:
     try:
         return Recipe.model_validate(_read_yaml(file))
     except ValidationError as error:
-        raise RecipeError.of(mistakes(error, str(file), {})) from None
+        raise RecipeError.of(validation_mistakes(error, str(file), {})) from None
 
 
 # ---- reading
@@ -168,18 +167,18 @@ def read_saved(file: Path) -> Recipe:
 
 def _not_plain(overrides: dict[tuple[str, ...], Any]) -> list[Mistake]:
     """A mistake for each flag whose words are no text: bytes that are not UTF-8, for one."""
-    problems = []
+    mistakes = []
     for path, value in overrides.items():
         try:
             check_plain([list(path), value])
         except YamlError as error:
-            problems.append(Mistake(f"--{'.'.join(path)}", str(error)))
-    return problems
+            mistakes.append(Mistake(f"--{'.'.join(path)}", str(error)))
+    return mistakes
 
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = load(read_file(path))
+        values = parse_yaml(read_yaml_file(path))
     except FileNotFoundError:
         raise RecipeError(
             path, "there is no such recipe file; try recipes/demo.yaml, or give the path of yours"
@@ -259,9 +258,9 @@ def _value(values: list[str], annotation: Any) -> Any:
         raise ValueError("needs a value")
     if is_list(annotation):
         if len(values) == 1 and values[0].lstrip().startswith("["):
-            return load(values[0])
+            return parse_yaml(values[0])
         return values
     kinds = alternatives(annotation)
     if values[0] in ("null", "~") and type(None) in kinds:
         return None
-    return values[0] if set(kinds) <= {str, type(None)} else load(values[0])
+    return values[0] if set(kinds) <= {str, type(None)} else parse_yaml(values[0])

@@ -1,15 +1,18 @@
-"""What differs between the recipe a checkpoint was trained with and the one that is to go on with
-it.
+"""What differs between two recipes.
+
+A run may resume only from a checkpoint of its own recipe. This file tells which keys have other
+values than when the checkpoint was saved, and which of those have no influence on the policy.
 """
 
 import fnmatch
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from gtpo.recipe.recipe import Recipe
 
-HARMLESS = (  # none of these reaches the policy
+# Keys that have no influence on the policy.
+HARMLESS = (
     "run_name",
     "output_root",
     "env.*",
@@ -33,42 +36,60 @@ HARMLESS = (  # none of these reaches the policy
     "rewards.max_failures",
     "training.max_skipped_steps",
 )
-MORE = ("training.max_steps", "training.num_train_epochs")  # harmless where they grow
+# Keys that are harmless where their values grow: the run becomes longer.
+MAY_GROW = ("training.max_steps", "training.num_train_epochs")
 
 
-def changes(
-    earlier: dict[str, Any], recipe: Recipe, processes: tuple[int, int] = (1, 1)
-) -> tuple[list[str], list[str]]:
-    """`key: then -> now` for each key that differs from the `earlier` saved values: those that
-    matter, and the harmless ones.
+class Difference(NamedTuple):
+    """A key whose values differ; None stands for a key that is not set."""
+
+    key: str
+    earlier: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.earlier)} -> {_shown(self.now)}"
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether the difference has no influence on the policy at the steps already done."""
+        if self.key in MAY_GROW:
+            return self.earlier is not None and self.now is not None and 0 < self.earlier < self.now
+        return any(fnmatch.fnmatchcase(self.key, pattern) for pattern in HARMLESS)
+
+
+def recipe_differences(
+    saved: dict[str, Any], recipe: Recipe, processes: tuple[int, int] = (1, 1)
+) -> tuple[list[Difference], list[Difference]]:
+    """The differences between a `saved` recipe and `recipe`: those that matter, and harmless ones.
+
+    `processes` are the numbers of processes of both runs. A key that did not exist when the recipe
+    was saved counts as having its default.
     """
     try:
-        # with the defaults of keys that did not exist then
-        earlier = Recipe.model_validate(earlier).saved()[0]
+        saved = Recipe.model_validate(saved).saved()[0]  # fills in defaults
     except ValidationError:
         pass
-    then, now = (dict(_flat(values)) for values in (earlier, recipe.saved()[0]))
-    then["processes"], now["processes"] = processes
-    matter, harmless = [], []
-    for key in [*now, *(key for key in then if key not in now)]:
-        if then.get(key) != now.get(key):
-            told = f"{key}: {_shown(then.get(key))} -> {_shown(now.get(key))}"
-            (harmless if _is_harmless(key, then.get(key), now.get(key)) else matter).append(told)
-    return matter, harmless
+    earlier = {**flatten(saved), "processes": processes[0]}
+    now = {**flatten(recipe.saved()[0]), "processes": processes[1]}
+    differences = [
+        Difference(key, earlier.get(key), now.get(key))
+        for key in {**now, **earlier}
+        if earlier.get(key) != now.get(key)
+    ]
+    harmless = [difference for difference in differences if difference.is_harmless]
+    return [difference for difference in differences if not difference.is_harmless], harmless
 
 
-def _is_harmless(key: str, then: Any, now: Any) -> bool:
-    if key in MORE:
-        return then is not None and now is not None and 0 < then < now
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)
-
-
-def _flat(values: dict[str, Any], prefix: str = ""):
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted key: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    flat = {}
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def _shown(value: Any) -> str:

@@ -53,7 +53,7 @@ def help_text() -> str:
         f"  --{name.replace('_', '-'):<18} the same as --{key}" for name, key in ALIASES.items()
     ]
     own, trl = [], []
-    for path, info, section in leaves():
+    for path, info, section in recipe_fields():
         ours = (
             section == "training"
             and path[-1] in grpo_options()
@@ -113,18 +113,21 @@ def key_path(
     return ((parts[0],), info.annotation) if not parts[1:] else None
 
 
-def leaves(section: type[Section] = Recipe, prefix: tuple[str, ...] = ()):
+def recipe_fields(section: type[Section] = Recipe, prefix: tuple[str, ...] = ()):
     """Every key: its path, its field, and the name of its section."""
     for name, info in section.model_fields.items():
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
-            yield from leaves(info.annotation, (*prefix, name))
+            yield from recipe_fields(info.annotation, (*prefix, name))
         else:
             yield (*prefix, name), info, prefix[-1] if prefix else ""
 
 
-def all_keys() -> list[str]:
+def key_names() -> list[str]:
     """Every key path, and the sections by themselves."""
-    return [*Recipe.model_fields, *(".".join(path) for path, _, section in leaves() if section)]
+    return [
+        *Recipe.model_fields,
+        *(".".join(path) for path, _, section in recipe_fields() if section),
+    ]
 
 
 def _default(info) -> str:

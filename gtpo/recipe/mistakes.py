@@ -6,7 +6,7 @@ import re
 from pydantic import ValidationError
 
 from gtpo.errors import Mistake, RecipeError
-from gtpo.recipe.keys import all_keys
+from gtpo.recipe.keys import key_names
 from gtpo.recipe.recipe import Recipe
 from gtpo.recipe.sections import Section
 
@@ -29,7 +29,7 @@ EXPECTED = {
 }
 
 
-def mistakes(
+def validation_mistakes(
     error: ValidationError, recipe_file: str, overrides: dict[tuple[str, ...], object]
 ) -> list[Mistake]:
     """One mistake per key that pydantic refused, with where its value came from; `overrides` are
@@ -47,7 +47,7 @@ def mistakes(
             case "default_factory_not_called":
                 continue
             case "extra_forbidden":
-                told[key] = Mistake(key, f"unknown key {source}{nearest(key, all_keys())}")
+                told[key] = Mistake(key, f"unknown key {source}{nearest(key, key_names())}")
             case "missing":
                 told[key] = Mistake(
                     key,

@@ -9,22 +9,23 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from gtpo.errors import RecipeError
-from gtpo.recipe.kinds import EnvMap
-from gtpo.recipe.rewards_sections import RewardsSection
 from gtpo.recipe.sections import (
+    AlarmSection,
     DatasetSection,
     DocumentedTraining,
+    EnvMap,
     EvaluationSection,
     ModelSection,
+    RewardsSection,
     RuntimeSection,
     Section,
     TrainerSection,
     TrainingSection,
     WandbSection,
+    WatchSection,
 )
-from gtpo.recipe.watch_sections import AlarmSection, WatchSection
 from gtpo.system.safe_text import hide, is_secret
-from gtpo.system.trl_options import FREE_FOR_GTPO
+from gtpo.system.trl_options import REQUIRED_BY_GTPO
 
 TWO_NAMES = (  # documented key, TRL's own name for it
     ("training.optimizer", "training.optim"),
@@ -176,8 +177,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def the_entropy_mask_is_free_for_gtpo(self):
         if self.trainer.class_path.startswith(("gtpo.", "custom_trainer.released")):
-            for name in sorted(self.training.trl_options().keys() & FREE_FOR_GTPO.keys()):
-                if getattr(self.training, name) != FREE_FOR_GTPO[name]:
+            for name in sorted(self.training.trl_options().keys() & REQUIRED_BY_GTPO.keys()):
+                if getattr(self.training, name) != REQUIRED_BY_GTPO[name]:
                     raise RecipeError(
                         f"training.{name}",
                         "it does not go with GTPO, which uses TRL's entropy mask for its own"

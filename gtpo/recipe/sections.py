@@ -5,9 +5,12 @@ The string under a field is its help. `training` also accepts every option of th
 `trl.GRPOConfig`.
 """
 
+import logging
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,8 +22,9 @@ from pydantic import (
 )
 
 from gtpo.errors import RecipeError
-from gtpo.recipe.kinds import DOTTED_PATH, DottedPath, Generations, Texts, Trackers, listed
 from gtpo.system.trl_options import grpo_options
+
+logger = logging.getLogger(__name__)
 
 DATASET_ALIASES = {
     "gsm8k": "gsm8k",
@@ -36,6 +40,72 @@ SYSTEM_INSTRUCTION = (
 )
 
 
+DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
+
+
+def as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _first_number(value: Any) -> Any:
+    """`8/12` means 8, with a warning."""
+    if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(/\s*\d+\s*)+", value):
+        first = value.split("/")[0].strip()
+        logger.warning(
+            "training.num_generations: %r names several numbers; the first, %s, is used",
+            value,
+            first,
+        )
+        return first
+    return value
+
+
+def _two_or_more(value: int) -> int:
+    if value < 2:
+        raise ValueError(f"{value} leaves no group to compare; use 2 or more")
+    return value
+
+
+def _dotted(value: str) -> str:
+    if not DOTTED_PATH.fullmatch(value):
+        raise ValueError(
+            f"{value!r} is no dotted path; use one such as package.module.name or"
+            " package.module:name"
+        )
+    return value
+
+
+def _variable(name: str) -> str:
+    if not name or "=" in name or "\0" in name:
+        raise ValueError(
+            f"{name!r} cannot be the name of an environment variable; use one such as"
+            " CUDA_VISIBLE_DEVICES"
+        )
+    return name
+
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError(
+            "the value of an environment variable cannot contain a NUL character; leave it out"
+        )
+    return value
+
+
+Texts = Annotated[list[str], BeforeValidator(as_list)]
+DottedPath = Annotated[str, AfterValidator(_dotted)]
+Generations = Annotated[int, BeforeValidator(_first_number), AfterValidator(_two_or_more)]
+Trackers = Literal[
+    "none", "wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune"
+]
+EnvMap = dict[
+    Annotated[str, AfterValidator(_variable)],
+    Annotated[
+        str,
+        BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
+        AfterValidator(_without_nul),
+    ],
+]
 # Named here, because linters read a text inside an annotation as the name of a class.
 Scheduler = grpo_options()["lr_scheduler_type"].type
 Optimizer = grpo_options()["optim"].type
@@ -187,7 +257,7 @@ class DocumentedTraining(Section):
     """Steps between two log lines."""
     save_steps: int | float = Field(500, gt=0)
     """Steps between two checkpoints."""
-    report_to: Annotated[list[Trackers], BeforeValidator(listed)] = ["wandb"]
+    report_to: Annotated[list[Trackers], BeforeValidator(as_list)] = ["wandb"]
     """Trackers: wandb, tensorboard, trackio or none."""
     beta: float = Field(0.0, ge=0)
     """Weight of a KL penalty. GTPO has none, so that no reference model is needed."""
@@ -246,10 +316,45 @@ TrainingSection = create_model(
 class TrainerSection(Section):
     class_path: DottedPath = "gtpo.gtpo_training.UnslothGTPOTrainer"
     """The trainer, by dotted path."""
-    reward_funcs: Annotated[list[DottedPath], BeforeValidator(listed), Field(min_length=1)] = [
+    reward_funcs: Annotated[list[DottedPath], BeforeValidator(as_list), Field(min_length=1)] = [
         "reward_math.final_reward"
     ]
     """Reward functions, by dotted path; weights: training.reward_weights."""
+
+
+class RewardsSection(Section):
+    isolated: bool = True
+    """Call reward functions in processes of their own, which can be killed; false: in ours, without
+    limits of time and memory.
+    """
+    seconds: float = Field(30.0, gt=0)
+    """Time limit for one completion; longer, and it counts as one that the function cannot
+    judge.
+    """
+    memory: float | None = Field(4.0, gt=0)
+    """Memory limit of each process, in GiB; null for none."""
+    workers: int = Field(1, ge=1)
+    """Processes that judge at the same time: functions beside each other, and the parts that `per`
+    makes.
+    """
+    per: Literal["rollout", "group", "completion"] = "rollout"
+    """What one call judges; group or completion shares a rollout among the workers. A function that
+    compares needs its group.
+    """
+    max_failures: float = Field(0.2, ge=0, le=1)
+    """Share of the last 100 completions that a function may fail on, beyond which the run stops,
+    saved; 1 for never.
+    """
+
+    @model_validator(mode="after")
+    def workers_are_processes(self):
+        if self.workers > 1 and not self.isolated:
+            raise RecipeError(
+                "rewards.workers",
+                f"{self.workers} workers are processes of their own; leave rewards.isolated at"
+                " true",
+            )
+        return self
 
 
 class RuntimeSection(Section):
@@ -297,6 +402,53 @@ class EvaluationSection(Section):
                 "there are no held-out problems; set evaluation.path or evaluation.split",
             )
         return self
+
+
+class WatchSection(Section):
+    completions: bool = True
+    """Keep every training completion in the run directory's completions.jsonl."""
+    tokens_every: int = Field(1, ge=1)
+    """Steps between two whose completions keep their per-token lists (ids, texts, weights,
+    entropies; 25 bytes a token).
+    """
+    show_every: int | None = Field(50, ge=1)
+    """Steps between two that show a good and a bad completion on the console, from the first step
+    on; null for none.
+    """
+
+
+class AlarmSection(Section):
+    action: Literal["none", "warn", "save", "stop"] = "warn"
+    """What an alarm does: warn, also save a checkpoint, or save and stop the run (exit code 3)."""
+    window: int = Field(20, ge=1)
+    """Log lines over which metrics are averaged; an alarm needs as many."""
+    entropy_above: Literal["auto"] | Annotated[float, Field(ge=0)] | None = "auto"
+    """Alarm when the mean entropy (nats) is above this; auto is gtpo_runtime.ent_threshold. null
+    switches an alarm off.
+    """
+    entropy_rising: float | None = Field(0.2, ge=0)
+    """Alarm when the mean entropy rises by more than this (nats) from one window to the next."""
+    entropy_low: float | None = Field(0.1, ge=0, le=1)
+    """Alarm when the mean entropy is below this share of the initial one: the policy is nearly
+    deterministic.
+    """
+    all_filtered: float | None = Field(0.99, ge=0, le=1)
+    """Alarm when GTPO's entropy filter switches off at least this share of the completions."""
+    format_falling: float | None = Field(0.25, ge=0, le=1)
+    """Alarm when the format rate is further than this below its best."""
+    no_signal: float | None = Field(0.95, ge=0, le=1)
+    """Alarm when the rewards are equal in at least this share of the groups."""
+    truncated: float | None = Field(0.5, ge=0, le=1)
+    """Alarm when at least this share of the completions is cut off."""
+    non_finite: int | None = Field(3, ge=1)
+    """Alarm when this many steps within a window have a loss or gradients that are not finite."""
+
+    def limits(self, ent_threshold: float) -> dict[str, float | None]:
+        """The threshold of each condition, None for those switched off; `ent_threshold` is what
+        auto means.
+        """
+        limits = self.model_dump(exclude={"action", "window"})
+        return {name: ent_threshold if limit == "auto" else limit for name, limit in limits.items()}
 
 
 class WandbSection(Section):

@@ -36,7 +36,7 @@ class YamlError(ValueError):
         self.line = line
 
 
-def read_file(path: Path) -> str:
+def read_yaml_file(path: Path) -> str:
     """The text of a file, without reading more of it than could be YAML of ours; raises OSError, or
     YamlError.
     """
@@ -47,7 +47,7 @@ def read_file(path: Path) -> str:
     return text
 
 
-def load(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The values in `text`: numbers, texts, lists, mappings, true, false, null and nothing else;
     raises YamlError.
     """
@@ -117,8 +117,8 @@ def _check_text(text: str) -> None:
         raise YamlError(f"{text[:40]!r} is no text that UTF-8 can hold") from None
 
 
-def to_yaml(values: dict[str, Any], stream) -> None:
-    """Write plain values as YAML that `load` reads back unchanged."""
+def write_yaml(values: dict[str, Any], stream) -> None:
+    """Write plain values as YAML that `parse_yaml` reads back unchanged."""
     writer = YAML(typ="safe", pure=True)
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False

@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from gtpo.recipe.differences import flatten
 from gtpo.report.run_record import RunRecord
 
 SEEDS = {"model.random_seed", "training.seed", "training.data_seed"}
@@ -46,7 +47,7 @@ def configurations(runs: list[RunRecord]) -> list[Configuration]:
     """The runs by recipe, in the order given; labels name the keys that differ, or the run where
     none does.
     """
-    flat = [_flat(run.recipe) for run in runs]
+    flat = [flatten(run.recipe) for run in runs]
     keys = sorted({key for recipe in flat for key in recipe if _tells(key)})
     differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in flat}) > 1]
     groups: dict[tuple, list[RunRecord]] = {}
@@ -54,12 +55,12 @@ def configurations(runs: list[RunRecord]) -> list[Configuration]:
         groups.setdefault(tuple(repr(recipe.get(key)) for key in differing), []).append(run)
     found = []
     for members in groups.values():
-        recipe = _flat(members[0].recipe)
+        recipe = flatten(members[0].recipe)
         parts = [
             _part(key, recipe.get(key), [other.get(key) for other in flat]) for key in differing
         ]
         label = ", ".join(parts) or members[0].name
-        seeds = {repr([_flat(run.recipe).get(key) for key in sorted(SEEDS)]) for run in members}
+        seeds = {repr([flatten(run.recipe).get(key) for key in sorted(SEEDS)]) for run in members}
         noun = "seeds" if len(seeds) == len(members) else "runs"
         found.append(
             Configuration(
@@ -71,7 +72,7 @@ def configurations(runs: list[RunRecord]) -> list[Configuration]:
 
 def differences(runs: list[RunRecord]) -> dict[str, list[Any]]:
     """Every recipe key whose values differ, seeds and names included, with each run's value."""
-    flat = [_flat(run.recipe) for run in runs]
+    flat = [flatten(run.recipe) for run in runs]
     keys = dict.fromkeys(key for recipe in flat for key in recipe)
     return {
         key: [recipe.get(key) for recipe in flat]
@@ -129,17 +130,6 @@ def _window(series: dict[int, list[float]], steps: list[int]) -> Window:
 
 def spread(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict)
-            else {f"{prefix}{key}": value}
-        )
-    return flat
 
 
 def _tells(key: str) -> bool:

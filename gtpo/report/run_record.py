@@ -20,7 +20,7 @@ from gtpo.evaluation.file import read_evaluation
 from gtpo.evaluation.scores import Scores, scores
 from gtpo.models.adapters import checkpoint_folders
 from gtpo.recipe import Recipe
-from gtpo.recipe.yaml_text import YamlError, load
+from gtpo.recipe.yaml_text import YamlError, parse_yaml
 from gtpo.report.completion_log import CompletionLog
 
 ALARM = "alarm/"
@@ -150,7 +150,7 @@ def read_run(path: Path) -> RunRecord:
 
 def _recipe(path: Path, text: str) -> dict[str, Any]:
     try:
-        values = load(text)
+        values = parse_yaml(text)
     except YamlError:
         values = None
     if not isinstance(values, dict):

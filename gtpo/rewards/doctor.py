@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 from gtpo.answers import format_reference, reference_answer, same_answer
 from gtpo.recipe.dotted_paths import load_object
-from gtpo.recipe.rewards_sections import RewardsSection
+from gtpo.recipe.sections import RewardsSection
 from gtpo.rewards.failures import Verdict, accept
 from gtpo.rewards.pool import CannotHandOver, RewardPool
 from gtpo.rewards.worker import call_reward
-from gtpo.system.findings import Finding
+from gtpo.system.console import Finding
 
 PROBLEMS = 8
 IMPORT_SECONDS = 60.0  # for the module of a reward function

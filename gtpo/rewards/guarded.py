@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name
 
 from gtpo.errors import RecipeError
-from gtpo.recipe.rewards_sections import RewardsSection
+from gtpo.recipe.sections import RewardsSection
 from gtpo.rewards.failure_file import Failures
 from gtpo.rewards.failures import ContractBroken, Settling
 from gtpo.rewards.pool import CannotHandOver, RewardPool

@@ -14,7 +14,7 @@ from typing import Any
 
 from gtpo.errors import RecipeError
 from gtpo.models.adapters import checkpoint_folders, checkpoint_step
-from gtpo.system.whole_files import flush, put, remove
+from gtpo.system.whole_files import flush, move_into_place, remove
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def publish(written: Path, folder: Path, **told: Any) -> None:
         json.dumps({**told, "files": files}, indent=1) + "\n", encoding="utf-8"
     )
     flush(written)
-    put(written, folder)
+    move_into_place(written, folder)
 
 
 def read(folder: Path) -> Checkpoint:

@@ -15,11 +15,17 @@ from pathlib import Path
 import gtpo
 from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import Recipe
-from gtpo.recipe.command_line import to_yaml
+from gtpo.recipe.yaml_text import write_yaml
 from gtpo.runs.start import Start, check_still_free, locked
 from gtpo.runs.trackers import keep_identity
 from gtpo.system.safe_text import SafeFormatter
-from gtpo.system.whole_files import put, remove, remove_leftovers, write_whole, written_aside
+from gtpo.system.whole_files import (
+    move_into_place,
+    remove,
+    remove_leftovers,
+    write_whole,
+    written_aside,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +99,7 @@ def _describe(run_dir: Path, recipe: Recipe) -> None:
     if hidden:
         logger.info("[GTPO] Not saved with the recipe: %s", ", ".join(hidden))
     with written_aside(run_dir / "recipe.yaml") as aside, aside.open("w", encoding="utf-8") as file:
-        to_yaml(values, file)
+        write_yaml(values, file)
     write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
     keep_identity(run_dir)
 
@@ -153,7 +159,7 @@ def rewind(start: Start) -> None:
     for file in sorted((run_dir / "evaluation").glob("*.jsonl")):
         seen = _evaluated_step(file)
         if file.stem == "after" and seen == step and start.adds_steps:
-            put(file, file.with_stem(f"step-{step}"))
+            move_into_place(file, file.with_stem(f"step-{step}"))
         elif seen is None or seen > step or start.discards_evaluations:
             _set_aside(file, keep and keep / "evaluation")
 
@@ -196,7 +202,7 @@ def _cut(file: Path, size: int, keep: Path | None) -> None:
 def _set_aside(path: Path, keep: Path | None) -> None:
     if keep:
         keep.mkdir(parents=True, exist_ok=True)
-        put(path, keep / path.name)
+        move_into_place(path, keep / path.name)
     else:
         remove(path)
 

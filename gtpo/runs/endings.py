@@ -10,7 +10,7 @@ from gtpo.errors import Mistake, RecipeError
 from gtpo.models.adapters import checkpoint_folders
 from gtpo.recipe import Recipe
 from gtpo.system import processes
-from gtpo.system.console import print_end
+from gtpo.system.console import print_ending
 from gtpo.system.processes import ProcessLost
 from gtpo.system.signals import Interrupted, Interruption
 
@@ -41,25 +41,25 @@ def end(error: BaseException, interruption: Interruption) -> int:
         interrupted = isinstance(error, Interrupted)
         if processes.is_first():
             # so that nobody who loses this process tells of it
-            processes.first_to_say(str(error))
-            print_end("interrupted" if interrupted else "stopped", error)
-        processes.after_the_first()
+            processes.is_first_to_say(str(error))
+            print_ending("interrupted" if interrupted else "stopped", error)
+        processes.wait_for_first()
         return error.exit_code if interrupted else 3
     # a launcher that ends the others must not cut off what is said here
-    asked = interruption.over()
+    asked = interruption.ignore_further_signals()
     if isinstance(error, ProcessLost):
         # also after a SIGTERM: torchrun sends it when a process has died
-        if processes.first_to_say(str(error), if_nobody_spoke=True):
-            print_end("error", error)
+        if processes.is_first_to_say(str(error), if_nobody_spoke=True):
+            print_ending("error", error)
             return 2
         return asked or 2
     if isinstance(error, RecipeError):
-        if processes.first_to_say(str(error)):
-            print_end("error", error)
+        if processes.is_first_to_say(str(error)):
+            print_ending("error", error)
         return 2
     # for the log file; the terminal gets it anyway
     logging.getLogger("gtpo.runs.progress").exception("The run failed")
-    if processes.first_to_say(repr(error)):
+    if processes.is_first_to_say(repr(error)):
         raise error
     return 1
 

@@ -264,7 +264,7 @@ class ExactResume(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         # what is pending is in the checkpoint, and not for a last line
-        if control.should_training_stop and self.interruption.asked:
+        if control.should_training_stop and self.interruption.requested:
             self.trainer._metrics["train"].clear()
             self.trainer.log_completions = False
 
@@ -276,7 +276,7 @@ class ExactResume(TrainerCallback):
                 torch.tensor([interruption.signum or 0], device=accelerator.device)
             )
             interruption.signum = asked.max().item() or None
-        return interruption.asked
+        return interruption.requested
 
 
 def resume_exactly(

@@ -13,7 +13,7 @@ from pathlib import Path
 from gtpo.errors import Mistake, RecipeError
 from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import Recipe
-from gtpo.recipe.differences import MORE, changes
+from gtpo.recipe.differences import MAY_GROW, recipe_differences
 from gtpo.runs import checkpoints
 from gtpo.runs.checkpoints import Checkpoint
 
@@ -121,7 +121,7 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
         )
     if told.get("processes", processes) != processes and told.get("within_rollout"):
         raise within_rollout(checkpoint)
-    matter, harmless = changes(told["recipe"], recipe, (told["processes"], processes))
+    matter, harmless = recipe_differences(told["recipe"], recipe, (told["processes"], processes))
     if matter and not request.force:
         raise RecipeError.of(
             [
@@ -130,11 +130,11 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
                     f"the recipe is not the one that {checkpoint.folder} was trained with; undo the"
                     " changes, or go on all the same with --force-resume",
                 ),
-                *(Mistake("", change) for change in matter),
+                *(Mistake("", str(difference)) for difference in matter),
             ]
         )
     finished = held(start.run_dir).finished
-    more = any(change.startswith(MORE) for change in harmless)
+    more = any(difference.key in MAY_GROW for difference in harmless)
     if (
         finished is not None
         and not matter
@@ -149,19 +149,19 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
         checkpoint.step,
         told["max_steps"],
     )
-    for change in matter:
-        logger.warning("[GTPO] Changed, and forced: %s", change)
-    for change in harmless:
+    for difference in matter:
+        logger.warning("[GTPO] Changed, and forced: %s", difference)
+    for difference in harmless:
         logger.info(
             "[GTPO] Changed: %s%s",
-            change,
+            difference,
             (
                 "; from here on the learning rate is that of a run of so many steps"
-                if change.startswith(MORE)
+                if difference.key in MAY_GROW
                 else ""
             ),
         )
-    return replace(start, forced_changes=tuple(matter), adds_steps=more)
+    return replace(start, forced_changes=tuple(map(str, matter)), adds_steps=more)
 
 
 def within_rollout(checkpoint: Checkpoint) -> RecipeError:

@@ -6,7 +6,10 @@ unless the caller's environment or the recipe's `env` says otherwise: HF_HUB_DIS
 for instance.
 """
 
+import contextlib
+import gc
 import os
+import sys
 from collections.abc import MutableMapping
 
 NO_TELEMETRY = {
@@ -20,10 +23,32 @@ NO_TELEMETRY = {
 }
 
 
-def set_up(variables: dict[str, str], environment: MutableMapping[str, str] = os.environ) -> None:
+def set_environment(
+    variables: dict[str, str], environment: MutableMapping[str, str] = os.environ
+) -> None:
     """Set `variables`, and what is not set yet of NO_TELEMETRY; to be called before anything heavy
     is imported.
     """
     environment.update(variables)
     for name, value in NO_TELEMETRY.items():
         environment.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def garbage_collection_off():
+    """No garbage collection inside: it would look again and again through half a million objects
+    that all stay.
+
+    Torch, transformers and TRL are imported in 0.7 of the CPU time (docs/performance.md). Where
+    torch is imported only inside, what there is afterwards is left out of later collections too: no
+    model and no tensor can be among it.
+    """
+    enabled, fresh = gc.isenabled(), "torch" not in sys.modules
+    gc.disable()
+    try:
+        yield
+    finally:
+        if fresh:
+            gc.freeze()
+        if enabled:
+            gc.enable()

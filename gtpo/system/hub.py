@@ -63,7 +63,7 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
     return [file.rfilename for file in info.siblings or ()]
 
 
-def check_access(name: str) -> str:
+def token_status(name: str) -> str:
     """Whether there is a token for the model `name`, and whether it opens it, as a sentence that
     does not show it.
     """

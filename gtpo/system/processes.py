@@ -29,7 +29,7 @@ def is_first() -> bool:
     return count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
-def go_alone() -> int:
+def forget_others() -> int:
     """Forget the others, which have nothing to do, and return how many processes there were."""
     several = count()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -37,7 +37,7 @@ def go_alone() -> int:
     return several
 
 
-def meet(timeout: float) -> None:
+def connect_on_cpu(timeout: float) -> None:
     """Meet the other processes on a CPU, and wait `timeout` seconds for each answer: transformers
     5.17.0 waits longer there.
     """
@@ -52,9 +52,9 @@ def meet(timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def one_speaks():
+def only_first_prints():
     """Inside, nothing is printed but by the first process; errors have stderr, and
-    `first_to_say`.
+    `is_first_to_say`.
     """
     if is_first():
         yield
@@ -65,7 +65,7 @@ def one_speaks():
         yield
 
 
-def first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
+def is_first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
     """Whether no other process has said the same, or with `if_nobody_spoke` anything; asked once,
     just before it is said.
 
@@ -89,7 +89,7 @@ def first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
     return not (spoke if if_nobody_spoke else said)
 
 
-def after_the_first() -> None:
+def wait_for_first() -> None:
     """Let the first process end first: torchrun ends all once one of them has, and the first may
     have something to save.
     """

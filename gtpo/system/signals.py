@@ -25,7 +25,7 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """Whether somebody has asked the run to stop. `watching()` is needed to notice, and works in
+    """Whether somebody has asked the run to stop. `handling_signals()` is needed to notice, and works in
     the main thread alone.
     """
 
@@ -36,11 +36,11 @@ class Interruption:
         self._raised: Interrupted | None = None
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self.signum is not None
 
     @contextlib.contextmanager
-    def watching(self):
+    def handling_signals(self):
         """Inside, signals ask to stop: at once by `Interrupted`, unless `deferred`."""
         try:
             before = {signum: signal.signal(signum, self._ask) for signum in EXIT_CODES}
@@ -56,20 +56,20 @@ class Interruption:
     @contextlib.contextmanager
     def deferred(self):
         """Inside, a request is only noted: whoever is there has something to save, and looks at
-        `asked`.
+        `requested`.
         """
         self._deferred, self._raised = True, None
         try:
             yield
         # on its way to be told: a launcher that ends the others because of it must not overtake it
         except Exception:
-            self.over()
+            self.ignore_further_signals()
             raise
         finally:
             self._deferred = False
 
     @contextlib.contextmanager
-    def not_mistaken(self):
+    def unwrapped(self):
         """Inside, an `Interrupted` of which a library makes an error of its own stays what it was:
         lazy imports do that.
         """
@@ -80,12 +80,12 @@ class Interruption:
                 raise
             raise self._raised from error
 
-    def stop_here(self, where: str) -> None:
+    def raise_if_requested(self, where: str) -> None:
         """End the run if that was asked for."""
         if self.signum is not None:
             raise Interrupted(self.signum, where)
 
-    def over(self) -> int | None:
+    def ignore_further_signals(self) -> int | None:
         """From here on signals are not noticed: the process ends by itself. Returns the exit code
         that the one before asks for.
         """

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, Union
 
 # What GTPO's factor would corrupt, with the value that leaves it alone: TRL's entropy mask, its
 # bonus, and Liger.
-FREE_FOR_GTPO = {
+REQUIRED_BY_GTPO = {
     "top_entropy_quantile": 1.0,
     "entropy_coef": 0.0,
     "use_adaptive_entropy": False,

@@ -23,7 +23,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     try:
         yield aside
         flush(aside)
-        put(aside, path)
+        move_into_place(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
             remove(aside)
@@ -42,7 +42,7 @@ def files_written_aside(folder: Path) -> Iterator[Path]:
         yield aside
         flush(aside)
         for file in sorted(aside.iterdir()):
-            put(file, folder / file.name)
+            move_into_place(file, folder / file.name)
     finally:
         remove(aside)
 
@@ -53,7 +53,7 @@ def write_whole(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def put(new: Path, path: Path) -> None:
+def move_into_place(new: Path, path: Path) -> None:
     """Rename `new`, flushed before, to `path`; what was there is gone, a folder in two steps."""
     old = path.with_name(f"{ASIDE}old-{path.name}")
     if path.is_dir():
