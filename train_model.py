@@ -134,7 +134,7 @@ def _train(
 
     run_dir = start.run_dir
     data.check_source(recipe.dataset)
-    data.check_held_out(recipe)
+    data.check_held_out_source(recipe)
     base_model.check_model(recipe.model.model_name)
     trackers.prepare_trackers(recipe, run_dir)
 
@@ -144,8 +144,8 @@ def _train(
     rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
     _seed_everything(recipe)
     tokenizer = training_tokenizer(recipe.model, backend)
-    train_set = data.load_training(recipe, tokenizer, processes.count())
-    held_out = data.load_held_out(recipe, tokenizer)
+    train_set = data.load_training_problems(recipe, tokenizer, processes.count())
+    held_out = data.load_held_out_problems(recipe, tokenizer)
     policy = backends.load_policy(
         recipe.model,
         tokenizer,

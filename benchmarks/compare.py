@@ -233,14 +233,14 @@ def sample(recipe, run_dir: Path) -> list[dict]:
     """SAMPLES completions of each held-out problem by the trained policy, at temperature 1,
     graded.
     """
-    from gtpo.data import load_held_out
+    from gtpo.data import load_held_out_problems
     from gtpo.evaluation.draw import evaluate, rendered_prompts
     from gtpo.evaluation.file import EvaluationFile, make_header
     from gtpo.models.generation import Sampling, policy_sampler
     from gtpo.models.saved import find_saved, load_saved
 
     policy = load_saved(find_saved(str(run_dir)))
-    problems = load_held_out(recipe, policy.tokenizer)
+    problems = load_held_out_problems(recipe, policy.tokenizer)
     prompts = rendered_prompts(problems, policy.tokenizer, recipe.training.chat_template_kwargs)
     sampling = Sampling(1.0, 1.0, recipe.seed, recipe.max_completion_length)
     file = EvaluationFile(

@@ -87,10 +87,10 @@ def _model_files(facts: Facts) -> str:
 
 
 def _data_files(facts: Facts) -> str:
-    from gtpo.data import check_held_out, check_source
+    from gtpo.data import check_held_out_source, check_source
 
     check_source(facts.recipe.dataset)
-    check_held_out(facts.recipe)
+    check_held_out_source(facts.recipe)
     section = facts.recipe.dataset
     place = "a function" if section.kind == "function" else "in the cache or on the hub"
     return f"{section.path} is here" if section.path else f"{section.name} is {place}"
@@ -144,33 +144,34 @@ def _tokenizer(facts: Facts) -> str:
 def _dataset(facts: Facts) -> str:
     import datasets
 
-    from gtpo.data import measured_training
+    from gtpo.data import drop_long_prompts, length_filter_summary, problems_with_lengths
     from gtpo.recipe.batch import check_enough_problems
 
+    recipe, limit = facts.recipe, facts.recipe.max_prompt_length
     datasets.disable_progress_bars()
-    problems = measured_training(facts.recipe, facts.tokenizer)
-    lengths, limit = problems["prompt_length"], facts.recipe.max_prompt_length
-    kept = [i for i, length in enumerate(lengths) if length <= limit]
-    check_enough_problems(facts.recipe, len(kept), facts.processes)
-    facts.problems, facts.longest = (
-        problems.select(kept).remove_columns("prompt_length"),
-        max(lengths[i] for i in kept),
+    problems = problems_with_lengths(
+        recipe.dataset,
+        facts.tokenizer,
+        chat_template_kwargs=recipe.training.chat_template_kwargs,
     )
-    dropped = len(lengths) - len(kept)
-    if dropped > len(lengths) / 10:
+    fitting = drop_long_prompts(problems, limit)
+    kept, total = len(fitting), len(problems)
+    check_enough_problems(recipe, kept, facts.processes)
+    facts.longest = max(fitting["prompt_length"])
+    facts.problems = fitting.remove_columns("prompt_length")
+    if total - kept > total / 10:
         logger.warning(
             "the length filter drops %d of %d problems; training.max_prompt_length is %d and the"
             " longest prompt has %d tokens",
-            dropped,
-            len(lengths),
+            total - kept,
+            total,
             limit,
-            max(lengths),
+            max(problems["prompt_length"]),
         )
-    steps = optimizer_steps(facts.recipe, len(kept), facts.processes)
-    about = "about " if steps.note else ""
+    steps = optimizer_steps(recipe, kept, facts.processes)
     return (
-        f"{len(kept)} problems; {dropped} of {len(lengths)} dropped, longer than {limit} prompt"
-        f" tokens; the longest prompt left has {facts.longest}; steps: {about}{steps.count}"
+        f"{length_filter_summary(kept, total, limit)}; the longest prompt that is left has"
+        f" {facts.longest}; {'about ' if steps.note else ''}{steps.count} optimizer steps"
     )
 
 
@@ -186,9 +187,9 @@ def _options(facts: Facts) -> str | list[Finding]:
 
 
 def _held_out(facts: Facts) -> str:
-    from gtpo.data import load_held_out
+    from gtpo.data import load_held_out_problems
 
-    held_out = load_held_out(facts.recipe, facts.tokenizer)
+    held_out = load_held_out_problems(facts.recipe, facts.tokenizer)
     return "none: nothing is evaluated" if held_out is None else f"{len(held_out)} problems"
 
 

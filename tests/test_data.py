@@ -80,7 +80,7 @@ def test_prompts_are_counted_after_the_chat_template_and_the_dropped_ones_are_sa
             sorted(lengths)[6],
         )
     assert len(problems) == 7
-    assert "7 problems; 3 of 10 dropped, longer than" in caplog.text
+    assert "7 problems; 3 of 10 dropped because their prompts are longer than" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.INFO):
         load({"name": "gsm8k", "path": str(path)}, tokenizer)
@@ -127,7 +127,7 @@ def test_ones_own_file_may_write_its_answers_in_three_ways(tmp_path, tokenizer, 
 def test_a_column_of_lists_is_refused_and_empty_texts_are_left_out(tmp_path, tokenizer):
     path = write_rows(tmp_path / "train.jsonl", [{"question": ["a"], "answer": "1"}])
     with pytest.raises(
-        RecipeError, match="the column 'question' holds other things than text and numbers"
+        RecipeError, match="the column 'question' holds values that are neither text nor numbers"
     ):
         load({"name": "gsm8k", "path": str(path)}, tokenizer)
     path = write_rows(
@@ -139,7 +139,9 @@ def test_a_column_of_lists_is_refused_and_empty_texts_are_left_out(tmp_path, tok
 
 def test_a_single_file_has_no_other_split(tmp_path):
     path = write_rows(tmp_path / "train.jsonl", rows(2))
-    with pytest.raises(RecipeError, match="dataset.split: 'test' names nothing in the single file"):
+    with pytest.raises(
+        RecipeError, match="dataset.split: 'test' does not exist in the single file"
+    ):
         check_source(DatasetSection(name="gsm8k", path=str(path), split="test"))
 
 

@@ -87,8 +87,8 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
     text = "\n".join(lines)
     for said in (
         (
-            "200 problems; 0 of 200 dropped, longer than 60 prompt tokens; the longest prompt left"
-            " has "
+            "200 problems; 0 of 200 dropped because their prompts are longer than 60 tokens; the"
+            " longest prompt that is left has "
         ),
         "8 x 8 completions per optimizer step",
         (

@@ -408,7 +408,10 @@ def test_real_rows_train_through_dataset_path(here, shared_data, dataset):
         == 0
     )
     folder = run_dir(here)
-    assert "dropped, longer than 400 prompt tokens" in (folder / "train.log").read_text()
+    assert (
+        "dropped because their prompts are longer than 400 tokens"
+        in (folder / "train.log").read_text()
+    )
     assert (folder / "checkpoint-2").is_dir() and (folder / "adapter_model.safetensors").is_file()
     assert len([row for row in history(folder) if "reward" in row]) == 2
 
