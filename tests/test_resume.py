@@ -122,24 +122,22 @@ def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_ru
     assert rates[str(tmp_path / "resumed")][0][0] == (pytest.approx(2e-3), 0.5)
 
 
-def test_a_rollout_that_cannot_be_kept_is_told_and_costs_exactness_alone(
+def test_a_rollout_that_cannot_be_saved_is_reported_and_the_checkpoint_is_whole_without_it(
     tmp_path, monkeypatch, caplog
 ):
-    from gtpo.runs import exact_resume
+    from custom_trainer.original import UnslothGRPOTrainer
 
-    keep = exact_resume._plain
-    is_rollout = lambda value: (
-        isinstance(value, list)
-        and value
-        and isinstance(value[0], dict)
-        and "completion_ids" in value[0]
-    )  # noqa: E731
+    generate = UnslothGRPOTrainer._generate_and_score_completions
+
+    def generate_with_an_object_in_each_row(self, inputs):
+        return {**generate(self, inputs), "notes": [object() for _ in inputs]}
+
     monkeypatch.setattr(
-        exact_resume, "_plain", lambda value: keep([object()] if is_rollout(value) else value)
+        UnslothGRPOTrainer, "_generate_and_score_completions", generate_with_an_object_in_each_row
     )
     resumes.train("custom_trainer.original.UnslothGRPOTrainer", tmp_path / "run", max_steps=1)
     assert (
-        "A run resumed from step 1 will not go on exactly: a object cannot be kept in a checkpoint"
-        in caplog.text
+        "A run resumed from step 1 will not continue exactly: a object cannot be saved in a"
+        " checkpoint" in caplog.text
     )
     assert checkpoints.read(tmp_path / "run/checkpoint-1").step == 1

@@ -33,6 +33,9 @@ class HeldOut(TrainerCallback):
     evaluation/format_rate, evaluation/truncation_rate and evaluation/mean_length (tokens).
     """
 
+    # in checkpoints
+    state_key, earlier_state_keys = "held_out", ("HeldOut",)
+
     def __init__(
         self,
         recipe: Recipe,

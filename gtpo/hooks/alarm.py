@@ -43,18 +43,38 @@ class Alarm(TrainerCallback, ExportableState):
         # nats; of a trainer that does not measure it, the first window's
         self.initial_entropy: float | None = None
         self.best_format: float | None = None  # the best window's format rate
-        # conditions that were told -> log lines since they last held
-        self.told: dict[str, int] = {}
+        # conditions that were reported -> log lines since they last held
+        self.reported: dict[str, int] = {}
         self.stopped_by: str | None = None
 
     def state(self) -> dict:
+        """What transformers saves in trainer_state.json, under the name of this class.
+
+        Checkpoints hold that name and these keys, so both stay as they are.
+        """
         return {
             "args": {"action": self.action, "window": self.window, "limits": self.limits},
             "attributes": {
-                name: getattr(self, name)
-                for name in ("lines", "initial_entropy", "best_format", "told")
+                "lines": self.lines,
+                "initial_entropy": self.initial_entropy,
+                "best_format": self.best_format,
+                "told": self.reported,
             },
         }
+
+    @classmethod
+    def from_state(cls, state: dict) -> "Alarm":
+        """The alarm that transformers 5.17.0 makes from what `state` returned."""
+        alarm = cls(**state["args"])
+        alarm.restore(state["attributes"])
+        return alarm
+
+    def restore(self, attributes: dict) -> None:
+        """Takes over the attributes that `state` returned."""
+        self.lines = attributes["lines"]
+        self.initial_entropy = attributes["initial_entropy"]
+        self.best_format = attributes["best_format"]
+        self.reported = attributes["told"]
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in (logs or {}):  # an evaluation, or the summary at the end
@@ -99,14 +119,14 @@ class Alarm(TrainerCallback, ExportableState):
         for condition, check in CONDITIONS.items():
             limit = self.limits[condition]
             evidence = None if limit is None else check(seen, limit)
-            if evidence and condition not in self.told:
+            if evidence and condition not in self.reported:
                 new[condition] = evidence
             if evidence:
-                self.told[condition] = 0
-            elif condition in self.told:
-                self.told[condition] += 1
-                if self.told[condition] == 2 * self.window:
-                    del self.told[condition]
+                self.reported[condition] = 0
+            elif condition in self.reported:
+                self.reported[condition] += 1
+                if self.reported[condition] == 2 * self.window:
+                    del self.reported[condition]
         return new
 
 

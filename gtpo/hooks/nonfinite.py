@@ -32,6 +32,9 @@ class SkipNonFiniteSteps(TrainerCallback):
     whose engine steps on its own, a step is counted but not prevented.
     """
 
+    # in checkpoints
+    state_key, earlier_state_keys = "non_finite", ("SkipNonFiniteSteps",)
+
     def __init__(self, trainer: Trainer, limit: int | None = None):
         self.trainer, self.limit = trainer, limit
         self.skipped = self.in_a_row = 0

@@ -34,6 +34,9 @@ class Recorder(TrainerCallback):
     a file.
     """
 
+    # in checkpoints
+    state_key, earlier_state_keys = "recorder", ("Recorder",)
+
     def __init__(self, trainer: GRPOTrainer, file: Path | None, *, tokens_every: int = 1):
         self.trainer, self.file, self.tokens_every = trainer, file, tokens_every
         self.rollouts = 0

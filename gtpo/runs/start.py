@@ -120,7 +120,7 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
             f"--model.adapter {checkpoint.folder}",
         )
     if told.get("processes", processes) != processes and told.get("within_rollout"):
-        raise within_rollout(checkpoint)
+        raise within_rollout_error(checkpoint)
     matter, harmless = recipe_differences(told["recipe"], recipe, (told["processes"], processes))
     if matter and not request.force:
         raise RecipeError.of(
@@ -164,7 +164,7 @@ def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> 
     return replace(start, forced_changes=tuple(map(str, matter)), adds_steps=more)
 
 
-def within_rollout(checkpoint: Checkpoint) -> RecipeError:
+def within_rollout_error(checkpoint: Checkpoint) -> RecipeError:
     """The error of a checkpoint within a rollout that other processes than its own would go on
     from.
     """
