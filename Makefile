@@ -1,6 +1,7 @@
 # make demo       train the embedded demo on a CPU, and report
 # make quick      the tests that train nothing, in a minute   make test    all tests
 # make lint       check style and imports                     make format  put the style right
+# make docs       the documentation as a site, in site/
 # make pictures   the README's pictures, from the demo        make gpu-check  needs a GPU
 # make soak       the long tests, for an hour or so: faults, hostile input: docs/reliability.md
 PYTHON ?= python3
@@ -9,7 +10,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 DEMO_FLAGS ?=
 
 .NOTPARALLEL:
-.PHONY: demo quick test lint format pictures soak gpu-check
+.PHONY: demo quick test lint format docs pictures soak gpu-check
 demo: $(VENV)/.cpu
 	$(VENV)/bin/python train_model.py recipes/demo.yaml --overwrite $(DEMO_FLAGS)
 	$(VENV)/bin/python report_run.py recipes/demo.yaml $(DEMO_FLAGS)
@@ -28,6 +29,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 pictures: $(VENV)/.cpu $(VENV)/.dev
 	$(VENV)/bin/python train_model.py recipes/demo.yaml --overwrite --output_root runs/pictures
@@ -60,4 +64,9 @@ $(VENV)/.dev: requirements-dev.txt | $(VENV)/bin/python
 $(VENV)/.unsloth: requirements-unsloth-cpu.txt | $(VENV)/.cpu
 	@echo "Installing Unsloth without its GPU dependencies into $(VENV), for the tests"
 	$(PIP) --no-deps -r requirements-unsloth-cpu.txt
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt | $(VENV)/bin/python
+	@echo "Installing requirements-docs.txt into $(VENV)"
+	$(PIP) -r requirements-docs.txt
 	@touch $@
