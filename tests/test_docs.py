@@ -37,7 +37,7 @@ SECTIONS = [
 RECIPE_SECTIONS = {path[0] for path, _, _ in recipe_fields() if len(path) > 1}
 # Flags of launchers, servers and of programs that no test parses.
 FLAGS_OF_OTHERS = {
-    "shutdown-timeout", "max-restarts", "max-lora-rank", "chat-template",
+    "shutdown-timeout", "max-restarts", "max-lora-rank", "no-deps", "chat-template",
     "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint",
 }  # fmt: skip
 
@@ -260,6 +260,15 @@ def test_every_flag_that_is_named_exists():
         if not known and flag not in FLAGS_OF_OTHERS:
             unknown.append(flag)
     assert unknown == []
+
+
+def test_the_page_on_architecture_lists_every_module_and_every_seam():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    page = TEXTS["docs/architecture.md"]
+    assert set(tables.WINGS) == {file.parent.name for file in ROOT.glob("gtpo/*/__init__.py")}
+    assert tables.with_tables(page) == page, "run: python docs/tables.py"
 
 
 # ---- links and pictures
