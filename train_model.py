@@ -59,17 +59,17 @@ def _run(
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         return 0
     if "check" in command.switches:
-        from gtpo.preflight import check
+        from gtpo.preflight import run_checks
 
-        return check(command, _request(command), processes.forget_others())
+        return run_checks(command, _request(command), processes.forget_others())
     recipe = cli.make_recipe(command)
     set_environment(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
     sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
     if "dry_run" in command.switches:
         from gtpo.models.saved import resolve_adapter
-        from gtpo.preflight import print_plan
+        from gtpo.preflight import print_dry_run
 
-        print_plan(resolve_adapter(recipe), processes.count())
+        print_dry_run(resolve_adapter(recipe), processes.count())
     else:
         train(recipe, _request(command), early_log=early_log, interruption=interruption)
     return 0

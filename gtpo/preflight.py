@@ -1,7 +1,10 @@
-"""`--check` and `--dry-run`: what a run would do, and whether anything stands against it.
+"""`--check` and `--dry-run`: what a run would do, and what would stop it.
 
-`--check` runs what can fail early, in a run's order and by the very code that a run calls, in under
-a minute and without loading the model's weights.
+`--check` tries everything that can fail early. It calls the same functions as a run, in the same
+order, but never loads the model's weights. It takes less than a minute. The table CHECKS lists what
+is checked.
+
+`--dry-run` loads nothing. It prints the resolved recipe and what follows from its numbers.
 """
 
 import contextlib
@@ -13,13 +16,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gtpo.data import count_rows
 from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
-from gtpo.recipe import command_line as cli
 from gtpo.recipe.batch import batch_plan, log_batch_plan, optimizer_steps
+from gtpo.recipe.command_line import CommandLine, make_recipe
 from gtpo.recipe.yaml_text import write_yaml
 from gtpo.runs.start import Request, resolve_start
 from gtpo.system.console import Finding, conclusion, finding_line, findings_as_json
@@ -29,80 +32,93 @@ from gtpo.system.safe_text import without_secrets
 logger = logging.getLogger(__name__)
 
 
+# ---- --check: the checks, in the order of a run
+
+
 @dataclass
 class Facts:
-    """What is known so far; None where nothing is, yet."""
+    """What the checks know. The first three are given; a check that passes adds its own."""
 
-    command: cli.CommandLine
+    command: CommandLine
     request: Request
     processes: int
-    recipe: Recipe | None = None
-    files: bool | None = None  # the model's are there
-    backend: str | None = None
-    arguments: Any = None  # TRL's
-    tokenizer: Any = None
-    problems: Any = None  # those to train on
-    longest: int | None = None  # tokens of the longest prompt among them
-    shape: Any = None
-    optimizer: float = 8.0  # bytes per trained parameter
+    recipe: Recipe | None = None  # from the check "recipe"
+    backend: str | None = None  # from "backend"
+    arguments: Any = None  # from "trainer": the trl.GRPOConfig
+    optimizer_bytes: float = 8.0  # from "trainer", per trained parameter; without it the most
+    tokenizer: Any = None  # from "tokenizer"
+    problems: Any = None  # from "dataset": those to train on
+    longest_prompt: int | None = None  # from "dataset": in tokens
+    shape: Any = None  # from "model": a gtpo.runs.memory.Shape
 
 
-def _recipe(facts: Facts) -> str:
+def _check_recipe(facts: Facts) -> str:
     from gtpo.models.saved import resolve_adapter
 
-    recipe = cli.make_recipe(facts.command)
+    recipe = make_recipe(facts.command)
     set_environment(recipe.env)
     sys.argv = [without_secrets(word) for word in sys.argv]
     recipe = resolve_adapter(recipe)
-    plan = batch_plan(recipe, facts.processes)
+    batch = _batch_per_step(recipe, facts.processes)
     facts.recipe = recipe
     return (
-        f"{facts.command.recipe_file}: {plan.prompts_per_step:g} x"
-        f" {recipe.training.num_generations} completions per optimizer step, of at most"
+        f"{facts.command.recipe_file}: {batch}, each completion of at most"
         f" {recipe.max_completion_length} tokens"
     )
 
 
-def _run_directory(facts: Facts) -> str:
+def _check_run_directory(facts: Facts) -> str:
     start = resolve_start(facts.recipe, facts.request, facts.processes)
     if start.finished_steps is not None:
-        return f"{start.run_dir} holds this run, finished after {start.finished_steps} steps"
+        return f"{start.run_dir} holds this run, which finished after {start.finished_steps} steps"
     if start.checkpoint is not None:
-        return f"{start.run_dir}: the run goes on after step {start.checkpoint.step}"
+        return f"{start.run_dir}: the run continues after step {start.checkpoint.step}"
     return f"{start.run_dir} {'will be replaced' if start.run_dir.exists() else 'is free'}"
 
 
-def _model_files(facts: Facts) -> str:
+def _check_trackers(facts: Facts) -> str:
+    from gtpo.runs.trackers import prepare_trackers
+
+    prepare_trackers(facts.recipe, Path(facts.recipe.output_dir()))
+    names = [tracker for tracker in facts.recipe.training.report_to if tracker != "none"]
+    if "wandb" in names:
+        offline = os.environ.get("WANDB_MODE") in ("offline", "disabled")
+        names[names.index("wandb")] = f"wandb ({'offline' if offline else 'logged in'})"
+    return " and ".join(names) or "none"
+
+
+def _check_model_files(facts: Facts) -> str:
     from gtpo.models.base_model import check_model
 
     section = facts.recipe.model
     check_model(section.model_name)
-    facts.files = True
     if section.trust_remote_code:
         logger.warning("model.trust_remote_code: Python code that comes with the model will be run")
+    is_local = os.path.isdir(section.model_name)
     return (
-        f"{section.model_name} is"
-        f" {'a folder here' if os.path.isdir(section.model_name) else 'in the cache or on the hub'}"
+        f"{section.model_name} is {'a local folder' if is_local else 'in the cache or on the hub'}"
     )
 
 
-def _data_files(facts: Facts) -> str:
+def _check_data_files(facts: Facts) -> str:
     from gtpo.data import check_held_out_source, check_source
 
-    check_source(facts.recipe.dataset)
-    check_held_out_source(facts.recipe)
     section = facts.recipe.dataset
+    check_source(section)
+    check_held_out_source(facts.recipe)
+    if section.path:
+        return f"{section.path} exists"
     place = "a function" if section.kind == "function" else "in the cache or on the hub"
-    return f"{section.path} is here" if section.path else f"{section.name} is {place}"
+    return f"{section.name} is {place}"
 
 
-def _hub_token(facts: Facts) -> str:
+def _check_hub_token(facts: Facts) -> str:
     from gtpo.system.hub import token_status
 
     return token_status(facts.recipe.model.model_name)
 
 
-def _backend(facts: Facts) -> str:
+def _check_backend(facts: Facts) -> str:
     import torch
 
     from gtpo.models.backends import prepare_backend
@@ -110,15 +126,14 @@ def _backend(facts: Facts) -> str:
     facts.backend = prepare_backend(
         facts.recipe.model, facts.recipe.gtpo_runtime.torch_compile_options
     )
-    device = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"a CPU, {torch.get_num_threads()} threads"
-    )
-    return f"{'Unsloth' if facts.backend == 'unsloth' else 'transformers + peft'} on {device}"
+    name = "Unsloth" if facts.backend == "unsloth" else "transformers + peft"
+    if torch.cuda.is_available():
+        return f"{name} on {torch.cuda.get_device_name()}"
+    threads = torch.get_num_threads()
+    return f"{name} on the CPU, with {threads} thread{'' if threads == 1 else 's'}"
 
 
-def _trainer(facts: Facts) -> str:
+def _check_trainer(facts: Facts) -> str:
     from gtpo.runs.arguments import training_arguments
     from gtpo.runs.memory import optimizer_bytes
     from gtpo.runs.trainers import trainer_class
@@ -126,22 +141,22 @@ def _trainer(facts: Facts) -> str:
     trainer_class(facts.recipe)
     with tempfile.TemporaryDirectory() as folder:
         facts.arguments = training_arguments(facts.recipe, folder, processes=facts.processes)
-    facts.optimizer = optimizer_bytes(facts.arguments.optim.value)
-    return f"{facts.recipe.trainer.class_path}, with {facts.arguments.optim.value}"
+    optimizer = facts.arguments.optim.value
+    facts.optimizer_bytes = optimizer_bytes(optimizer)
+    return f"{facts.recipe.trainer.class_path}, with the optimizer {optimizer}"
 
 
-def _tokenizer(facts: Facts) -> str:
+def _check_tokenizer(facts: Facts) -> str:
     from gtpo.models.saved import training_tokenizer
 
     facts.tokenizer = training_tokenizer(facts.recipe.model, facts.backend)
-    ends, pads = facts.tokenizer.eos_token, facts.tokenizer.pad_token
     return (
-        f"{len(facts.tokenizer)} entries; the chat template works; ends with {ends!r}, pads with"
-        f" {pads!r}"
+        f"{len(facts.tokenizer)} tokens; the chat template works; end of sequence"
+        f" {facts.tokenizer.eos_token!r}, padding {facts.tokenizer.pad_token!r}"
     )
 
 
-def _dataset(facts: Facts) -> str:
+def _check_dataset(facts: Facts) -> str:
     import datasets
 
     from gtpo.data import drop_long_prompts, length_filter_summary, problems_with_lengths
@@ -157,8 +172,8 @@ def _dataset(facts: Facts) -> str:
     fitting = drop_long_prompts(problems, limit)
     kept, total = len(fitting), len(problems)
     check_enough_problems(recipe, kept, facts.processes)
-    facts.longest = max(fitting["prompt_length"])
     facts.problems = fitting.remove_columns("prompt_length")
+    facts.longest_prompt = max(fitting["prompt_length"])
     if total - kept > total / 10:
         logger.warning(
             "the length filter drops %d of %d problems; training.max_prompt_length is %d and the"
@@ -171,33 +186,34 @@ def _dataset(facts: Facts) -> str:
     steps = optimizer_steps(recipe, kept, facts.processes)
     return (
         f"{length_filter_summary(kept, total, limit)}; the longest prompt that is left has"
-        f" {facts.longest}; {'about ' if steps.note else ''}{steps.count} optimizer steps"
+        f" {facts.longest_prompt}; {'about ' if steps.note else ''}{steps.count} optimizer steps"
     )
 
 
-def _options(facts: Facts) -> str | list[Finding]:
+def _check_held_out(facts: Facts) -> str:
+    from gtpo.data import load_held_out_problems
+
+    problems = load_held_out_problems(facts.recipe, facts.tokenizer)
+    return "none, so nothing is evaluated" if problems is None else f"{len(problems)} problems"
+
+
+def _check_options(facts: Facts) -> str | list[Finding]:
     from gtpo.runs.trainers import try_options
 
     if facts.backend != "transformers" or facts.arguments.use_vllm:
-        return []  # Unsloth and vLLM would want a real model
-    facts.arguments.report_to = []  # there is a check for trackers
-    with tempfile.TemporaryDirectory() as facts.arguments.output_dir:
+        return []  # Unsloth and vLLM need a real model for that
+    facts.arguments.report_to = []  # the check "trackers" looks at them
+    with tempfile.TemporaryDirectory() as folder:
+        facts.arguments.output_dir = folder
         try_options(facts.recipe, facts.arguments, facts.tokenizer, facts.problems)
-    return "the trainer takes them"
+    return "the trainer accepts all options of the training section"
 
 
-def _held_out(facts: Facts) -> str:
-    from gtpo.data import load_held_out_problems
-
-    held_out = load_held_out_problems(facts.recipe, facts.tokenizer)
-    return "none: nothing is evaluated" if held_out is None else f"{len(held_out)} problems"
-
-
-def _rewards(facts: Facts) -> list[Finding]:
+def _check_rewards(facts: Facts) -> list[Finding]:
     from gtpo.rewards.doctor import PROBLEMS, diagnose
 
     recipe, count = facts.recipe, min(PROBLEMS, len(facts.problems))
-    # from all over the data
+    # problems from everywhere in the dataset
     rows = [facts.problems[i * len(facts.problems) // count] for i in range(count)]
     return diagnose(
         recipe.trainer.reward_funcs,
@@ -208,18 +224,20 @@ def _rewards(facts: Facts) -> list[Finding]:
     )
 
 
-def _model(facts: Facts) -> str:
+def _check_model(facts: Facts) -> str:
     from gtpo.models.backends import lora_config
     from gtpo.runs.memory import shape
 
-    adapter = facts.recipe.model.adapter
-    facts.shape = shape(
-        facts.recipe.model, lora_config(facts.recipe.model, adapter and Path(adapter))
+    section = facts.recipe.model
+    adapter = section.adapter and Path(section.adapter)
+    facts.shape = shape(section, lora_config(section, adapter))
+    return (
+        f"{facts.shape.parameters:,} parameters in the base model, {facts.shape.adapter:,} in the"
+        " adapter"
     )
-    return f"{facts.shape.parameters:,} parameters, and {facts.shape.adapter:,} in the adapter"
 
 
-def _memory(facts: Facts) -> str:
+def _check_memory(facts: Facts) -> str:
     from gtpo.runs.memory import check_memory
 
     return check_memory(
@@ -227,143 +245,175 @@ def _memory(facts: Facts) -> str:
         facts.shape,
         backend=facts.backend,
         processes=facts.processes,
-        longest=facts.longest,
-        optimizer=facts.optimizer,
+        longest=facts.longest_prompt,
+        optimizer=facts.optimizer_bytes,
     )
 
 
-def _disk(facts: Facts) -> str:
+def _check_disk(facts: Facts) -> str:
     from gtpo.runs.memory import check_disk, checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         facts.tokenizer.save_pretrained(folder)
-        tokenizer = sum(file.stat().st_size for file in Path(folder).iterdir())
+        tokenizer_bytes = sum(file.stat().st_size for file in Path(folder).iterdir())
     run_dir = Path(facts.recipe.output_dir())
-    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
+    existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
     return check_disk(
         facts.recipe,
-        checkpoint(facts.shape, facts.optimizer, tokenizer),
-        free=shutil.disk_usage(there).free,
+        checkpoint(facts.shape, facts.optimizer_bytes, tokenizer_bytes),
+        free=shutil.disk_usage(existing).free,
         problems=len(facts.problems),
         processes=facts.processes,
     )
 
 
-def _trackers(facts: Facts) -> str:
-    from gtpo.runs.trackers import prepare_trackers
+class Check(NamedTuple):
+    """One line of the table of checks.
 
-    prepare_trackers(facts.recipe, Path(facts.recipe.output_dir()))
-    trackers = [tracker for tracker in facts.recipe.training.report_to if tracker != "none"]
-    offline = "wandb" in trackers and os.environ.get("WANDB_MODE") in ("offline", "disabled")
-    return f"{' and '.join(trackers) or 'none'}{', offline' if offline else ', with a login' if 'wandb' in trackers else ''}"
+    `run` returns a sentence, or findings of its own. It raises RecipeError for what would stop a
+    run. What it logs as a warning becomes a finding too.
+    """
 
-
-# name, facts it needs, check
-STEPS: list[tuple[str, tuple[str, ...], Callable[[Facts], str | list[Finding]]]] = [
-    ("recipe", (), _recipe),
-    ("run directory", ("recipe",), _run_directory),
-    ("trackers", ("recipe",), _trackers),
-    ("model files", ("recipe",), _model_files),
-    ("data files", ("recipe",), _data_files),
-    ("hub token", ("recipe",), _hub_token),
-    ("backend", ("recipe",), _backend),
-    ("trainer", ("recipe", "backend"), _trainer),
-    ("tokenizer", ("recipe", "files", "backend"), _tokenizer),
-    ("dataset", ("recipe", "tokenizer"), _dataset),
-    ("held-out", ("recipe", "tokenizer"), _held_out),
-    ("options", ("recipe", "arguments", "problems"), _options),
-    ("rewards", ("recipe", "problems"), _rewards),
-    ("model", ("recipe", "files", "backend"), _model),
-    ("memory", ("recipe", "shape", "longest"), _memory),
-    ("disk", ("recipe", "shape", "problems"), _disk),
-]
+    name: str
+    needs: tuple[str, ...]  # checks above it that must have passed
+    run: Callable[[Facts], str | list[Finding]]
 
 
-def check(command: cli.CommandLine, request: Request, processes: int) -> int:
-    """Print what was found, a line each as it is found or all as JSON; returns the exit code."""
+# All the others need the first one.
+# fmt: off
+CHECKS = (
+    Check("recipe",        (),                         _check_recipe),
+    Check("run directory", (),                         _check_run_directory),
+    Check("trackers",      (),                         _check_trackers),
+    Check("model files",   (),                         _check_model_files),
+    Check("data files",    (),                         _check_data_files),
+    Check("hub token",     (),                         _check_hub_token),
+    Check("backend",       (),                         _check_backend),
+    Check("trainer",       ("backend",),               _check_trainer),
+    Check("tokenizer",     ("model files", "backend"), _check_tokenizer),
+    Check("dataset",       ("tokenizer",),             _check_dataset),
+    Check("held-out",      ("tokenizer",),             _check_held_out),
+    Check("options",       ("trainer", "dataset"),     _check_options),
+    Check("rewards",       ("dataset",),               _check_rewards),
+    Check("model",         ("model files", "backend"), _check_model),
+    Check("memory",        ("dataset", "model"),       _check_memory),
+    Check("disk",          ("dataset", "model"),       _check_disk),
+)
+# fmt: on
+
+
+# ---- --check: running them
+
+
+def run_checks(command: CommandLine, request: Request, processes: int) -> int:
+    """Run all checks and print their findings; returns the exit code, 2 if a check failed.
+
+    The findings are a line each, printed as they come, or with `--json` one JSON object.
+    """
     out, found = sys.stdout, []
-    asked = "json" in command.switches
-    # what somebody's module prints belongs to no table
+    as_json = "json" in command.switches
+    # What a user's module prints does not belong in the table.
     with contextlib.redirect_stdout(sys.stderr):
         for finding in findings(Facts(command, request, processes)):
             found.append(finding)
-            if not asked:
+            if not as_json:
                 print(finding_line(finding, colour=out.isatty()), file=out, flush=True)
-    print(findings_as_json(found) if asked else conclusion(found), file=out)
+    print(findings_as_json(found) if as_json else conclusion(found), file=out)
     return 2 if any(finding.verdict == "fail" for finding in found) else 0
 
 
 def findings(facts: Facts) -> Iterator[Finding]:
-    for name, needed, step in STEPS:
-        if any(getattr(facts, fact) is None for fact in needed):
-            if facts.recipe is not None:
-                yield Finding("warn", name, "not checked, since what it needs has failed above")
+    """The findings of all checks, in order; those of the first alone if that one fails."""
+    passed = set()
+    for check in CHECKS:
+        if missing := [name for name in check.needs if name not in passed]:
+            yield Finding("warn", check.name, _not_checked(missing))
             continue
-        with _warnings() as warned:
-            try:
-                said = step(facts)
-                made = said if isinstance(said, list) else [Finding("ok", name, said)]
-            except RecipeError as error:
-                made = [Finding("fail", name, sentence) for sentence in str(error).split("\n")]
-            # somebody's code, or a library's: what it raises is what was to be found
-            except (Exception, SystemExit) as error:
-                made = [Finding("fail", name, f"{type(error).__name__}: {error}")]
-        yield from (Finding("warn", name, text.removeprefix("[GTPO] ")) for text in warned)
-        yield from made
+        with _logged_warnings() as warnings:
+            results = _results(check, facts)
+        yield from (Finding("warn", check.name, text) for text in warnings)
+        yield from results
+        if all(finding.verdict != "fail" for finding in results):
+            passed.add(check.name)
+        elif check is CHECKS[0]:
+            return
+
+
+def _results(check: Check, facts: Facts) -> list[Finding]:
+    try:
+        result = check.run(facts)
+    except RecipeError as error:
+        return [Finding("fail", check.name, str(mistake)) for mistake in error.mistakes]
+    except (Exception, SystemExit) as error:  # a user's code or a library may raise anything
+        return [Finding("fail", check.name, f"{type(error).__name__}: {error}")]
+    return result if isinstance(result, list) else [Finding("ok", check.name, result)]
+
+
+def _not_checked(missing: list[str]) -> str:
+    above = " and ".join(map(repr, missing))
+    return f"not checked, because {above} above did not pass"
 
 
 @contextlib.contextmanager
-def _warnings():
-    """The warnings that our modules log inside, as a list; nothing they log reaches the
-    terminal.
-    """
-    texts: list[str] = []
+def _logged_warnings():
+    """The warnings that GTPO logs inside, as a list. Nothing that it logs reaches the terminal."""
+    warnings: list[str] = []
 
-    class Keep(logging.Handler):
+    class Collector(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            texts.append(record.getMessage())
+            warnings.append(record.getMessage().removeprefix("[GTPO] "))
 
-    ours, keep = logging.getLogger("gtpo"), Keep(logging.WARNING)
-    ours.addHandler(keep)
-    propagate, ours.propagate = ours.propagate, False
+    gtpo_logger, collector = logging.getLogger("gtpo"), Collector(logging.WARNING)
+    gtpo_logger.addHandler(collector)
+    propagate, gtpo_logger.propagate = gtpo_logger.propagate, False
     try:
-        yield texts
+        yield warnings
     finally:
-        ours.removeHandler(keep)
-        ours.propagate = propagate
+        gtpo_logger.removeHandler(collector)
+        gtpo_logger.propagate = propagate
 
 
 # ---- --dry-run
 
 
-def print_plan(recipe: Recipe, processes: int) -> None:
-    """The resolved recipe on stdout, as YAML that can be fed back in; what it would do on
-    stderr.
+def print_dry_run(recipe: Recipe, processes: int) -> None:
+    """Print the resolved recipe on stdout, as YAML that can be used as a recipe again.
+
+    What follows from its numbers goes to stderr: the batch, the steps, the lengths and the run
+    directory.
     """
     values, secrets = recipe.saved()
     write_yaml(values, sys.stdout)
     sys.stdout.flush()
-    plan = batch_plan(recipe, processes)
-    log_batch_plan(recipe, plan, processes)
-    steps = optimizer_steps(recipe, count_rows(recipe.dataset), processes)
-    total = "known when the dataset is loaded"
-    if steps is not None:
-        note = f" ({steps.note}, before the length filter)" if steps.note else ""
-        total = f"{steps.count}{note}"
+    log_batch_plan(recipe, batch_plan(recipe, processes), processes)
     run_dir = recipe.output_dir()
     lines = [
+        _batch_per_step(recipe, processes),
+        f"optimizer steps: {_steps_before_loading(recipe, processes)}",
         (
-            f"{plan.prompts_per_step:g} prompt{'' if plan.prompts_per_step == 1 else 's'} x"
-            f" {recipe.training.num_generations} generations per optimizer"
-            f" step{f' ({processes} processes)' if processes > 1 else ''}"
+            f"max_completion_length: {recipe.max_completion_length} tokens, for prompts of at most"
+            f" {recipe.max_prompt_length}"
         ),
-        f"steps: {total}",
-        (
-            f"max_completion_length: {recipe.max_completion_length} tokens, after prompts of at"
-            f" most {recipe.max_prompt_length}"
-        ),
-        f"run directory: {run_dir}{' (exists already)' if os.path.exists(run_dir) else ''}",
+        f"run directory: {run_dir}{' (it exists already)' if os.path.exists(run_dir) else ''}",
     ]
     if secrets:
-        lines.append(f"left out of the recipe above: {', '.join(secrets)}")
+        lines.append(f"secrets left out of the recipe above: {', '.join(secrets)}")
     print("\n".join(lines), file=sys.stderr)
+
+
+def _steps_before_loading(recipe: Recipe, processes: int) -> str:
+    steps = optimizer_steps(recipe, count_rows(recipe.dataset), processes)
+    if steps is None:
+        return "not known before the dataset is loaded"
+    note = f" ({steps.note}, before the length filter)" if steps.note else ""
+    return f"{steps.count}{note}"
+
+
+def _batch_per_step(recipe: Recipe, processes: int) -> str:
+    """`8 prompts x 8 completions per optimizer step`, and over how many processes."""
+    prompts = batch_plan(recipe, processes).prompts_per_step
+    several = f" (over {processes} processes)" if processes > 1 else ""
+    return (
+        f"{prompts:g} prompt{'' if prompts == 1 else 's'} x"
+        f" {recipe.training.num_generations} completions per optimizer step{several}"
+    )

@@ -194,4 +194,6 @@ def test_help_and_check_are_said_once(tmp_path):
     assert [line for line in out if line.startswith("Ready")] and len(
         [line for line in out if " recipe " in line]
     ) == 1
-    assert "8 x 8" not in out[0] and "4 x 8 completions per optimizer step" in out[0]
+    assert (
+        "8 prompts x 8" not in out[0] and "4 prompts x 8 completions per optimizer step" in out[0]
+    )

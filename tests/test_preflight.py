@@ -1,5 +1,6 @@
-"""`--check`: what can fail early does, with a sentence each, and what is fine says so; the model's
-weights are not loaded.
+"""`--check` and `--dry-run`: mistakes are found early, with a sentence each.
+
+The model's weights are never loaded.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ from conftest import ROOT
 
 import train_model
 from gtpo import preflight
+from gtpo.preflight import Check
 from gtpo.recipe import command_line as cli
 from gtpo.runs import memory
 from gtpo.runs.memory import Load, Shape
@@ -22,6 +24,7 @@ from gtpo.system.console import Finding, conclusion, finding_line
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
+    """An empty current directory. The import path and the environment are restored afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = dict(os.environ)
@@ -30,83 +33,71 @@ def here(tmp_path, monkeypatch):
     os.environ.update(before)
 
 
-def demo(*flags: str) -> list[str]:
-    return [
-        str(ROOT / "recipes/demo.yaml"),
-        "--model-name",
-        str(ROOT / "demo/model"),
-        "--dataset.path",
-        str(ROOT / "demo/data/test.jsonl"),
-        "--evaluation.path",
-        str(ROOT / "demo/data/test.jsonl"),
-        "--check",
-        *flags,
-    ]
+def check_demo(*flags: str) -> list[str]:
+    """The words of `--check` on the demo, with its files by absolute paths."""
+    test_problems = str(ROOT / "demo/data/test.jsonl")
+    words = [str(ROOT / "recipes/demo.yaml"), "--model-name", str(ROOT / "demo/model")]
+    words += ["--dataset.path", test_problems, "--evaluation.path", test_problems]
+    return [*words, "--check", *flags]
 
 
 def findings(capsys, *flags: str, code: int) -> dict[str, list[dict]]:
-    """The findings by the name of their check."""
-    assert train_model.main(demo("--json", *flags)) == code
-    told = json.loads(capsys.readouterr().out)
-    assert told["ready"] == (code == 0)
+    """The findings of `--check --json` on the demo, by the name of their check."""
+    assert train_model.main(check_demo("--json", *flags)) == code
+    report = json.loads(capsys.readouterr().out)
+    assert report["ready"] == (code == 0)
     by_name: dict[str, list[dict]] = {}
-    for found in told["checks"]:
-        by_name.setdefault(found["check"], []).append(found)
+    for finding in report["checks"]:
+        by_name.setdefault(finding["check"], []).append(finding)
     return by_name
+
+
+def verdicts(by_name: dict[str, list[dict]]) -> dict[str, str]:
+    """`ok`, `warn fail` and so on, by the name of the check."""
+    return {
+        name: " ".join(finding["verdict"] for finding in several)
+        for name, several in by_name.items()
+    }
+
+
+def failed(by_name: dict[str, list[dict]]) -> set[str]:
+    return {name for name, verdict in verdicts(by_name).items() if verdict.endswith("fail")}
 
 
 def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
     model = here / "model"
     shutil.copytree(ROOT / "demo/model", model)
     (model / "model.safetensors").write_bytes(b"no weights")
-    assert train_model.main(demo("--model-name", str(model))) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == f"Ready: {len(lines) - 1} ok."
-    assert [text[:19].split(maxsplit=1)[1].strip() for text in lines[:-1]] == [
-        "recipe",
-        "run directory",
-        "trackers",
-        "model files",
-        "data files",
-        "hub token",
-        "backend",
-        "trainer",
-        "tokenizer",
-        "dataset",
-        "held-out",
-        "options",
-        "reward",
-        "model",
-        "memory",
-        "disk",
-    ]
-    assert all(
-        text.startswith("ok    ") and text[6:19].strip() and text[19:21] == "  " and text[21] != " "
-        for text in lines[:-1]
+    assert train_model.main(check_demo("--model-name", str(model))) == 0
+    text = capsys.readouterr().out
+    *lines, last = text.splitlines()
+    assert last == f"Ready: {len(lines)} ok."
+    for line in lines:
+        verdict, name, sentence = line[:6], line[6:19], line[19:]
+        assert verdict == "ok    " and name.strip()
+        assert sentence.startswith("  ") and sentence[2] != " "
+    assert ", ".join(line[6:19].strip() for line in lines) == (
+        "recipe, run directory, trackers, model files, data files, hub token, backend, trainer,"
+        " tokenizer, dataset, held-out, options, reward, model, memory, disk"
     )
-    text = "\n".join(lines)
-    for said in (
-        (
-            "200 problems; 0 of 200 dropped because their prompts are longer than 60 tokens; the"
-            " longest prompt that is left has "
-        ),
-        "8 x 8 completions per optimizer step",
-        (
-            "reward_math.final_reward pays: reference 20, empty 0, truncated 1.5, wrong but"
-            " containing 10, another row's 10"
-        ),
-        "192,320 parameters, and 47,104 in the adapter",
+    for expected in (
+        "8 prompts x 8 completions per optimizer step, each completion of at most 36 tokens",
+        "trackers       none",
+        "not needed: the model is a folder here",
+        "gtpo.gtpo_training.UnslothGTPOTrainer, with the optimizer adamw_torch",
+        "200 problems; 0 of 200 dropped because their prompts are longer than 60 tokens; the"
+        " longest prompt that is left has ",
+        "reward_math.final_reward pays: reference 20, empty 0, truncated 1.5, wrong but containing"
+        " 10, another row's 10",
+        "192,320 parameters in the base model, 47,104 in the adapter",
         "at worst 1.",
         "3 checkpoints of ",
-        "none",
-        "not needed: the model is a folder here",
-        "gtpo.gtpo_training.UnslothGTPOTrainer, with adamw_torch",
     ):
-        assert said in text, said
+        assert expected in text, expected
     assert not (here / "runs").exists() and "\x1b" not in text
 
 
-def test_every_failure_is_told_at_once_and_what_needs_it_is_said_to_be_unchecked(here, capsys):
+def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run(here, capsys):
     (here / "runs").write_text("")
     (here / "mine.py").write_text(
         "print('noise')\nimport trl\nclass NoTrainer: pass\ndef pay(completions, **kwargs): raise"
@@ -114,203 +105,192 @@ def test_every_failure_is_told_at_once_and_what_needs_it_is_said_to_be_unchecked
     )
     found = findings(
         capsys,
-        "--trainer.class_path",
-        "mine.NoTrainer",
+        "--trainer.class_path=mine.NoTrainer",
         "--trainer.reward_funcs",
         "mine.pay",
         "reward_math.released_reward",
-        "--output_root",
-        "runs/a",
-        "--training.max_prompt_length",
-        "31",
-        "--model.load_in_4bit",
-        "true",
-        "--training.optimizer",
-        "adamw_8bit",
-        "--model.target_modules",
-        "nothing",
-        "--evaluation.split",
-        "nothing",
+        "--output_root=runs/a",
+        "--training.max_prompt_length=31",
+        "--model.load_in_4bit=true",
+        "--training.optimizer=adamw_8bit",
+        "--model.target_modules=nothing",
+        "--evaluation.split=nothing",
         code=2,
     )
-    verdicts = {name: [f["verdict"] for f in several] for name, several in found.items()}
-    assert verdicts == {
-        "recipe": ["ok"],
-        "run directory": ["fail"],
-        "trackers": ["ok"],
-        "model files": ["ok"],
-        "data files": ["fail"],
-        "hub token": ["ok"],
-        "backend": ["ok"],
-        "trainer": ["fail"],
-        "tokenizer": ["ok"],
-        "dataset": verdicts["dataset"],
-        "held-out": ["fail"],
-        "options": ["warn"],
-        "reward": ["fail", "warn"],
-        "model": ["fail"],
-        "memory": ["warn"],
-        "disk": ["warn"],
+    assert verdicts(found) == {
+        "recipe": "ok",
+        "run directory": "fail",
+        "trackers": "ok",
+        "model files": "ok",
+        "data files": "fail",
+        "hub token": "ok",
+        "backend": "ok",
+        "trainer": "fail",
+        "tokenizer": "ok",
+        "dataset": "ok",
+        "held-out": "fail",
+        "options": "warn",
+        "reward": "fail warn",
+        "model": "fail",
+        "memory": "warn",
+        "disk": "warn",
     }
     assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in found["trainer"][0]["sentence"]
     assert "KeyError: 'judge is away', mine.py line 4" in found["reward"][0]["sentence"]
     assert found["reward"][1]["details"]["paid"]["wrong but containing"] == [20] * 8
     assert "does not fit this model" in found["model"][0]["sentence"]
-    assert found["memory"][0]["sentence"] == "not checked, since what it needs has failed above"
+    assert found["options"][0]["sentence"] == "not checked, because 'trainer' above did not pass"
+    assert found["memory"][0]["sentence"] == "not checked, because 'model' above did not pass"
 
 
-def test_what_falls_back_on_this_machine_is_a_warning(here, capsys):
+def test_a_setting_that_this_machine_replaces_is_a_warning(here, capsys):
     found = findings(
         capsys,
-        "--model.backend",
-        "auto",
-        "--training.optimizer",
-        "adamw_8bit",
-        "--training.per_device_train_batch_size",
-        "3",
-        "--training.max_prompt_length",
-        "28",
-        "--training.report_to",
-        "wandb",
+        "--model.backend=auto",
+        "--training.optimizer=adamw_8bit",
+        "--training.per_device_train_batch_size=3",
+        "--training.max_prompt_length=28",
+        "--training.report_to=wandb",
         code=0,
     )
-    assert [f["verdict"] for f in found["trainer"]] == ["warn", "warn", "ok"]
-    assert found["trainer"][0]["sentence"].startswith(
-        "training.per_device_train_batch_size raised from 3 to 8 completions"
-    )
-    assert (
-        "adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead"
-        in found["trainer"][1]["sentence"]
-    )
-    assert (
-        found["dataset"][0]["verdict"] == "warn"
-        and "the length filter drops " in found["dataset"][0]["sentence"]
-    )
-    assert found["trackers"][-1]["sentence"] == "wandb, offline"
+    assert verdicts(found)["trainer"] == "warn warn ok"
+    raised, optimizer, _ = [finding["sentence"] for finding in found["trainer"]]
+    assert raised.startswith("training.per_device_train_batch_size raised from 3 to 8 completions")
+    assert "adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead" in optimizer
+    assert verdicts(found)["dataset"] == "warn ok"
+    assert "the length filter drops " in found["dataset"][0]["sentence"]
+    assert found["trackers"][-1]["sentence"] == "wandb (offline)"
 
 
-@pytest.mark.parametrize(
-    "flags, failed",
-    [
-        (
-            ["--training.report_to", "mlflow"],
-            (
-                "trackers: training.report_to: the package mlflow is not installed; run: pip"
-                " install mlflow, or use none"
-            ),
-        ),
-        (
-            ["--training.use_vllm", "true"],
-            "trainer: training.use_vllm: the package vllm is not installed",
-        ),
-        (
-            ["--training.save_strategy", "best"],
-            "options: training: `args.metric_for_best_model` must be provided",
-        ),
-        (
-            ["--training.fsdp", "full_shard"],
-            "options: training: Using fsdp only works in distributed training.",
-        ),
-        (["--training.seed=-1"], "recipe: training.seed: -1 is too small; use 0 or more"),
-        (
-            ["--training.seed", str(2**32)],
-            "recipe: training.seed: 4294967296 is too large; use less than 2**32",
-        ),
-        (
-            ["--dataset.split", "train[5:3]"],
-            (
-                "dataset: dataset: no row of 'train[5:3]' has a question and an answer; choose"
-                " another split or path"
-            ),
-        ),
-        (
-            ["--evaluation.split", "train[5:3]"],
-            "held-out: evaluation: no row of 'train[5:3]' has a question and an answer",
-        ),
-        (
-            ["--evaluation.path", "nowhere"],
-            "held-out: evaluation.path: there is no file or folder 'nowhere'",
-        ),
-    ],
-)
-def test_what_a_run_would_refuse_only_with_the_model_in_memory_fails_here(
-    here, capsys, flags, failed
+# flags, the check that fails, and how its sentence begins
+LATE_MISTAKES = [
+    (
+        ["--training.report_to", "mlflow"],
+        "trackers",
+        "training.report_to: the package mlflow is not installed; run: pip install mlflow, or use"
+        " none",
+    ),
+    (
+        ["--training.use_vllm", "true"],
+        "trainer",
+        "training.use_vllm: the package vllm is not installed",
+    ),
+    (
+        ["--training.save_strategy", "best"],
+        "options",
+        "training: `args.metric_for_best_model` must be provided",
+    ),
+    (
+        ["--training.fsdp", "full_shard"],
+        "options",
+        "training: Using fsdp only works in distributed training.",
+    ),
+    (
+        ["--training.seed=-1"],
+        "recipe",
+        "training.seed: -1 is too small; use 0 or more",
+    ),
+    (
+        ["--training.seed", str(2**32)],
+        "recipe",
+        "training.seed: 4294967296 is too large; use less than 2**32",
+    ),
+    (
+        ["--dataset.split", "train[5:3]"],
+        "dataset",
+        "dataset: no row of 'train[5:3]' has a question and an answer; choose another split or"
+        " path",
+    ),
+    (
+        ["--evaluation.split", "train[5:3]"],
+        "held-out",
+        "evaluation: no row of 'train[5:3]' has a question and an answer",
+    ),
+    (
+        ["--evaluation.path", "nowhere"],
+        "held-out",
+        "evaluation.path: there is no file or folder 'nowhere'",
+    ),
+]
+
+
+@pytest.mark.parametrize("flags, name, sentence", LATE_MISTAKES)
+def test_a_mistake_that_a_run_would_find_only_with_the_model_in_memory_fails_here(
+    here, capsys, flags, name, sentence
 ):
-    if "vllm" in failed and importlib.util.find_spec("vllm"):
+    if "vllm" in sentence and importlib.util.find_spec("vllm"):
         pytest.skip("vllm is installed")
-    name, _, sentence = failed.partition(": ")
     found = findings(capsys, *flags, code=2)
     assert found[name][-1]["sentence"].startswith(sentence)
-    assert {name for name, several in found.items() if several[-1]["verdict"] == "fail"} <= {
-        name,
-        "data files",
-    }
+    assert failed(found) <= {name, "data files"}
 
 
-def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys, monkeypatch):
+def test_a_length_filter_that_drops_every_prompt_is_refused_as_a_run_refuses_it(here, capsys):
+    found = findings(capsys, "--training.max_prompt_length", "5", code=2)
+    sentence = "training.max_prompt_length: 5 drops all 200 prompts; the shortest has "
+    assert found["dataset"][-1]["sentence"].startswith(sentence)
+    assert failed(found) == {"dataset", "held-out"}
+
+
+def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys):
     found = findings(capsys, "--training.learning_rate", "fast", "--modle", "x", code=2)
-    assert list(found) == ["recipe"] and len(found["recipe"]) == 2
-    assert train_model.main(demo("--check=1")) == 2
+    assert verdicts(found) == {"recipe": "fail fail"}
+    assert train_model.main(check_demo("--check=1")) == 2
     assert train_model.main([str(ROOT / "recipes/demo.yaml"), "--json"]) == 2
     assert "--json: goes with --check" in capsys.readouterr().err
 
 
-def test_without_the_model_what_needs_it_is_not_checked_and_the_rest_is(here, capsys):
+def test_without_the_model_the_checks_that_do_not_need_it_still_run(here, capsys):
     found = findings(capsys, "--model-name", str(here), code=2)
-    assert [name for name, several in found.items() if several[-1]["verdict"] == "fail"] == [
-        "model files"
+    assert failed(found) == {"model files"}
+    not_checked = [
+        name for name, (first, *_) in found.items() if first["sentence"].startswith("not checked")
     ]
-    assert [
-        name for name, several in found.items() if several[-1]["sentence"].startswith("not checked")
-    ] == ["tokenizer", "dataset", "held-out", "options", "rewards", "model", "memory", "disk"]
+    assert ", ".join(not_checked) == (
+        "tokenizer, dataset, held-out, options, rewards, model, memory, disk"
+    )
 
 
-def test_no_token_is_in_what_a_check_says(here, capsys):
+def test_no_secret_is_in_the_findings(here, capsys):
     (here / "mine.py").write_text(
         "import os\ndef pay(completions, **kwargs): raise KeyError(os.environ['MY_TOKEN'] +"
         " '\\x1b[31m')\n"
     )
-    found = findings(
-        capsys,
-        "--trainer.reward_funcs",
-        "mine.pay",
-        "--env.MY_TOKEN",
-        "the-secret-of-the-recipe",
-        code=2,
-    )
-    assert (
-        "[secret]" in found["reward"][0]["sentence"]
-        and "the-secret" not in json.dumps(found)
-        and "\\u001b" not in json.dumps(found)
-    )
+    flags = ["--trainer.reward_funcs", "mine.pay", "--env.MY_TOKEN", "the-secret-of-the-recipe"]
+    found = findings(capsys, *flags, code=2)
+    assert "[secret]" in found["reward"][0]["sentence"]
+    assert "the-secret" not in json.dumps(found) and "\\u001b" not in json.dumps(found)
 
 
-def test_somebody_elses_error_is_a_failure_and_the_other_checks_go_on(monkeypatch):
+def test_an_unexpected_error_is_a_failure_and_the_other_checks_go_on(monkeypatch):
     def explode(facts):
         raise ZeroDivisionError("of a library")
 
-    def load(facts):
-        facts.recipe = 1
+    def pass_(facts):
         return "fine"
 
-    monkeypatch.setattr(
-        preflight,
-        "STEPS",
-        [
-            ("first", (), load),
-            ("second", ("recipe",), explode),
-            ("third", ("recipe",), lambda facts: "fine"),
-            ("fourth", ("shape",), explode),
-        ],
+    checks = (
+        Check("first", (), pass_),
+        Check("second", (), explode),
+        Check("third", ("first",), pass_),
+        Check("fourth", ("second", "first"), pass_),
+        Check("fifth", ("fourth", "second"), pass_),
     )
+    monkeypatch.setattr(preflight, "CHECKS", checks)
     found = list(preflight.findings(preflight.Facts(cli.CommandLine(), Request(), 1)))
-    assert [(f.verdict, f.check) for f in found] == [
-        ("ok", "first"),
-        ("fail", "second"),
-        ("ok", "third"),
-        ("warn", "fourth"),
+    assert [f"{finding.check} {finding.verdict}: {finding.sentence}" for finding in found] == [
+        "first ok: fine",
+        "second fail: ZeroDivisionError: of a library",
+        "third ok: fine",
+        "fourth warn: not checked, because 'second' above did not pass",
+        "fifth warn: not checked, because 'fourth' and 'second' above did not pass",
     ]
-    assert found[1].sentence == "ZeroDivisionError: of a library"
+
+
+def test_a_check_needs_only_checks_that_come_before_it():
+    names = [check.name for check in preflight.CHECKS]
+    for i, check in enumerate(preflight.CHECKS):
+        assert set(check.needs) <= set(names[:i]), check.name
 
 
 def test_a_line_is_coloured_on_a_terminal_only():

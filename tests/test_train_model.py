@@ -616,10 +616,10 @@ def test_a_dry_run_prints_a_recipe_that_can_be_fed_back_and_the_plan(here):
     assert cli.read_recipe(["again.yaml"]) == cli.read_recipe([documented, "--cuda", "3"])
     assert (
         "secret-token" not in run.stdout + run.stderr
-        and "left out of the recipe above: HF_TOKEN" in run.stderr
+        and "secrets left out of the recipe above: HF_TOKEN" in run.stderr
     )
     for text in (
-        "1 prompt x 8 generations per optimizer step",
+        "1 prompt x 8 completions per optimizer step",
         "max_completion_length: 1500 tokens",
         "raised from 1 to 8",
         "run directory: ./GTPO_LLAMA8B_MATH_adam1-0.999999",

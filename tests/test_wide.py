@@ -333,7 +333,7 @@ def test_the_recipes_for_small_cards_say_what_they_would_do(name, capsys):
     import train_model
 
     assert train_model.main([str(ROOT / f"recipes/{name}.yaml"), "--dry-run"]) == 0
-    assert "1 prompt x 8 generations per optimizer step" in capsys.readouterr().err
+    assert "1 prompt x 8 completions per optimizer step" in capsys.readouterr().err
 
 
 def test_the_page_on_scaling_quotes_the_estimate_and_names_files_that_exist():
