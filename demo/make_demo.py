@@ -85,7 +85,7 @@ class Problem:
         last line.
         """
         lines, total = [], self.numbers[0]
-        for sign, number in zip(self.kind.signs, self.numbers[1:]):
+        for sign, number in zip(self.kind.signs, self.numbers[1:], strict=True):
             result = total + number if sign == "+" else total - number
             lines.append(f"{total}{sign}{number}={result}")
             total = result

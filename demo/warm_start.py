@@ -124,7 +124,7 @@ def draw_batches(
             )
             ignored = [-100] * len(prompt)  # -100 is left out of the loss
             rows.append((torch.tensor(prompt + target), torch.tensor(ignored + target)))
-        input_ids, labels = zip(*rows)
+        input_ids, labels = zip(*rows, strict=True)
         yield {
             "input_ids": pad_sequence(
                 input_ids, batch_first=True, padding_value=tokenizer.pad_token_id

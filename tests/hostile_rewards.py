@@ -110,10 +110,12 @@ def rank_in_group(completions, prompts, **kwargs):
         if offends(text):
             raise ValueError(text)
     groups = {
-        prompt: sorted(text for text, other in zip(completions, prompts) if other == prompt)
+        prompt: sorted(
+            text for text, other in zip(completions, prompts, strict=True) if other == prompt
+        )
         for prompt in prompts
     }
-    return [groups[prompt].index(text) for text, prompt in zip(completions, prompts)]
+    return [groups[prompt].index(text) for text, prompt in zip(completions, prompts, strict=True)]
 
 
 async def asynchronous(completions, **kwargs):
@@ -145,7 +147,7 @@ def failing_on_the_second(completions, trainer_state, log_metric, **kwargs):
 def failing_on_some_texts(completions, prompts, **kwargs):
     texts = [
         _text(completion) + prompt[-1]["content"]
-        for completion, prompt in zip(completions, prompts)
+        for completion, prompt in zip(completions, prompts, strict=True)
     ]
     return [_raise(text) if sum(map(ord, text)) % 3 == 0 else vowels(text) for text in texts]
 

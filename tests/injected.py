@@ -225,7 +225,7 @@ def pass_on(folder: Path, counts: list[int]) -> None:
     before = passed / "straight/checkpoint-2"
     for step, processes in enumerate(counts, 3):
 
-        def leg():
+        def leg(step=step, before=before):
             told = train_on(passed / f"by{step}", checkpoints.read(before), step)
             if os.environ["RANK"] == "0":
                 torch.save(told, passed / "passed_on.pt")

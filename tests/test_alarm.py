@@ -207,7 +207,9 @@ def told(run: str) -> dict[str, int]:
     columns = json.loads((ROOT / "tests/alarm_logs.json").read_text())[run]
     section = AlarmSection()
     alarm = Alarm(action="warn", window=section.window, limits=section.limits(0.7))
-    lines = (dict(zip(columns, values)) for values in zip(*columns.values(), strict=True))
+    lines = (
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    )
     return {condition: step for step, line in enumerate(lines, 1) for condition in alarm.see(line)}
 
 

@@ -459,7 +459,7 @@ def test_every_gsm8k_answer_is_found_and_is_the_same_as_itself(shared_data, no_m
     assert len(found) == 8_792
     assert all(re.fullmatch(r"-?\d[\d,]*", answer) for answer in found)
     assert sum("," in answer for answer in found) == 93
-    for answer, another in zip(found, found[1:] + found[:1]):
+    for answer, another in zip(found, found[1:] + found[:1], strict=True):
         assert same_answer(answer.replace(",", ""), f"${answer}")
         assert same_answer(answer, another) == (answer.replace(",", "") == another.replace(",", ""))
 

@@ -72,7 +72,8 @@ def test_targets_without_faults_are_right_and_well_formed_and_those_with_faults_
     faulty = [make_columns.draw_target(problem, rng) for problem in train]
     formed = sum(format_score(target) == 10 for target in faulty) / len(train)
     right = sum(
-        final_answer(target) == str(problem.steps()[1]) for target, problem in zip(faulty, train)
+        final_answer(target) == str(problem.steps()[1])
+        for target, problem in zip(faulty, train, strict=True)
     ) / len(train)
     assert 0.82 < formed < 0.88 and 0.5 < right < 0.7
 

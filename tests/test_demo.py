@@ -164,7 +164,7 @@ def test_the_shipped_model_answers_some_held_out_problems_and_fails_others(
     answers = [COMPLETION.fullmatch(completion) for completion in completions]
     right = [
         answer and answer[1] == problem["answer"].split()[-1]
-        for answer, problem in zip(answers, asked)
+        for answer, problem in zip(answers, asked, strict=True)
     ]
     assert 0.3 <= sum(map(bool, right)) / len(asked) <= 0.6
     assert 0.7 <= sum(map(bool, answers)) / len(asked) <= 0.95

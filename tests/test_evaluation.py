@@ -63,7 +63,8 @@ def test_a_completion_does_not_depend_on_its_batch_and_the_random_generators_sta
     before = torch.get_rng_state()
     together = policy_sampler(policy, SAMPLED)(prompts, seeds)
     alone = [
-        policy_sampler(policy, SAMPLED)([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds)
+        policy_sampler(policy, SAMPLED)([prompt], [seed])[0]
+        for prompt, seed in zip(prompts, seeds, strict=True)
     ]
     assert together == alone
     assert torch.equal(torch.get_rng_state(), before) and policy.model.training
@@ -545,7 +546,7 @@ def test_problems_of_real_sets_are_evaluated(policy, shared_data, tmp_path):
             tmp_path / f"{name}.jsonl",
             problems,
             texts,
-            lambda prompts, seeds: [
+            lambda prompts, seeds, problems=problems: [
                 SampledCompletion(problems[0]["answer"], 9, False) for _ in prompts
             ],
             sampling=GREEDY,

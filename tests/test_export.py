@@ -316,7 +316,9 @@ def test_a_machine_without_room_is_told_how_much_is_missing(
     )
     for share, computing in ((1.3, "float32"), (1.2, "bfloat16"), (0.7, "bfloat16")):
         monkeypatch.setattr(
-            psutil, "virtual_memory", lambda: room._replace(available=int(share * needed))
+            psutil,
+            "virtual_memory",
+            lambda share=share: room._replace(available=int(share * needed)),
         )
         assert export.make_plan(
             find_saved(str(run_dir)), tmp_path / "merged", "bfloat16"

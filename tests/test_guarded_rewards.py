@@ -166,10 +166,10 @@ def test_a_function_that_compares_a_group_gives_the_rewards_it_would_give_withou
 ):
     seen = trained(tmp_path, "rank_in_group")
     (table,), (completions,), (prompts,) = seen["tables"], seen["completions"], seen["prompts"]
-    for text, prompt, reward in zip(completions, prompts, table[:, 0].tolist()):
+    for text, prompt, reward in zip(completions, prompts, table[:, 0].tolist(), strict=True):
         others = sorted(
             other
-            for other, same in zip(completions, prompts)
+            for other, same in zip(completions, prompts, strict=True)
             if same == prompt and not hostile_rewards.offends(other)
         )
         assert math.isnan(reward) if hostile_rewards.offends(text) else reward == others.index(text)
@@ -438,9 +438,12 @@ def test_a_process_ends_with_its_parent_even_when_that_is_killed_and_it_is_in_a_
 
 def test_a_process_imports_nothing_heavy_and_calls_start_from_a_seed_of_their_own():
     process = RewardProcess()
-    ask = lambda seed: process.call(
-        "hostile_rewards.dice", {"completions": ["a"]}, count=1, seconds=9.0, seed=seed
-    )["rewards"]  # noqa: E731
+
+    def ask(seed):
+        return process.call(
+            "hostile_rewards.dice", {"completions": ["a"]}, count=1, seconds=9.0, seed=seed
+        )["rewards"]
+
     assert ask("x") == ask("x") != ask("y")
     heavy = process.call(
         "hostile_rewards.heavy_imports", {"completions": ["a"]}, count=1, seconds=9.0, seed=""

@@ -2,6 +2,7 @@
 nothing else ends.
 """
 
+import itertools
 import logging
 
 import gradients
@@ -78,9 +79,7 @@ def test_the_step_is_skipped_counted_and_said_and_training_goes_on(
     trainer, poison, skipping, seen = poisoned(tmp_path, class_path, {2}, change)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    changed = [
-        not torch.equal(before, after) for before, after in zip(poison.after, poison.after[1:])
-    ]
+    changed = [not torch.equal(before, after) for before, after in itertools.pairwise(poison.after)]
     assert changed == [True, False, True]  # no update, no decay, no momentum
     assert [logs["gtpo/skipped_steps"] for logs in seen["logs"][:3]] == [
         0,

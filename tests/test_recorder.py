@@ -42,6 +42,7 @@ def test_rewards_advantages_and_weights_are_those_of_the_rollout(recorded):
             rollout["advantages"],
             rollout["completion_mask"],
             rollout["completion_ids"],
+            strict=False,
         ):
             assert line["advantage"] == pytest.approx(advantage.item(), rel=1e-6)
             assert line["ids"] == ids[mask.bool()].tolist()
@@ -85,7 +86,7 @@ def test_runs_are_the_conflict_runs_of_the_group_for_every_trainer(recorded):
                 for line in recorded[1]["lines"]
                 if line["rollout"] == rollout["number"] and line["group"] == group
             ]
-            for side, run in zip(("prefix", "suffix"), runs):
+            for side, run in zip(("prefix", "suffix"), runs, strict=True):
                 assert [line[side] for line in lines] == run.sum(1).tolist()
             found += sum(line["prefix"] + line["suffix"] for line in lines)
     assert found > 0

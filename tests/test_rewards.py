@@ -171,7 +171,7 @@ def test_what_trl_hands_over_is_accepted_and_each_metric_is_logged_once_as_a_mea
     }
     for reward in REWARDS:
         logged = []
-        reward(**handed, log_metric=lambda *metric: logged.append(metric))
+        reward(**handed, log_metric=lambda *metric, logged=logged: logged.append(metric))
         if reward in (final_reward, released_reward):
             assert dict(logged) == pytest.approx(expected)
             assert len(logged) == 5
@@ -181,7 +181,9 @@ def test_what_trl_hands_over_is_accepted_and_each_metric_is_logged_once_as_a_mea
 
 def test_metrics_are_logged_even_where_nothing_can_be_judged_since_trl_gathers_them_over_processes():
     logged = []
-    assert final_reward(["x"], [None], log_metric=lambda *metric: logged.append(metric)) == [None]
+    assert final_reward(
+        ["x"], [None], log_metric=lambda *metric, logged=logged: logged.append(metric)
+    ) == [None]
     assert [name for name, _ in logged] == [
         f"reward/{name}"
         for name in (

@@ -30,8 +30,8 @@ def drawn_weights(*rows: str) -> list[str]:
     ids, mask, advantages = group(*rows)
     weights = shaping.token_weights(shaping.conflict_tokens(ids, mask, advantages), advantages, 2.0)
     return [
-        "".join(f"{w:.0f}" if m else "." for w, m in zip(*row))
-        for row in zip(weights.tolist(), mask.tolist())
+        "".join(f"{w:.0f}" if m else "." for w, m in zip(*row, strict=True))
+        for row in zip(weights.tolist(), mask.tolist(), strict=True)
     ]
 
 

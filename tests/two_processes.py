@@ -75,7 +75,7 @@ def recorded_over_processes(folder: str) -> dict:
     ids = [
         row[mask.bool()].tolist()
         for rollout in run["rollouts"]
-        for row, mask in zip(rollout["completion_ids"], rollout["completion_mask"])
+        for row, mask in zip(rollout["completion_ids"], rollout["completion_mask"], strict=True)
     ]
     return {"lines": run["lines"], "ids": ids, "entropy_error": run["entropy_error"]}
 
