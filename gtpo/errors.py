@@ -1,13 +1,11 @@
-"""Mistakes of the user's: where, what was given, and what would work."""
+"""Mistakes of the user: where, what was given, and what would work."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
 
 class Mistake(NamedTuple):
-    """One mistake: the key, flag or file that it is about, and a sentence that does not repeat
-    it.
-    """
+    """One mistake: the key, flag or file it is about, and a sentence that does not repeat it."""
 
     key: str
     sentence: str
@@ -17,11 +15,10 @@ class Mistake(NamedTuple):
 
 
 class RecipeError(ValueError):
-    """Something that the user can put right. The verbs print it as sentences and end with exit code
-    2.
+    """An error that the user can correct. The commands print it and end with exit code 2.
 
-    `RecipeError(key, sentence)` is one mistake; `RecipeError.of(mistakes)` are several, told
-    together. With one argument, that is the whole sentence and it has no key.
+    `RecipeError(key, sentence)` is one mistake, and `RecipeError.of(mistakes)` is several. With one
+    argument, that is the whole sentence, without a key.
     """
 
     def __init__(self, key: str, sentence: str | None = None):
@@ -30,7 +27,7 @@ class RecipeError(ValueError):
 
     @classmethod
     def of(cls, mistakes: Iterable[Mistake]) -> "RecipeError":
-        """One error with all of `mistakes`, of which there is at least one."""
+        """One error with all of `mistakes`; there must be at least one."""
         mistakes = tuple(mistakes)
         error = cls(*mistakes[0])
         error.mistakes = mistakes
@@ -42,7 +39,7 @@ class RecipeError(ValueError):
         return self.mistakes[0].key
 
     def with_key(self, key: str) -> "RecipeError":
-        """The same mistakes as parts of what `key` names: `key: their key: their sentence`."""
+        """The same mistakes with `key` in front of their own keys: `key: their key: sentence`."""
         return type(self).of(Mistake(key, str(mistake)) for mistake in self.mistakes)
 
     def __str__(self) -> str:

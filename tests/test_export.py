@@ -389,7 +389,7 @@ def test_a_push_that_fails_leaves_the_merged_model(run_dir, tmp_path, capsys, ap
 def test_a_push_that_cannot_work_is_refused_before_merging(run_dir, tmp_path, capsys, monkeypatch):
     from huggingface_hub import constants
 
-    assert "is no hub name" in refusal(
+    assert "is not a name on the hub" in refusal(
         capsys, run_dir, tmp_path / "merged", "--push", "no name/at/all"
     )
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

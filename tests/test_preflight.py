@@ -83,7 +83,7 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
     for expected in (
         "8 prompts x 8 completions per optimizer step, each completion of at most 36 tokens",
         "trackers       none",
-        "not needed: the model is a folder here",
+        "not needed: the model is a local folder",
         "gtpo.gtpo_training.UnslothGTPOTrainer, with the optimizer adamw_torch",
         "200 problems; 0 of 200 dropped because their prompts are longer than 60 tokens; the"
         " longest prompt that is left has ",
@@ -237,7 +237,7 @@ def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys):
     assert verdicts(found) == {"recipe": "fail fail"}
     assert train_model.main(check_demo("--check=1")) == 2
     assert train_model.main([str(ROOT / "recipes/demo.yaml"), "--json"]) == 2
-    assert "--json: goes with --check" in capsys.readouterr().err
+    assert "--json: works only with --check" in capsys.readouterr().err
 
 
 def test_without_the_model_the_checks_that_do_not_need_it_still_run(here, capsys):

@@ -82,13 +82,13 @@ def test_an_alias_of_itself_is_refused(tmp_path):
     [
         ("2024-02-30", "day"),
         ("2024-02-03", "2024-02-03 is read as a date, which no key takes; put it in quotes"),
-        ("!!set {a}", "it holds a set; use texts, numbers, lists and mappings"),
-        ("!!binary aGk=", "it holds a bytes"),
+        ("!!set {a}", "it contains a set; use texts, numbers, lists and mappings"),
+        ("!!binary aGk=", "it contains a bytes"),
         ("!!int abc", "invalid literal"),
         ("9" * 5000, "4300 digits"),
         ("!!bool maybe", "maybe"),
-        (r'"\ud800"', r"'\ud800' is no text that UTF-8 can hold"),
-        ("{[a]: b}", "it holds a tuple"),
+        (r'"\ud800"', r"'\ud800' is not text that UTF-8 can hold"),
+        ("{[a]: b}", "it contains a tuple"),
     ],
 )
 def test_values_that_are_not_plain_are_refused_with_a_sentence(tmp_path, value, sentence):
@@ -102,7 +102,7 @@ def test_a_recipe_file_that_never_ends_is_not_read_to_its_end():
 
 
 def test_a_flag_that_is_no_text_is_refused():
-    with pytest.raises(RecipeError, match=r"--run_name: '\\udcff' is no text that UTF-8 can hold"):
+    with pytest.raises(RecipeError, match=r"--run_name: '\\udcff' is not text that UTF-8 can hold"):
         cli.read_recipe([str(ROOT / "config.yaml"), "--run-name", os.fsdecode(b"\xff")])
 
 
@@ -181,7 +181,7 @@ def test_a_text_by_dotted_path_never_becomes_the_name_of_a_model_on_the_hub(tmp_
     ["owner/model", "https://hub/x.y", "../../etc.passwd", "a..b", "os.system('x')", "é.x", ".x"],
 )
 def test_a_dotted_path_is_made_of_names_and_dots(tmp_path, path):
-    assert "is no dotted path" in refusal(tmp_path, MINIMAL, "--trainer.reward_funcs", path)
+    assert "is not a dotted path" in refusal(tmp_path, MINIMAL, "--trainer.reward_funcs", path)
 
 
 # ---- models and adapters

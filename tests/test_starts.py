@@ -475,6 +475,6 @@ def test_resume_takes_a_path_or_none_and_the_recipe_of_the_run_it_names(recipe):
             and cli.make_recipe(command) == recipe()
         )
     with pytest.raises(
-        RecipeError, match="--force-resume: there is nothing to force without --resume"
+        RecipeError, match="--force-resume: works only with --resume"
     ):
         cli.read_recipe(["r.yaml", "--force-resume"])

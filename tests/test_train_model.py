@@ -595,7 +595,7 @@ def test_help_lists_every_key_and_imports_nothing_heavy(here):
     assert run.returncode == 0 and "HEAVY [] None" in run.stderr
     for text in (
         "--training.learning_rate  (float; 1e-06)",
-        "Peak learning rate.",
+        "The highest learning rate, reached at the end of the warm-up.",
         "--model-name",
         "--dry-run",
         "--training.temperature  (float; 1.0)",

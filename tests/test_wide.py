@@ -93,19 +93,19 @@ def test_a_vllm_server_reaches_trl(tmp_path, monkeypatch):
     [
         (
             SERVER[2:],
-            "training.vllm_mode: a server is not asked without training.use_vllm; set that to true",
+            "training.vllm_mode: a server is not used without training.use_vllm; set that to true",
         ),
         (
             [*SERVER, "--model.backend", "unsloth"],
             (
-                "training.vllm_mode: server goes with model.backend transformers, not unsloth:"
+                "training.vllm_mode: server needs model.backend transformers, not unsloth:"
                 " Unsloth generates"
             ),
         ),
         (
             [*SERVER, "--model.backend", "auto"],
             (
-                "training.vllm_mode: server goes with model.backend transformers, not auto: Unsloth"
+                "training.vllm_mode: server needs model.backend transformers, not auto: Unsloth"
                 " generates"
             ),
         ),

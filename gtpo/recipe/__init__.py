@@ -1,4 +1,4 @@
-"""What a user may write, and how it is read. Nothing here imports torch or TRL."""
+"""What a user may write in a recipe, and how it is read. Nothing here imports torch or TRL."""
 
 from gtpo.errors import RecipeError
 from gtpo.recipe.recipe import Recipe

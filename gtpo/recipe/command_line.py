@@ -1,9 +1,8 @@
-"""Schema defaults < YAML < command line, made into a `Recipe`; help from the schema; objects by
-dotted path.
+"""Defaults < YAML < command line, combined into a `Recipe`.
 
-Flags are `--section.key value`, for every key of the schema. A parser of our own because no library
-gave all three of: sections that take TRL's options beside ours, map keys that contain a dot, and
-every mistake at once with its source.
+Every key of the schema is a flag: `--section.key value`. This parser is our own because no library
+offered all of: TRL's options beside ours in one section, keys that contain a dot, and all mistakes
+at once with their sources.
 """
 
 import os
@@ -21,38 +20,32 @@ from gtpo.recipe.recipe import Recipe
 from gtpo.recipe.sections import DATASET_ALIASES
 from gtpo.recipe.yaml_text import YamlError, check_plain, parse_yaml, read_yaml_file
 
-__all__ = [
-    "CommandLine",
-    "make_recipe",
-    "parse",
-    "read_recipe",
-    "read_saved",
-]
+__all__ = ["CommandLine", "make_recipe", "parse", "read_recipe", "read_saved"]
 
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed: the recipe file, the overrides by key path, the switches that are on, and
-    what makes no sense.
-    """
+    """A parsed command line, before the recipe file is read."""
 
     recipe_file: str = "config.yaml"
-    overrides: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    overrides: dict[tuple[str, ...], Any] = field(default_factory=dict)  # by key path
     switches: frozenset[str] = frozenset()
-    mistakes: tuple[Mistake, ...] = ()
-    resume: str | None = None  # "" for --resume without a path
+    mistakes: tuple[Mistake, ...] = ()  # reported together with those of the recipe
+    resume: str | None = None  # the path after --resume; "" without one
 
 
 def read_recipe(argv: list[str]) -> Recipe:
-    """The validated recipe of a command line; raises RecipeError with one sentence per mistake, all
-    at once.
+    """The validated recipe of a command line.
+
+    Raises RecipeError with all mistakes, one sentence for each.
     """
     return make_recipe(parse(argv))
 
 
 def parse(argv: list[str]) -> CommandLine:
-    """Sort the words of a command line. Unknown flags and wrong counts of values are kept, to be
-    told with the rest.
+    """Sort the words of a command line.
+
+    Unknown flags and flags without a value are kept as mistakes; nothing is raised.
     """
     files, overrides, switches, mistakes, resume = [], {}, set(), [], None
     words = list(argv)
@@ -64,11 +57,7 @@ def parse(argv: list[str]) -> CommandLine:
         name, equals, inline = word[2:].partition("=")
         key = name.replace("-", "_")
         if key == "resume":
-            # that is the recipe
-            named = (
-                words and not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml"))
-            )
-            resume = inline if equals else words.pop(0) if named else ""
+            resume = inline if equals else words.pop(0) if _is_path_to_resume(words) else ""
             continue
         if key in SWITCHES:
             switches.add(key)
@@ -79,12 +68,8 @@ def parse(argv: list[str]) -> CommandLine:
             continue
         target = key_path(ALIASES.get(key, key).split("."))
         if target is None:
-            mistakes.append(
-                Mistake(
-                    f"--{name}",
-                    f"unknown flag{nearest(key, [*SWITCHES, *ALIASES, *key_names()], '--')}",
-                )
-            )
+            suggestion = nearest(key, [*SWITCHES, *ALIASES, *key_names()], "--")
+            mistakes.append(Mistake(f"--{name}", f"unknown flag{suggestion}"))
             words = words[_count_values(words) :]
             continue
         path, annotation = target
@@ -100,20 +85,9 @@ def parse(argv: list[str]) -> CommandLine:
         if is_list(annotation) and isinstance(overrides.get(path), list):
             value = overrides[path] + value
         overrides[path] = value
-    if len(files) > 1:
-        mistakes.append(
-            Mistake(
-                " ".join(files[1:]),
-                f"neither a flag nor a value that a flag takes, and the recipe file is {files[0]}; "
-                "use --section.key value",
-            )
-        )
-    if "force_resume" in switches and resume is None:
-        mistakes.append(Mistake("--force-resume", "there is nothing to force without --resume"))
-    if "json" in switches and "check" not in switches:
-        mistakes.append(Mistake("--json", "goes with --check; give both, or leave it out"))
+    mistakes += _contradictions(files, switches, resume)
     return CommandLine(
-        *(files[:1] or _recipe_of(resume)),
+        *(files[:1] or _saved_recipe(resume)),
         overrides=overrides,
         switches=frozenset(switches),
         mistakes=tuple(mistakes),
@@ -122,9 +96,12 @@ def parse(argv: list[str]) -> CommandLine:
 
 
 def make_recipe(command: CommandLine) -> Recipe:
-    """Lay the overrides over the file and validate both together."""
+    """The validated recipe: the overrides of `command` laid over its recipe file.
+
+    Raises RecipeError with all mistakes.
+    """
     values = _read_yaml(Path(command.recipe_file))
-    overrides = _subset_of_gsm8k(command.overrides, values)
+    overrides = _with_subset_of_gsm8k(command.overrides, values)
     for path, value in overrides.items():
         _set(values, path, value)
     mistakes = list(command.mistakes) + _not_plain(overrides)
@@ -135,26 +112,15 @@ def make_recipe(command: CommandLine) -> Recipe:
     if mistakes:
         raise RecipeError.of(mistakes)
     make_importable(Path(command.recipe_file).resolve().parent)
-    paths = {
-        "trainer.class_path": [recipe.trainer.class_path],
-        "trainer.reward_funcs": recipe.trainer.reward_funcs,
-    }
-    if recipe.dataset.kind == "function":
-        paths["dataset.name"] = [recipe.dataset.name]
-    mistakes = [
-        mistake
-        for key, dotted in paths.items()
-        for path in dotted
-        if (mistake := check_dotted_path(key, path))
-    ]
-    if mistakes:
+    if mistakes := _wrong_dotted_paths(recipe):
         raise RecipeError.of(mistakes)
     return recipe
 
 
 def read_saved(file: Path) -> Recipe:
-    """The recipe that a run has saved; its dotted paths are not looked up, for they need not be
-    here any more.
+    """The recipe that a run has saved.
+
+    Its dotted paths are not checked, because that code need not exist on this machine.
     """
     try:
         return Recipe.model_validate(_read_yaml(file))
@@ -162,18 +128,60 @@ def read_saved(file: Path) -> Recipe:
         raise RecipeError.of(validation_mistakes(error, str(file), {})) from None
 
 
-# ---- reading
+# ---- the words of the command line
 
 
-def _not_plain(overrides: dict[tuple[str, ...], Any]) -> list[Mistake]:
-    """A mistake for each flag whose words are no text: bytes that are not UTF-8, for one."""
+def _is_path_to_resume(words: list[str]) -> bool:
+    """Whether the word after --resume is its path, not the next flag or the recipe file."""
+    return (
+        bool(words) and not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml"))
+    )
+
+
+def _count_values(words: list[str]) -> int:
+    return next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+
+
+def _value(values: list[str], annotation: Any) -> Any:
+    """The words after a flag as a value: text stays text, anything else is read as YAML."""
+    if not values:
+        raise ValueError("needs a value")
+    if is_list(annotation):
+        if len(values) == 1 and values[0].lstrip().startswith("["):
+            return parse_yaml(values[0])
+        return values
+    types = alternatives(annotation)
+    if values[0] in ("null", "~") and type(None) in types:
+        return None
+    return values[0] if set(types) <= {str, type(None)} else parse_yaml(values[0])
+
+
+def _contradictions(files: list[str], switches: set[str], resume: str | None) -> list[Mistake]:
     mistakes = []
-    for path, value in overrides.items():
-        try:
-            check_plain([list(path), value])
-        except YamlError as error:
-            mistakes.append(Mistake(f"--{'.'.join(path)}", str(error)))
+    if len(files) > 1:
+        mistakes.append(
+            Mistake(
+                " ".join(files[1:]),
+                f"neither a flag nor the value of a flag, and the recipe file is {files[0]}; "
+                "use --section.key value",
+            )
+        )
+    if "force_resume" in switches and resume is None:
+        mistakes.append(Mistake("--force-resume", "works only with --resume; give both"))
+    if "json" in switches and "check" not in switches:
+        mistakes.append(Mistake("--json", "works only with --check; give both"))
     return mistakes
+
+
+def _saved_recipe(resume: str | None) -> list[str]:
+    """The recipe saved in or beside the path that --resume names; empty if there is none."""
+    if not resume:
+        return []
+    candidates = (Path(resume, "recipe.yaml"), Path(resume, "..", "recipe.yaml"))
+    return [os.path.normpath(path) for path in candidates if path.is_file()][:1]
+
+
+# ---- the values of the recipe
 
 
 def _read_yaml(path: Path) -> dict:
@@ -186,81 +194,65 @@ def _read_yaml(path: Path) -> dict:
     except YamlError as error:
         where = f"{path}, line {error.line}" if error.line else str(path)
         raise RecipeError(where, f"this is not valid YAML for a recipe ({error})") from None
-    except (OSError, ValueError) as error:  # a folder, no rights, no UTF-8
+    except (OSError, ValueError) as error:  # a folder, no permission, not UTF-8
         raise RecipeError(
             path, f"cannot be read as a recipe ({one_line(error)}); give a YAML text file"
         ) from None
     if not isinstance(values, dict):
-        given = "is empty" if values is None else f"holds a {type(values).__name__}"
+        given = "is empty" if values is None else f"contains a {type(values).__name__}"
         raise RecipeError(
             path, f"{given}; a recipe is a mapping with at least the sections model and dataset"
         )
-    # A section whose lines are all commented out is null: its defaults.
+    # A section whose lines are all commented out is null, and gets its defaults.
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _subset_of_gsm8k(overrides: dict, values: dict) -> dict:
-    """`--dataset-subset` means `dataset.subset` where the dataset is GSM8K: its first value."""
+def _with_subset_of_gsm8k(overrides: dict, values: dict) -> dict:
+    """The overrides, where --dataset-subset sets `dataset.subset` if the dataset is GSM8K.
+
+    For any other dataset it sets `dataset.subsets`. GSM8K takes the first value.
+    """
     dataset = values.get("dataset")
-    name = overrides.get(
-        ("dataset", "name"), dataset.get("name") if isinstance(dataset, dict) else None
-    )
+    name_in_file = dataset.get("name") if isinstance(dataset, dict) else None
+    name = overrides.get(("dataset", "name"), name_in_file)
     subsets = overrides.get(("dataset", "subsets"))
-    if (
-        isinstance(name, str)
-        and DATASET_ALIASES.get(name) == "gsm8k"
-        and isinstance(subsets, list)
-        and subsets
-    ):
-        overrides = {
-            path: value for path, value in overrides.items() if path != ("dataset", "subsets")
-        }
-        overrides[("dataset", "subset")] = subsets[0]
-    return overrides
+    is_gsm8k = isinstance(name, str) and DATASET_ALIASES.get(name) == "gsm8k"
+    if not (is_gsm8k and isinstance(subsets, list) and subsets):
+        return overrides
+    others = {path: value for path, value in overrides.items() if path != ("dataset", "subsets")}
+    return {**others, ("dataset", "subset"): subsets[0]}
 
 
 def _set(values: dict, path: tuple[str, ...], value: Any) -> None:
+    """Set the value at `path`; a mapping is merged into a mapping that is there."""
     *parents, last = path
     for parent in parents:
         if not isinstance(values.get(parent), dict):
             values[parent] = {}
         values = values[parent]
-    values[last] = (
-        {**values[last], **value}
-        if isinstance(value, dict) and isinstance(values.get(last), dict)
-        else value
-    )
+    if isinstance(value, dict) and isinstance(values.get(last), dict):
+        value = {**values[last], **value}
+    values[last] = value
 
 
-def _recipe_of(resume: str | None) -> list[str]:
-    """The recipe that was saved with what --resume names, for want of another; nothing where it
-    names nothing.
-    """
-    if not resume:
-        return []
-    found = [
-        path
-        for path in (Path(resume, "recipe.yaml"), Path(resume, "..", "recipe.yaml"))
-        if path.is_file()
+def _not_plain(overrides: dict[tuple[str, ...], Any]) -> list[Mistake]:
+    """A mistake for each flag whose value is not plain, for example bytes that are not UTF-8."""
+    mistakes = []
+    for path, value in overrides.items():
+        try:
+            check_plain([list(path), value])
+        except YamlError as error:
+            mistakes.append(Mistake(f"--{'.'.join(path)}", str(error)))
+    return mistakes
+
+
+def _wrong_dotted_paths(recipe: Recipe) -> list[Mistake]:
+    """A mistake for each dotted path that names nothing callable."""
+    paths = [
+        ("trainer.class_path", recipe.trainer.class_path),
+        *(("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs),
     ]
-    return [os.path.normpath(path) for path in found[:1]]
-
-
-def _count_values(words: list[str]) -> int:
-    return next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-
-
-def _value(values: list[str], annotation: Any) -> Any:
-    """The typed words as a value for the schema: text stays text, everything else is read as
-    YAML.
-    """
-    if not values:
-        raise ValueError("needs a value")
-    if is_list(annotation):
-        if len(values) == 1 and values[0].lstrip().startswith("["):
-            return parse_yaml(values[0])
-        return values
-    kinds = alternatives(annotation)
-    if values[0] in ("null", "~") and type(None) in kinds:
-        return None
-    return values[0] if set(kinds) <= {str, type(None)} else parse_yaml(values[0])
+    if recipe.dataset.kind == "function":
+        paths.append(("dataset.name", recipe.dataset.name))
+    checked = (check_dotted_path(key, dotted) for key, dotted in paths)
+    return [mistake for mistake in checked if mistake]

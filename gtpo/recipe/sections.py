@@ -1,12 +1,13 @@
-"""The sections of a recipe: every key with its type, default, bounds and one sentence. Nothing
-heavy is imported here.
+"""The sections of a recipe: every key with its type, default, bounds and description.
 
-The string under a field is its help. `training` also accepts every option of the installed
-`trl.GRPOConfig`.
+The string under a field is its help text. The section `training` also accepts every option of the
+installed `trl.GRPOConfig`. This file imports neither torch nor TRL.
 """
 
 import logging
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -39,16 +40,18 @@ SYSTEM_INSTRUCTION = (
     " </answer>."
 )
 
+# ---- types of values
+
 
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
 
 
-def as_list(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
 def _first_number(value: Any) -> Any:
-    """`8/12` means 8, with a warning."""
+    """The 8 of `8/12`, with a warning; any other value as it is."""
     if isinstance(value, str) and re.fullmatch(r"\s*\d+\s*(/\s*\d+\s*)+", value):
         first = value.split("/")[0].strip()
         logger.warning(
@@ -60,22 +63,22 @@ def _first_number(value: Any) -> Any:
     return value
 
 
-def _two_or_more(value: int) -> int:
+def _check_group_size(value: int) -> int:
     if value < 2:
         raise ValueError(f"{value} leaves no group to compare; use 2 or more")
     return value
 
 
-def _dotted(value: str) -> str:
+def _check_dotted_path(value: str) -> str:
     if not DOTTED_PATH.fullmatch(value):
         raise ValueError(
-            f"{value!r} is no dotted path; use one such as package.module.name or"
+            f"{value!r} is not a dotted path; use one such as package.module.name or"
             " package.module:name"
         )
     return value
 
 
-def _variable(name: str) -> str:
+def _check_variable_name(name: str) -> str:
     if not name or "=" in name or "\0" in name:
         raise ValueError(
             f"{name!r} cannot be the name of an environment variable; use one such as"
@@ -84,7 +87,7 @@ def _variable(name: str) -> str:
     return name
 
 
-def _without_nul(value: str) -> str:
+def _check_variable_value(value: str) -> str:
     if "\0" in value:
         raise ValueError(
             "the value of an environment variable cannot contain a NUL character; leave it out"
@@ -92,26 +95,41 @@ def _without_nul(value: str) -> str:
     return value
 
 
-Texts = Annotated[list[str], BeforeValidator(as_list)]
-DottedPath = Annotated[str, AfterValidator(_dotted)]
-Generations = Annotated[int, BeforeValidator(_first_number), AfterValidator(_two_or_more)]
-Trackers = Literal[
+def _boolean_as_text(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+TextList = Annotated[list[str], BeforeValidator(_as_list)]
+DottedPath = Annotated[str, AfterValidator(_check_dotted_path)]
+GroupSize = Annotated[int, BeforeValidator(_first_number), AfterValidator(_check_group_size)]
+Tracker = Literal[
     "none", "wandb", "tensorboard", "trackio", "mlflow", "comet_ml", "swanlab", "clearml", "neptune"
 ]
-EnvMap = dict[
-    Annotated[str, AfterValidator(_variable)],
-    Annotated[
-        str,
-        BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
-        AfterValidator(_without_nul),
-    ],
+VariableName = Annotated[str, AfterValidator(_check_variable_name)]
+VariableValue = Annotated[
+    str, BeforeValidator(_boolean_as_text), AfterValidator(_check_variable_value)
 ]
-# Named here, because linters read a text inside an annotation as the name of a class.
+# These types have names because linters read a string inside an annotation as a class name.
 Scheduler = grpo_options()["lr_scheduler_type"].type
 Optimizer = grpo_options()["optim"].type
 
 
+@dataclass(frozen=True)
+class SameAs:
+    """A default that is the value of another key of the same section."""
+
+    key: str
+
+    def __call__(self, section: Mapping[str, Any]) -> Any:
+        return section[self.key]
+
+
+# ---- sections
+
+
 class Section(BaseModel):
+    """A mapping whose keys are all known; values are converted where that loses nothing."""
+
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
@@ -123,91 +141,91 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and "bool" not in str(
-            cls.model_fields[info.field_name].annotation
-        ):
-            raise ValueError(f"{str(value).lower()} is no value for this key")
+    def booleans_are_not_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where pydantic would read them as 1 and 0."""
+        annotation = str(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and "bool" not in annotation:
+            raise ValueError(f"{str(value).lower()} is not a valid value for this key")
         return value
 
 
 class ModelSection(Section):
+    """The base model, its LoRA adapter and its lengths."""
+
     model_name: str
-    """Base model: a hub name, or a local folder."""
+    """The base model: a name on the hub, or a local folder."""
     adapter: str | None = None
-    """Earlier run, checkpoint or adapter folder whose LoRA weights are trained on, as a new run;
-    null for fresh ones.
+    """An earlier run, checkpoint or adapter folder. The new run trains its LoRA weights further.
+    null starts from new LoRA weights.
     """
     backend: Literal["auto", "unsloth", "transformers"] = "auto"
-    """What loads the model: auto is Unsloth where CUDA and the package are present, else
-    transformers + peft.
+    """The library that loads the model. auto uses Unsloth if it is installed and there is a CUDA
+    GPU, and transformers with peft otherwise.
     """
     max_seq_length: int = Field(5500, ge=2)
-    """Prompt and completion together, in tokens."""
-    max_prompt_length: int = Field(default_factory=lambda data: data["max_seq_length"], ge=1)
-    """An upper bound on training.max_prompt_length, in tokens; it filters nothing."""
+    """The maximum length of prompt and completion together, in tokens."""
+    max_prompt_length: int = Field(default_factory=SameAs("max_seq_length"), ge=1)
+    """An upper bound on training.max_prompt_length, in tokens. It drops no prompts by itself."""
     lora_rank: int = Field(128, ge=1)
-    """Rank of the LoRA adapter."""
-    lora_alpha: int | float = Field(default_factory=lambda data: data["lora_rank"], gt=0)
-    """LoRA scaling; the default is the rank."""
-    target_modules: Texts = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "gate_proj",
-        "up_proj",
-        "down_proj",
+    """The rank of the LoRA adapter."""
+    lora_alpha: int | float = Field(default_factory=SameAs("lora_rank"), gt=0)
+    """The scaling factor alpha of the LoRA adapter."""
+    target_modules: TextList = [
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
     ]
-    """Layers that get LoRA weights."""
+    """The layers that get LoRA weights."""
     load_in_4bit: bool = True
-    """Load the base model in 4 bits (bitsandbytes; needs a GPU)."""
+    """Load the base model in 4 bits with bitsandbytes. This needs a GPU."""
     fast_inference: Literal["auto"] | bool = "auto"
-    """Generate with vLLM (Unsloth only): auto is yes where vLLM is installed."""
+    """Generate completions with vLLM inside Unsloth. auto does so if vLLM is installed."""
     gpu_memory_utilization: float = Field(0.4, gt=0, le=1)
-    """Share of GPU memory given to vLLM."""
+    """The share of the GPU memory that vLLM may use."""
     random_seed: int = Field(3407, ge=0, lt=2**32)
-    """Seed of every random generator: adapter, data order, sampling."""
+    """The seed of every random generator: new LoRA weights, data order and sampling."""
     chat_template: str | None = None
-    """Jinja chat template, text or file, for base models that have none."""
+    """A chat template in Jinja, or a file with one, for base models that have none."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you trust its author."""
+    """Run Python code that comes with the model. Leave it off unless you trust its author."""
 
 
 class DatasetSection(Section):
+    """The problems to train on, and how a row becomes a prompt."""
+
     name: str | None = None
-    """gsm8k, hendrycks_math (alias math), or a dotted path to a function that returns rows; may be
-    left out with path.
+    """gsm8k, hendrycks_math (or math), or the dotted path of a function that returns rows. Not
+    needed with dataset.path.
     """
     path: str | None = None
-    """A local jsonl, json or parquet file, or a folder in the hub's layout, instead of the hub."""
-    subset: str | None = None
-    """One configuration of the dataset (GSM8K: main)."""
-    subsets: Texts | None = None
-    """Hendrycks MATH: which of its subsets; all seven by default."""
-    split: str = "train"
-    """Which split to train on; slices such as train[:100] work."""
-    system_instruction: str | None = SYSTEM_INSTRUCTION
-    """System message of every prompt; null for none."""
-    question_column: str | None = None
-    """Column that holds the question; by default the dataset's own (question, or problem for
-    MATH).
+    """A local jsonl, json or parquet file, or a folder in the hub's layout. It is read instead of
+    the dataset on the hub.
     """
+    subset: str | None = None
+    """One configuration of the dataset, for example main for GSM8K."""
+    subsets: TextList | None = None
+    """The subsets of Hendrycks MATH to use. null uses all seven."""
+    split: str = "train"
+    """The split to train on. Slices such as train[:100] work."""
+    system_instruction: str | None = SYSTEM_INSTRUCTION
+    """The system message of every prompt. null leaves it out."""
+    question_column: str | None = None
+    """The column with the question. null uses the dataset's own: question, or problem for MATH."""
     answer_column: str | None = None
-    """Column that holds the answer; by default the dataset's own (answer, or solution for MATH)."""
+    """The column with the answer. null uses the dataset's own: answer, or solution for MATH."""
 
     @property
     def kind(self) -> str:
-        """Which of gtpo.data's sources: gsm8k, hendrycks_math, function (a dotted path) or file."""
+        """How the rows are read: gsm8k, hendrycks_math, function (a dotted path) or file."""
         return DATASET_ALIASES.get(self.name, "function") if self.name else "file"
 
     @model_validator(mode="after")
-    def names_a_dataset(self):
+    def dataset_is_named(self):
+        """Refuse a section without a dataset, and a name that cannot be one."""
         if self.name is None and self.path is None:
             raise RecipeError(
                 "dataset",
-                "nothing to train on; set dataset.name (gsm8k, hendrycks_math, my_module.load) or"
-                " dataset.path",
+                "there is no dataset to train on; set dataset.name (gsm8k, hendrycks_math,"
+                " my_module.load) or dataset.path",
             )
         if self.kind == "function" and not DOTTED_PATH.fullmatch(self.name):
             raise RecipeError(
@@ -219,62 +237,67 @@ class DatasetSection(Section):
 
 
 class DocumentedTraining(Section):
+    """The keys of `training` that GTPO describes itself, with GTPO's defaults."""
+
     max_prompt_length: int | None = Field(None, ge=1)
-    """Longer prompts (tokens after the chat template) are dropped; half of model.max_seq_length by
-    default.
+    """The maximum prompt length in tokens, after the chat template. Problems with longer prompts
+    are dropped. null is half of model.max_seq_length, and at most model.max_prompt_length.
     """
     learning_rate: float = Field(1e-6, gt=0)
-    """Peak learning rate."""
+    """The highest learning rate, reached at the end of the warm-up."""
     warmup_ratio: float = Field(0.005, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises."""
+    """The share of the steps during which the learning rate rises from 0."""
     lr_scheduler_type: Scheduler = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """The shape of the learning rate's decay after the warm-up."""
     optimizer: Optimizer = "paged_adamw_8bit"
-    """Optimizer; the 8-bit and paged ones need a GPU."""
+    """The optimizer. Those with 4bit, 8bit, 32bit, bnb or paged in their names need a GPU."""
     adam_beta1: float = Field(0.999999, ge=0, lt=1)
-    """Adam's decay of the gradient mean."""
+    """Adam's decay rate for the running mean of the gradient."""
     adam_beta2: float = Field(0.999999, ge=0, lt=1)
-    """Adam's decay of the squared gradient."""
+    """Adam's decay rate for the running mean of the squared gradient."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled weight decay."""
+    """The weight decay, decoupled from the gradient as in AdamW."""
     max_grad_norm: float = Field(0.1, ge=0)
-    """Gradients are clipped to this norm; 0 for no clipping."""
+    """The norm to which gradients are clipped. 0 turns clipping off."""
     max_skipped_steps: int | None = Field(20, ge=0)
-    """Steps in a row that may be skipped because loss or gradients are not finite; then the run
-    stops, saved. null for no limit.
+    """How many steps in a row may be skipped because the loss or a gradient is not finite. Then the
+    run saves a checkpoint and stops. null sets no limit.
     """
-    num_generations: Generations = 8
-    """Completions per prompt, the group size G."""
+    num_generations: GroupSize = 8
+    """The number of completions per prompt: the group size G."""
     per_device_train_batch_size: int = Field(1, ge=1)
-    """Completions per device and micro-batch; raised (and said) where groups would not fit."""
+    """Completions per device and micro-batch. It is raised, with a warning, until whole groups fit
+    into a batch.
+    """
     gradient_accumulation_steps: int = Field(1, ge=1)
     """Micro-batches per optimizer step."""
     num_train_epochs: int | float = Field(1, gt=0)
-    """Passes over the problems; training.max_steps, if set, wins."""
+    """Passes over the problems. training.max_steps takes precedence if it is set."""
     num_iterations: int = Field(1, ge=1)
-    """Optimizer passes over each rollout (TRL's)."""
+    """Optimization passes over each rollout."""
     logging_steps: int | float = Field(1, gt=0)
-    """Steps between two log lines."""
+    """Steps between two log lines. A number below 1 is a share of the run."""
     save_steps: int | float = Field(500, gt=0)
-    """Steps between two checkpoints."""
-    report_to: Annotated[list[Trackers], BeforeValidator(as_list)] = ["wandb"]
-    """Trackers: wandb, tensorboard, trackio or none."""
+    """Steps between two checkpoints. A number below 1 is a share of the run."""
+    report_to: Annotated[list[Tracker], BeforeValidator(_as_list)] = ["wandb"]
+    """The experiment trackers. Without a login, wandb stays offline."""
     beta: float = Field(0.0, ge=0)
-    """Weight of a KL penalty. GTPO has none, so that no reference model is needed."""
+    """The weight of a KL penalty. GTPO uses none, so no reference model is loaded."""
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"] = (
         "grpo"
     )
-    """How token losses are averaged; grpo is the paper's 1/G and 1/|o_i| (TRL's own default is
-    dapo).
+    """How token losses are averaged. grpo is the paper's: the mean over a completion's tokens, then
+    over completions. TRL's own default is dapo.
     """
     scale_rewards: Literal["none", "group", "batch"] | bool = "none"
-    """Division of advantages by a standard deviation; the paper divides by none (TRL's own default
-    is group).
+    """Whether advantages are divided by the rewards' standard deviation. The paper does not divide.
+    TRL's own default is group.
     """
 
     @model_validator(mode="after")
-    def counts_are_counts(self):
-        least = {
+    def trl_options_are_in_range(self):
+        """Refuse values of TRL's options that TRL itself would accept, or refuse only later."""
+        lower_bounds = {
             "temperature": 1e-6,
             "steps_per_generation": 1,
             "generation_batch_size": 1,
@@ -282,24 +305,23 @@ class DocumentedTraining(Section):
             "save_total_limit": 1,
             "seed": 0,
         }
-        for name, bound in least.items():
-            if (value := self.trl_options().get(name)) is not None and value < bound:
+        given = self.trl_options()
+        for name, bound in lower_bounds.items():
+            if (value := given.get(name)) is not None and value < bound:
                 raise RecipeError(f"training.{name}", f"{value} is too small; use {bound} or more")
-        if (seed := self.trl_options().get("seed") or 0) >= 2**32:
+        if (seed := given.get("seed") or 0) >= 2**32:
             raise RecipeError("training.seed", f"{seed} is too large; use less than 2**32")
-        if (steps := self.trl_options().get("max_steps", -1)) != -1 and not 1 <= steps < 2**31:
+        if (steps := given.get("max_steps", -1)) != -1 and not 1 <= steps < 2**31:
             raise RecipeError(
                 "training.max_steps",
-                f"{steps} is no number of steps; use 1 or more, or -1 for whole epochs",
+                f"{steps} is not a number of steps; use 1 or more, or -1 for whole epochs",
             )
         return self
 
     def trl_options(self) -> dict[str, Any]:
-        """The given options that only TRL knows, by TRL's names."""
-        return {
-            name: getattr(self, name)
-            for name in self.model_fields_set - DocumentedTraining.model_fields.keys()
-        }
+        """The options that the recipe sets and that only TRL describes, by TRL's names."""
+        names = self.model_fields_set - DocumentedTraining.model_fields.keys()
+        return {name: getattr(self, name) for name in names}
 
 
 TrainingSection = create_model(
@@ -314,82 +336,95 @@ TrainingSection = create_model(
 
 
 class TrainerSection(Section):
+    """The trainer and the reward functions."""
+
     class_path: DottedPath = "gtpo.gtpo_training.UnslothGTPOTrainer"
-    """The trainer, by dotted path."""
-    reward_funcs: Annotated[list[DottedPath], BeforeValidator(as_list), Field(min_length=1)] = [
+    """The dotted path of the trainer class, a subclass of trl.GRPOTrainer."""
+    reward_funcs: Annotated[list[DottedPath], BeforeValidator(_as_list), Field(min_length=1)] = [
         "reward_math.final_reward"
     ]
-    """Reward functions, by dotted path; weights: training.reward_weights."""
+    """The dotted paths of the reward functions. training.reward_weights weights them."""
 
 
 class RewardsSection(Section):
+    """How reward functions are called, and when a run gives up on them."""
+
     isolated: bool = True
-    """Call reward functions in processes of their own, which can be killed; false: in ours, without
-    limits of time and memory.
+    """Call reward functions in separate processes, which can be stopped. false calls them in the
+    training process, without limits of time and memory.
     """
     seconds: float = Field(30.0, gt=0)
-    """Time limit for one completion; longer, and it counts as one that the function cannot
-    judge.
-    """
+    """The time limit for one completion. A completion that takes longer gets no reward."""
     memory: float | None = Field(4.0, gt=0)
-    """Memory limit of each process, in GiB; null for none."""
+    """The memory limit of each reward process, in GiB. null sets no limit."""
     workers: int = Field(1, ge=1)
-    """Processes that judge at the same time: functions beside each other, and the parts that `per`
-    makes.
+    """The number of reward processes that work at the same time. They run different functions, and
+    the parts of a rollout that rewards.per makes, in parallel.
     """
     per: Literal["rollout", "group", "completion"] = "rollout"
-    """What one call judges; group or completion shares a rollout among the workers. A function that
-    compares needs its group.
+    """What one reward call gets. group and completion spread a rollout over the workers. A function
+    that compares completions needs its whole group.
     """
     max_failures: float = Field(0.2, ge=0, le=1)
-    """Share of the last 100 completions that a function may fail on, beyond which the run stops,
-    saved; 1 for never.
+    """The share of the last 100 completions on which a function may fail. Above it the run saves a
+    checkpoint and stops. 1 never stops the run.
     """
 
     @model_validator(mode="after")
-    def workers_are_processes(self):
+    def workers_need_processes(self):
+        """Refuse several workers without processes to run them in."""
         if self.workers > 1 and not self.isolated:
             raise RecipeError(
                 "rewards.workers",
-                f"{self.workers} workers are processes of their own; leave rewards.isolated at"
-                " true",
+                f"{self.workers} workers need processes of their own; set rewards.isolated to true",
             )
         return self
 
 
 class RuntimeSection(Section):
+    """The constants of GTPO's trainers, as in gtpo/gtpo_training.py."""
+
     ent_threshold: float = Field(0.7, ge=0)
-    """The entropy filter's threshold in nats (the paper's ln 2)."""
+    """The threshold of the entropy filter, in nats. The paper uses ln 2, about 0.69."""
     ent_scale: float = Field(0.1, ge=0)
     """gamma, the weight of the entropy penalty."""
     w_raw: float = Field(2.0, ge=0)
-    """lambda on the conflict tokens of completions with a positive advantage."""
+    """lambda, the weight of conflict tokens in completions with a positive advantage."""
     pad_id: int | None = None
-    """Padding id; null for the tokenizer's. It changes no weight: the completion mask decides."""
+    """The id of the padding token. null uses the tokenizer's. It changes no token weight, because
+    the completion mask decides.
+    """
     eps: float = Field(1e-6, gt=0)
-    """The released code's log guard; only custom_trainer.released knows it."""
+    """The constant that keeps logarithms finite in the released code. Only custom_trainer.released
+    uses it.
+    """
     torch_compile_options: dict[str, bool | int | float | str] = {}
-    """Options of torch.compile on CUDA, laid over the trainer's own."""
+    """Options of torch.compile on CUDA. They override the trainer's own."""
 
 
 class EvaluationSection(Section):
+    """The held-out problems: evaluated before, during and after training."""
+
     path: str | None = None
-    """Held-out problems, like dataset.path; evaluated before and after training."""
+    """A file or folder with held-out problems, as in dataset.path. They are evaluated before and
+    after training.
+    """
     split: str | None = None
-    """Held-out split of the training dataset, for instance test."""
+    """The split with the held-out problems, for example test."""
     limit: int = Field(200, ge=1)
-    """How many held-out problems, from the first."""
+    """How many held-out problems to use, counted from the first."""
     batch_size: int = Field(32, ge=1)
-    """Completions generated at a time."""
+    """Completions generated at the same time."""
     every: int | None = Field(None, ge=1)
-    """Steps between two evaluations while training; null for none."""
+    """Steps between two evaluations during training. null evaluates only before and after."""
     samples: int = Field(1, ge=1)
     """Completions per problem."""
     temperature: float = Field(0.0, ge=0)
-    """Sampling temperature; 0 is greedy."""
+    """The sampling temperature. 0 is greedy decoding."""
 
     @model_validator(mode="after")
     def samples_differ_and_problems_are_named(self):
+        """Refuse several greedy samples, and evaluations without held-out problems."""
         if self.samples > 1 and self.temperature == 0:
             raise RecipeError(
                 "evaluation.temperature",
@@ -405,54 +440,60 @@ class EvaluationSection(Section):
 
 
 class WatchSection(Section):
+    """What a run records of its completions, and what it shows."""
+
     completions: bool = True
-    """Keep every training completion in the run directory's completions.jsonl."""
+    """Write every training completion to completions.jsonl in the run directory."""
     tokens_every: int = Field(1, ge=1)
-    """Steps between two whose completions keep their per-token lists (ids, texts, weights,
-    entropies; 25 bytes a token).
+    """Every this many steps, completions.jsonl keeps per-token lists: ids, texts, weights and
+    entropies. They take 25 bytes per token.
     """
     show_every: int | None = Field(50, ge=1)
-    """Steps between two that show a good and a bad completion on the console, from the first step
-    on; null for none.
+    """Every this many steps, the console shows a good and a bad completion, beginning with the
+    first step. null shows none.
     """
 
 
 class AlarmSection(Section):
+    """The collapse alarm: its conditions, and what it does. null turns a condition off."""
+
     action: Literal["none", "warn", "save", "stop"] = "warn"
-    """What an alarm does: warn, also save a checkpoint, or save and stop the run (exit code 3)."""
+    """What an alarm does. warn prints it, save also saves a checkpoint, and stop also ends the run
+    with exit code 3.
+    """
     window: int = Field(20, ge=1)
-    """Log lines over which metrics are averaged; an alarm needs as many."""
+    """The number of log lines over which metrics are averaged. No alarm comes before that many."""
     entropy_above: Literal["auto"] | Annotated[float, Field(ge=0)] | None = "auto"
-    """Alarm when the mean entropy (nats) is above this; auto is gtpo_runtime.ent_threshold. null
-    switches an alarm off.
+    """Alarm if the mean entropy (nats) is above this value. auto uses gtpo_runtime.ent_threshold.
+    null turns this alarm off, as it does for the alarms below.
     """
     entropy_rising: float | None = Field(0.2, ge=0)
-    """Alarm when the mean entropy rises by more than this (nats) from one window to the next."""
+    """Alarm if the mean entropy rises by more than this (nats) from one window to the next."""
     entropy_low: float | None = Field(0.1, ge=0, le=1)
-    """Alarm when the mean entropy is below this share of the initial one: the policy is nearly
-    deterministic.
+    """Alarm if the mean entropy is below this share of the initial entropy. The policy is then
+    nearly deterministic.
     """
     all_filtered: float | None = Field(0.99, ge=0, le=1)
-    """Alarm when GTPO's entropy filter switches off at least this share of the completions."""
+    """Alarm if GTPO's entropy filter drops at least this share of the completions."""
     format_falling: float | None = Field(0.25, ge=0, le=1)
-    """Alarm when the format rate is further than this below its best."""
+    """Alarm if the share of well-formed completions is more than this below its highest value."""
     no_signal: float | None = Field(0.95, ge=0, le=1)
-    """Alarm when the rewards are equal in at least this share of the groups."""
+    """Alarm if all rewards are equal in at least this share of the groups."""
     truncated: float | None = Field(0.5, ge=0, le=1)
-    """Alarm when at least this share of the completions is cut off."""
+    """Alarm if at least this share of the completions reaches the maximum length."""
     non_finite: int | None = Field(3, ge=1)
-    """Alarm when this many steps within a window have a loss or gradients that are not finite."""
+    """Alarm if the loss or a gradient is not finite in this many steps of a window."""
 
     def limits(self, ent_threshold: float) -> dict[str, float | None]:
-        """The threshold of each condition, None for those switched off; `ent_threshold` is what
-        auto means.
-        """
+        """The threshold of each condition, or None if it is off; auto becomes `ent_threshold`."""
         limits = self.model_dump(exclude={"action", "window"})
         return {name: ent_threshold if limit == "auto" else limit for name, limit in limits.items()}
 
 
 class WandbSection(Section):
+    """Weights & Biases."""
+
     project: str = "gtpo"
-    """Weights & Biases project."""
+    """The Weights & Biases project."""
     entity: str | None = None
-    """Weights & Biases user or team; null for your default."""
+    """The Weights & Biases user or team. null uses your default."""

@@ -1,5 +1,6 @@
-"""What a verb says on the terminal: log messages, above a progress bar if there is one, and
-mistakes as sentences.
+"""The terminal: log messages, how a command ended, and the results of checks.
+
+If there is a progress bar, everything is printed above it.
 """
 
 import contextlib
@@ -12,23 +13,26 @@ from typing import Any, Literal, NamedTuple
 from gtpo.system import processes
 from gtpo.system.safe_text import SafeFormatter, printable, without_secrets
 
+COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
+NAME_WIDTH = 13  # characters of a check's name in the table
 
-def print_ending(verdict: str, why: BaseException) -> None:
-    """Why a verb ends, on stderr: `error: ...`, a line for each sentence."""
-    with _above_the_bar(sys.stderr):
-        for sentence in str(why).split("\n"):
-            print(f"{verdict}: {printable(without_secrets(sentence))}", file=sys.stderr)
+
+def print_ending(label: str, reason: BaseException) -> None:
+    """Print why a command ended to stderr, one line per sentence: `error: training.beta: ...`."""
+    with _above_progress_bar(sys.stderr):
+        for sentence in str(reason).split("\n"):
+            print(f"{label}: {printable(without_secrets(sentence))}", file=sys.stderr)
 
 
 class _Console(logging.StreamHandler):
-    """Writes to stderr, above a progress bar rather than into it."""
+    """Writes log messages to stderr, above a progress bar rather than into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with _above_the_bar(self.stream):
+        with _above_progress_bar(self.stream):
             super().emit(record)
 
 
-def _above_the_bar(stream) -> contextlib.AbstractContextManager:
+def _above_progress_bar(stream) -> contextlib.AbstractContextManager:
     from tqdm import tqdm
 
     return tqdm.external_write_mode(file=stream)
@@ -36,15 +40,17 @@ def _above_the_bar(stream) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def log_to_console():
-    """Messages to stderr; they are kept for the log file too, which exists only once the run
-    directory does.
+    """Inside, log messages go to stderr.
+
+    Yields a handler that also keeps them in memory. It writes them to the run's log file once the
+    run directory exists and the handler has a target.
     """
     root = logging.getLogger()
     console = _Console()
     console.setFormatter(SafeFormatter("%(message)s"))
-    # one process speaks
+    # Only the first process prints messages. The others print errors alone.
     console.setLevel(logging.NOTSET if processes.is_first() else logging.ERROR)
-    # those lines are on the screen already
+    # The progress logger prints to stdout itself, and logs for the log file alone.
     console.addFilter(lambda record: record.name != "gtpo.runs.progress")
     early = logging.handlers.MemoryHandler(
         100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False
@@ -61,11 +67,12 @@ def log_to_console():
             early.target.close()
 
 
-COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
-WIDTH = 13  # of the names in the table
+# ---- results of checks
 
 
 class Finding(NamedTuple):
+    """The result of one check: a verdict, the name of the check, and one sentence."""
+
     verdict: Literal["ok", "warn", "fail"]
     check: str
     sentence: str
@@ -73,38 +80,33 @@ class Finding(NamedTuple):
 
 
 def finding_line(finding: Finding, *, colour: bool) -> str:
-    """A line of the table."""
+    """A finding as a line of the table that `--check` prints."""
     verdict = f"{finding.verdict:<4}"
     if colour:
         verdict = f"{COLOURS[finding.verdict]}{verdict}\x1b[0m"
-    return f"{verdict}  {finding.check:<{WIDTH}}  {_safe(finding.sentence)}"
+    return f"{verdict}  {finding.check:<{NAME_WIDTH}}  {_one_safe_line(finding.sentence)}"
 
 
 def conclusion(findings: list[Finding]) -> str:
-    """`Ready: 12 ok, 1 warning.`, or `Not ready: ...`."""
+    """`Ready: 12 ok, 1 warning.`, or `Not ready: ...` if a check failed."""
     counts = {
         verdict: sum(finding.verdict == verdict for finding in findings) for verdict in COLOURS
     }
-    told = [f"{counts['ok']} ok"] + [
-        f"{counts[verdict]} {word}{'' if counts[verdict] == 1 else 's'}"
-        for verdict, word in (("warn", "warning"), ("fail", "failure"))
-        if counts[verdict]
-    ]
-    return f"{'Not ready' if counts['fail'] else 'Ready'}: {', '.join(told)}."
+    parts = [f"{counts['ok']} ok"]
+    for verdict, noun in (("warn", "warning"), ("fail", "failure")):
+        if counts[verdict]:
+            parts.append(f"{counts[verdict]} {noun}{'' if counts[verdict] == 1 else 's'}")
+    return f"{'Not ready' if counts['fail'] else 'Ready'}: {', '.join(parts)}."
 
 
 def findings_as_json(findings: list[Finding]) -> str:
-    return json.dumps(
-        {
-            "ready": all(finding.verdict != "fail" for finding in findings),
-            "checks": [
-                {**finding._asdict(), "sentence": _safe(finding.sentence)} for finding in findings
-            ],
-        },
-        indent=2,
-        ensure_ascii=True,
-    )
+    """All findings as JSON: `ready`, and one entry of `checks` for each."""
+    checks = [
+        {**finding._asdict(), "sentence": _one_safe_line(finding.sentence)} for finding in findings
+    ]
+    ready = all(finding.verdict != "fail" for finding in findings)
+    return json.dumps({"ready": ready, "checks": checks}, indent=2, ensure_ascii=True)
 
 
-def _safe(text: str) -> str:
+def _one_safe_line(text: str) -> str:
     return printable(without_secrets(" ".join(text.split())))

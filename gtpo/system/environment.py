@@ -1,9 +1,7 @@
-"""The environment that libraries read when they are imported: what the recipe sets, and no
-telemetry.
+"""What has to be set before large libraries are imported, and how to import them faster.
 
-GTPO itself sends nothing anywhere. What libraries would send of their own accord is switched off,
-unless the caller's environment or the recipe's `env` says otherwise: HF_HUB_DISABLE_TELEMETRY "0",
-for instance.
+GTPO itself sends nothing anywhere. What libraries would send by themselves is switched off. The
+caller's environment and the recipe's `env` can switch it on again: HF_HUB_DISABLE_TELEMETRY "0".
 """
 
 import contextlib
@@ -14,11 +12,11 @@ from collections.abc import MutableMapping
 
 NO_TELEMETRY = {
     "DO_NOT_TRACK": "1",  # huggingface_hub, vllm
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # versions of libraries in each request to the hub
-    "UNSLOTH_DISABLE_STATISTICS": "1",  # a download from the hub at every start, to be counted
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # sends versions of libraries with each request to the hub
+    "UNSLOTH_DISABLE_STATISTICS": "1",  # downloads a file from the hub at every start, as a counter
     "VLLM_NO_USAGE_STATS": "1",
-    "WANDB_ERROR_REPORTING": "false",  # wandb's own crashes, to Sentry
-    # the script and the uncommitted changes beside it, of which a recipe with a token may be one
+    "WANDB_ERROR_REPORTING": "false",  # sends wandb's own crashes to Sentry
+    # Uploads the script and the uncommitted changes beside it. A recipe with a token may be one.
     "WANDB_DISABLE_CODE": "true",
 }
 
@@ -26,8 +24,9 @@ NO_TELEMETRY = {
 def set_environment(
     variables: dict[str, str], environment: MutableMapping[str, str] = os.environ
 ) -> None:
-    """Set `variables`, and what is not set yet of NO_TELEMETRY; to be called before anything heavy
-    is imported.
+    """Set `variables`, and those of NO_TELEMETRY that are not set yet.
+
+    Libraries read them when they are imported, so call this first.
     """
     environment.update(variables)
     for name, value in NO_TELEMETRY.items():
@@ -36,19 +35,21 @@ def set_environment(
 
 @contextlib.contextmanager
 def garbage_collection_off():
-    """No garbage collection inside: it would look again and again through half a million objects
-    that all stay.
+    """Switch garbage collection off inside, so that large imports take less time.
 
-    Torch, transformers and TRL are imported in 0.7 of the CPU time (docs/performance.md). Where
-    torch is imported only inside, what there is afterwards is left out of later collections too: no
-    model and no tensor can be among it.
+    An import of torch, transformers and TRL creates half a million objects that all stay, and the
+    collector would visit them again and again. Without it the imports take 0.7 of the CPU time
+    (docs/performance.md).
+
+    If torch is imported inside for the first time, all objects that exist at the end are left out
+    of later collections as well. None of them can be a model or a tensor.
     """
-    enabled, fresh = gc.isenabled(), "torch" not in sys.modules
+    was_enabled, before_torch = gc.isenabled(), "torch" not in sys.modules
     gc.disable()
     try:
         yield
     finally:
-        if fresh:
+        if before_torch:
             gc.freeze()
-        if enabled:
+        if was_enabled:
             gc.enable()

@@ -1,6 +1,4 @@
-"""The hub: a short look at a name, instead of the client's minutes of retries; and, only when
-asked, a push.
-"""
+"""The hub: a short look at a name, where the client would retry for minutes; and a push."""
 
 import contextlib
 import os
@@ -8,14 +6,16 @@ from pathlib import Path
 
 from gtpo.errors import RecipeError
 
-SECONDS = 5
+SECONDS = 5  # for one request
+OFFLINE = ("1", "true", "yes", "on")  # values of HF_HUB_OFFLINE, as huggingface_hub 1 reads it
+NOT_A_NAME = "is not a name on the hub; give one like owner/name"
 
 
 def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
-    """The files of the `kind` (model or dataset) `name`; raises RecipeError if it is neither cached
-    here nor found on the hub.
+    """The file names of a model or dataset (`kind`) in the local cache or on the hub.
 
-    `instead` says what a person without the hub can use.
+    Raises RecipeError with `key` if it is in neither place. `instead` says what a user without
+    access to the hub can use.
     """
     import httpx
     from huggingface_hub import HfApi, constants, get_token
@@ -27,31 +27,26 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
     )
     from huggingface_hub.file_download import repo_folder_name
 
-    cached = Path(
-        constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind), "snapshots"
-    )
+    gated = f"{name!r} is gated; accept its licence on the hub and set HF_TOKEN"
+    folder = repo_folder_name(repo_id=name, repo_type=kind)
+    cached = Path(constants.HF_HUB_CACHE, folder, "snapshots")
     if cached.is_dir():
         return [file.name for file in cached.glob("*/*")]
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+    if _offline():
         raise RecipeError(
             key, f"{name!r} is not in the local cache and HF_HUB_OFFLINE is set; use {instead}"
         )
+    api = HfApi()
     try:
-        info = (HfApi().model_info if kind == "model" else HfApi().dataset_info)(
-            name, timeout=SECONDS
-        )
+        info = (api.model_info if kind == "model" else api.dataset_info)(name, timeout=SECONDS)
     except GatedRepoError:
-        raise RecipeError(
-            key, f"{name!r} is gated; accept its licence on the hub and set HF_TOKEN"
-        ) from None
+        raise RecipeError(key, gated) from None
     except RepositoryNotFoundError:
         raise RecipeError(
             key, f"the hub has no {kind} {name!r} that you may see; check the name, or set HF_TOKEN"
         ) from None
     except HFValidationError:
-        raise RecipeError(
-            key, f"{name!r} is no hub name; give one like owner/name, or {instead}"
-        ) from None
+        raise RecipeError(key, f"{name!r} {NOT_A_NAME}, or {instead}") from None
     except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
         raise RecipeError(
             key,
@@ -59,38 +54,44 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
             f"({type(error).__name__}); connect to the network, or use {instead}",
         ) from None
     if info.gated and get_token() is None:
-        raise RecipeError(key, f"{name!r} is gated; accept its licence on the hub and set HF_TOKEN")
+        raise RecipeError(key, gated)
     return [file.rfilename for file in info.siblings or ()]
 
 
 def token_status(name: str) -> str:
-    """Whether there is a token for the model `name`, and whether it opens it, as a sentence that
-    does not show it.
+    """A sentence on whether a token is set and gives access to the model `name`.
+
+    It does not contain the token. Raises RecipeError if the model is gated and the token, or its
+    absence, gives no access.
     """
     import httpx
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     if os.path.isdir(name):
-        return "not needed: the model is a folder here"
-    source = "set" if get_token() else "not set, and not needed unless the model is gated"
-    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
-        return f"{source}; the hub is not asked, since HF_HUB_OFFLINE is set"
+        return "not needed: the model is a local folder"
+    has_token = bool(get_token())
+    status = "set" if has_token else "not set, and not needed unless the model is gated"
+    if _offline():
+        return f"{status}; not checked, since HF_HUB_OFFLINE is set"
     try:
         HfApi().auth_check(name)
     except GatedRepoError:
         raise RecipeError(
             "model.model_name",
-            f"{name!r} is gated, and the token is {source.partition(',')[0]}; accept its licence "
-            "on the hub and set HF_TOKEN to a token of that account",
+            f"{name!r} is gated, and the token is {'set' if has_token else 'not set'}; accept its"
+            " licence on the hub and set HF_TOKEN to a token of that account",
         ) from None
     except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
-        return f"{source}; the hub could not be asked ({type(error).__name__})"
-    return f"{source}; the hub gives {name} to it"
+        return f"{status}; not checked, since the hub did not answer ({type(error).__name__})"
+    return f"{status}; it gives access to {name}"
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload `folder` to the hub repository, made private if it is new; returns its address."""
+    """Upload `folder` to the hub repository, and return its address.
+
+    A new repository is private. Raises RecipeError if the upload fails.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -100,15 +101,15 @@ def push(folder: Path, repository: str) -> str:
             repo_id=repository,
             folder_path=folder,
             commit_message="Merged model",
-            # it names folders of this machine; the card tells the rest
+            # The recipe names folders of this machine. The model card has the rest of it.
             ignore_patterns=["recipe.yaml"],
         )
     return str(address)
 
 
 def check_push(repository: str) -> None:
-    """Raises RecipeError if nothing could be pushed to `repository`: a name that is none, no login,
-    no network.
+    """Raises RecipeError if a push to `repository` would fail: an invalid name, no login, no
+    network.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
@@ -120,15 +121,14 @@ def check_push(repository: str) -> None:
 
 @contextlib.contextmanager
 def _hub_errors(repository: str):
+    """Turn the client's errors into RecipeErrors of --push."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         yield
     except HFValidationError:
-        raise RecipeError(
-            "--push", f"{repository!r} is no hub name; give one like owner/name"
-        ) from None
+        raise RecipeError("--push", f"{repository!r} {NOT_A_NAME}") from None
     except LocalTokenNotFoundError:
         raise RecipeError(
             "--push", "there is no login to the hub; run `hf auth login`, or set HF_TOKEN"
@@ -137,3 +137,7 @@ def _hub_errors(repository: str):
         raise RecipeError(
             "--push", f"{repository} cannot be pushed to ({' '.join(str(error).split())})"
         ) from None
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "0").lower() in OFFLINE

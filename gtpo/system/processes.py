@@ -1,5 +1,7 @@
-"""The processes of one run, as torchrun and `accelerate launch` start them: how many, and which of
-them speaks.
+"""The processes of one run, as torchrun and `accelerate launch` start them.
+
+The first process prints, writes files and reports. All processes agree on which of them reports an
+error, through the store that torchrun keeps.
 """
 
 import contextlib
@@ -9,18 +11,18 @@ import os
 import time
 from datetime import timedelta
 
-# what the others' libraries read
+# Environment variables that silence the libraries of all processes but the first.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
-# seconds in which a process that failed by itself can say so before those that lost it do
+# Seconds in which a process that failed can report it, before the others report that it is lost.
 GRACE = 2.0
 
 
 class ProcessLost(Exception):
-    """Another process has ended, or does not answer. It says why, if it still can."""
+    """Another process has ended or does not answer. It reports the cause itself, if it can."""
 
 
 def count() -> int:
-    """How many processes the run has, on all machines."""
+    """The number of processes of the run, on all machines."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -30,16 +32,20 @@ def is_first() -> bool:
 
 
 def forget_others() -> int:
-    """Forget the others, which have nothing to do, and return how many processes there were."""
-    several = count()
+    """Make this process a run of one process; returns how many processes there were.
+
+    The other processes have nothing to do, and end by themselves.
+    """
+    number = count()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
-    return several
+    return number
 
 
 def connect_on_cpu(timeout: float) -> None:
-    """Meet the other processes on a CPU, and wait `timeout` seconds for each answer: transformers
-    5.17.0 waits longer there.
+    """Connect the processes of a run without accelerators; each waits `timeout` seconds at most.
+
+    transformers 5.17.0 would connect them itself, but with a longer timeout there.
     """
     import torch
 
@@ -53,9 +59,7 @@ def connect_on_cpu(timeout: float) -> None:
 
 @contextlib.contextmanager
 def only_first_prints():
-    """Inside, nothing is printed but by the first process; errors have stderr, and
-    `is_first_to_say`.
-    """
+    """Inside, only the first process writes to stdout. Errors go to stderr in every process."""
     if is_first():
         yield
         return
@@ -66,11 +70,14 @@ def only_first_prints():
 
 
 def is_first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
-    """Whether no other process has said the same, or with `if_nobody_spoke` anything; asked once,
-    just before it is said.
+    """Whether this process should print `sentence`: no other process has claimed it before.
 
-    Processes ask the store that torchrun keeps for them, which outlives each of them. Another
-    launcher's say it all, but for what `if_nobody_spoke` leaves to the first.
+    With `if_nobody_spoke`, no other process may have claimed any sentence. A call claims the
+    sentence, so call it once, just before printing.
+
+    The claims lie in the store of torchrun's agent, which outlives each process. Other launchers
+    have no such store. There every process prints, except that `if_nobody_spoke` leaves it to the
+    first.
     """
     if count() == 1:
         return True
@@ -78,20 +85,19 @@ def is_first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
         time.sleep(GRACE)
     if not _has_store():
         return is_first() or not if_nobody_spoke
+    digest = hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()
     try:
-        spoke = _store().add(_key("anything"), 1) > 1
-        said = (
-            _store().add(_key(hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()), 1)
-            > 1
-        )
-    except RuntimeError:  # the agent is gone, on a machine that is
+        anything_said = _store().add(_key("anything"), 1) > 1
+        sentence_said = _store().add(_key(digest), 1) > 1
+    except RuntimeError:  # the agent has ended, or its machine is lost
         return True
-    return not (spoke if if_nobody_spoke else said)
+    return not (anything_said if if_nobody_spoke else sentence_said)
 
 
 def wait_for_first() -> None:
-    """Let the first process end first: torchrun ends all once one of them has, and the first may
-    have something to save.
+    """Let the first process end first, if torchrun started them: it says so, and the others wait.
+
+    torchrun ends all processes once one has ended, and the first may still have something to save.
     """
     if count() == 1 or not _has_store():
         return
@@ -109,13 +115,15 @@ def _has_store() -> bool:
 
 
 def _key(name: str) -> str:
-    return f"gtpo/{os.environ.get('TORCHELASTIC_RUN_ID')}/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}/{name}"
+    run, attempt = (os.environ.get(f"TORCHELASTIC_{n}") for n in ("RUN_ID", "RESTART_COUNT"))
+    return f"gtpo/{run}/{attempt}/{name}"
 
 
 @functools.cache
 def _store():
-    """torch 2.13.0: torchrun's agent keeps it where the processes meet. Raises a RuntimeError where
-    it cannot be reached.
+    """The store of torchrun's agent, at the address where the processes connect (torch 2.13.0).
+
+    Raises RuntimeError if it cannot be reached.
     """
     from torch.distributed import TCPStore
 

@@ -1,9 +1,8 @@
-r"""Text from models, data, exceptions and command lines, made fit for a terminal, a log and a file
-that others read.
+r"""Text from models, data, exceptions and command lines, made safe for terminals, logs and files.
 
-No control character reaches a terminal: one that could move the cursor, recolour a line or hide
-text is shown instead of sent. No secret is kept: what looks like a token, and what the environment
-holds under a name like HF_TOKEN, is replaced.
+No control character reaches a terminal. A character that could move the cursor, change a colour
+or hide text is shown as its escape instead. No secret is kept. What looks like a token is replaced,
+and so is the value of any environment variable with a name like HF_TOKEN.
 """
 
 import logging
@@ -16,67 +15,74 @@ SECRET_NAME = re.compile(
     r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(_|$|\d)", re.IGNORECASE
 )
 SECRET_VALUE = re.compile(
-    r"\b(?:(?:hf_|gh[pousr]_|AKIA)[A-Za-z0-9]{16,}|(?:wandb_v\d_|github_pat_|glpat-|xox[abp]-|sk-(?=[\w-]*\d))[\w-]{16,})"
+    r"\b(?:(?:hf_|gh[pousr]_|AKIA)[A-Za-z0-9]{16,}"
+    r"|(?:wandb_v\d_|github_pat_|glpat-|xox[abp]-|sk-(?=[\w-]*\d))[\w-]{16,})"
 )
-SHORTEST = 8  # characters of a secret that is looked for by its value
+SHORTEST = 8  # characters; a shorter value of a secret variable may be an ordinary word
 HIDDEN = "[secret]"
 
-# C0 and C1 but for tab and line feed, what turns the direction of writing, and line ends that only
-# some readers know.
+# The control characters C0 and C1 without tab and line feed, those that change the direction of
+# writing, those that only some readers treat as line ends, and lone surrogates.
 _CONTROL = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff"
+    "\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    r"""`text` with each control character as its escape, `\x1b` for instance; line feeds and tabs
-    stay.
+    r"""`text` with each control character as its escape, for example `\x1b`.
+
+    Line feeds and tabs stay.
     """
-    return _CONTROL.sub(
-        lambda match: match[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text
-    )
+    return _CONTROL.sub(_escaped, text)
+
+
+def _escaped(match: re.Match) -> str:
+    return match[0].encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def without_secrets(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """`text` with what looks like a token, and the secrets that `environment` holds, replaced by
-    [secret].
+    """`text` with [secret] in place of everything that looks like a token, and of the secrets in
+    `environment`.
     """
     for secret in sorted(secrets(environment.items()), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return SECRET_VALUE.sub(HIDDEN, text)
 
 
-def secrets(pairs: Iterable[tuple[str, str]]) -> set[str]:
+def secrets(variables: Iterable[tuple[str, str]]) -> set[str]:
     """The values of the variables with secret names that are long enough to be secrets."""
     return {
         value
-        for name, value in pairs
+        for name, value in variables
         if SECRET_NAME.search(name) and len(value) >= SHORTEST and not value.isdecimal()
     }
 
 
 def is_secret(name: str, value: str) -> bool:
+    """Whether a variable has the name of a secret, or a value that looks like a token."""
     return bool(SECRET_NAME.search(name) or SECRET_VALUE.search(value))
 
 
-def hide(values: Any, found: list[str], path: str = "") -> Any:
-    """Plain `values` with [secret] for what looks like a token; the paths of those are appended to
-    `found`.
-    """
-    if isinstance(values, dict):
-        return {
-            name: hide(value, found, f"{path}.{name}".lstrip(".")) for name, value in values.items()
-        }
-    if isinstance(values, list):
-        return [hide(value, found, path) for value in values]
-    if isinstance(values, str) and SECRET_VALUE.search(values):
-        found.append(path)
-        return SECRET_VALUE.sub(HIDDEN, values)
-    return values
+def hide(values: Any) -> tuple[Any, list[str]]:
+    """Plain `values` with [secret] in place of tokens, and the dotted paths of those tokens."""
+    paths: list[str] = []
+
+    def hidden(value: Any, path: str) -> Any:
+        if isinstance(value, dict):
+            return {key: hidden(part, f"{path}.{key}".lstrip(".")) for key, part in value.items()}
+        if isinstance(value, list):
+            return [hidden(part, path) for part in value]
+        if isinstance(value, str) and SECRET_VALUE.search(value):
+            paths.append(path)
+            return SECRET_VALUE.sub(HIDDEN, value)
+        return value
+
+    return hidden(values, ""), paths
 
 
 class SafeFormatter(logging.Formatter):
-    """A log line, its traceback included, without control characters and secrets."""
+    """Formats a log line and its traceback without control characters and secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(without_secrets(super().format(record)))

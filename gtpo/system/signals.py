@@ -1,4 +1,6 @@
-"""SIGTERM and Ctrl-C: the first lets the run finish its step and save, a second Ctrl-C stops it at
+"""SIGTERM and Ctrl-C.
+
+The first signal lets the run finish its step and save a checkpoint. A second Ctrl-C stops it at
 once.
 """
 
@@ -10,41 +12,45 @@ import time
 from gtpo.system import processes
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal, as a shell reports it
-# seconds: signals that come closer than that are one request (a launcher's, and the terminal's own)
+# Signals that come within this many seconds count as one request. A launcher sends one after
+# Ctrl-C, in addition to the terminal's.
 TOGETHER = 1.0
 
 
 class Interrupted(BaseException):
-    """The run ends here because somebody asked for it; no failure, so nothing that catches failures
-    may catch it.
+    """The run ends here because a signal requested it.
+
+    This is not a failure, so it is no Exception: code that handles failures must not catch it.
     """
 
-    def __init__(self, signum: int, where: str):
-        super().__init__(where)
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
         self.exit_code = EXIT_CODES[signum]
 
 
 class Interruption:
-    """Whether somebody has asked the run to stop. `handling_signals()` is needed to notice, and works in
-    the main thread alone.
+    """Whether a signal has requested that the run stops.
+
+    Signals are noticed only inside `handling_signals()`, and only in the main thread.
     """
 
     def __init__(self):
-        self.signum: int | None = None
-        self._when = 0.0
-        self._deferred = self._over = False
+        self.signum: int | None = None  # the first signal
+        self._time = 0.0  # when it came
+        self._deferred = self._ignored = False
         self._raised: Interrupted | None = None
 
     @property
     def requested(self) -> bool:
+        """Whether a signal has come."""
         return self.signum is not None
 
     @contextlib.contextmanager
     def handling_signals(self):
-        """Inside, signals ask to stop: at once by `Interrupted`, unless `deferred`."""
+        """Inside, a signal raises `Interrupted` at once, unless `deferred()` is active."""
         try:
-            before = {signum: signal.signal(signum, self._ask) for signum in EXIT_CODES}
-        except ValueError:  # not the main thread: nobody sends it signals
+            before = {signum: signal.signal(signum, self._handle) for signum in EXIT_CODES}
+        except ValueError:  # not the main thread, which alone receives signals
             yield self
             return
         try:
@@ -55,14 +61,12 @@ class Interruption:
 
     @contextlib.contextmanager
     def deferred(self):
-        """Inside, a request is only noted: whoever is there has something to save, and looks at
-        `requested`.
-        """
+        """Inside, a signal is only noted. The code there looks at `requested` and saves first."""
         self._deferred, self._raised = True, None
         try:
             yield
-        # on its way to be told: a launcher that ends the others because of it must not overtake it
         except Exception:
+            # A launcher may react to this error with a signal, which must not replace the error.
             self.ignore_further_signals()
             raise
         finally:
@@ -70,8 +74,9 @@ class Interruption:
 
     @contextlib.contextmanager
     def unwrapped(self):
-        """Inside, an `Interrupted` of which a library makes an error of its own stays what it was:
-        lazy imports do that.
+        """Inside, an `Interrupted` that a library turned into its own error is raised as itself.
+
+        Lazy imports do that, for example.
         """
         try:
             yield
@@ -80,39 +85,41 @@ class Interruption:
                 raise
             raise self._raised from error
 
-    def raise_if_requested(self, where: str) -> None:
-        """End the run if that was asked for."""
+    def raise_if_requested(self, message: str) -> None:
+        """Raises `Interrupted` with `message` if a signal has come."""
         if self.signum is not None:
-            raise Interrupted(self.signum, where)
+            raise Interrupted(self.signum, message)
 
     def ignore_further_signals(self) -> int | None:
-        """From here on signals are not noticed: the process ends by itself. Returns the exit code
-        that the one before asks for.
+        """Ignore signals from here on, because the process is ending by itself.
+
+        Returns the exit code of a signal that came before, or None.
         """
-        self._over = True
+        self._ignored = True
         return EXIT_CODES.get(self.signum)
 
-    def _ask(self, signum, frame):
-        if self._over:
+    def _handle(self, signum, frame):
+        if self._ignored:
             return
         if self.signum is None:
-            self.signum, self._when = signum, time.monotonic()
+            self.signum, self._time = signum, time.monotonic()
             if not self._deferred:
                 self._raised = Interrupted(signum, "nothing is lost, since no step was under way")
                 raise self._raised
-            _say(
+            _print_now(
                 "Stopping: this step is finished and a checkpoint saved first. Ctrl-C again stops"
                 " at once."
             )
-        elif signum == signal.SIGINT and time.monotonic() - self._when > TOGETHER:
-            _say("Stopped at once; the last checkpoint stays as it is.")
+        elif signum == signal.SIGINT and time.monotonic() - self._time > TOGETHER:
+            _print_now("Stopped at once; the last checkpoint stays as it is.")
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
 
 
-def _say(line: str) -> None:
-    """Past Python's own streams, which a signal may have interrupted; by one process, as all get
-    the signal.
+def _print_now(line: str) -> None:
+    """Print to stderr from the first process.
+
+    It bypasses Python's own streams, because the signal may have interrupted a write to them.
     """
     if not processes.is_first():
         return

@@ -1,5 +1,6 @@
-"""Files and folders that appear whole or not at all: written aside, flushed to the disk, and then
-renamed.
+"""Files and folders that appear complete or not at all.
+
+They are written under a temporary name, flushed to the disk, and then renamed.
 """
 
 import contextlib
@@ -9,14 +10,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# in front of a name, so that its suffix still tells the format; whatever bears it may be removed
+# The beginning of a temporary name. It is a prefix because libraries read the format from the
+# suffix. Anything with such a name may be removed.
 ASIDE = ".partial-"
 
 
 @contextlib.contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """A path to write a file or a folder at; at the end it takes the place of `path`, and vanishes
-    if that fails.
+    """Yields a temporary path to write a file or a folder at; it replaces `path` at the end.
+
+    If an error is raised inside, the temporary path is removed and `path` stays as it is.
     """
     aside = path.with_name(f"{ASIDE}{os.getpid()}-{path.name}")
     remove(aside)
@@ -32,8 +35,9 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def files_written_aside(folder: Path) -> Iterator[Path]:
-    """A new folder to write files in; at the end each takes its place in `folder`, and all vanish
-    if that fails.
+    """Yields a new folder to write files in; at the end each file moves into `folder`.
+
+    If an error is raised inside, all those files are removed.
     """
     aside = folder / f"{ASIDE}files"
     remove(aside)
@@ -48,13 +52,16 @@ def files_written_aside(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path`."""
+    """Write `text` to `path`, complete or not at all."""
     with written_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
 
 
 def move_into_place(new: Path, path: Path) -> None:
-    """Rename `new`, flushed before, to `path`; what was there is gone, a folder in two steps."""
+    """Rename `new`, which is flushed already, to `path`.
+
+    An old file is replaced in one step. An old folder takes two: it is renamed, then removed.
+    """
     old = path.with_name(f"{ASIDE}old-{path.name}")
     if path.is_dir():
         remove(old)
@@ -65,7 +72,7 @@ def move_into_place(new: Path, path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Let a file, or all that a folder holds, reach the disk."""
+    """Write a file, or everything in a folder, from the system's buffers to the disk."""
     if path.is_dir():
         for inside in path.iterdir():
             flush(inside)
@@ -76,20 +83,21 @@ def flush(path: Path) -> None:
 
 
 def flush_entries(folder: Path) -> None:
-    """Let the names in a folder reach the disk, where the system can do that (POSIX)."""
+    """Write the names in a folder to the disk, where the system can do that (POSIX)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
-        except OSError:  # file systems that cannot (some network and FUSE ones)
+        except OSError:  # some network and FUSE file systems cannot do it
             pass
         finally:
             os.close(descriptor)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. A folder gets another name first: half of it is
-    never seen under its own.
+    """Remove a file or a folder, if it exists.
+
+    A folder is renamed first, so that no half-removed folder is ever seen under its own name.
     """
     if path.is_dir() and not path.is_symlink():
         gone = Path(tempfile.mkdtemp(prefix=f"{ASIDE}gone-", dir=path.parent))
@@ -100,8 +108,9 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a crash has left aside in `folder`; an old folder whose successor never came gets
-    its name back.
+    """Remove the temporary files that a crash has left in `folder`.
+
+    If a crash came between the two steps of `move_into_place`, the old folder gets its name back.
     """
     for left in folder.glob(f"{ASIDE}*"):
         name = left.name.removeprefix(f"{ASIDE}old-")
