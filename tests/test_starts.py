@@ -474,7 +474,5 @@ def test_resume_takes_a_path_or_none_and_the_recipe_of_the_run_it_names(recipe):
             command.recipe_file == str(run_dir / "recipe.yaml")
             and cli.make_recipe(command) == recipe()
         )
-    with pytest.raises(
-        RecipeError, match="--force-resume: works only with --resume"
-    ):
+    with pytest.raises(RecipeError, match="--force-resume: works only with --resume"):
         cli.read_recipe(["r.yaml", "--force-resume"])
