@@ -98,7 +98,7 @@ def train(
     from gtpo.models.saved import resolve_adapter
     from gtpo.runs.endings import explained
     from gtpo.runs.start import Request, resolve_start
-    from gtpo.runs.trackers import one_tracker_run
+    from gtpo.runs.trackers import tracker_run
 
     recipe = resolve_adapter(recipe)
     start = resolve_start(recipe, request or Request(), processes.count())
@@ -110,7 +110,7 @@ def train(
         )
         print(f"Run directory: {start.run_dir}")
     else:
-        with one_tracker_run(recipe, start), explained(recipe, start.run_dir):
+        with tracker_run(recipe, start), explained(recipe, start.run_dir):
             _train(recipe, start, early_log, interruption or Interruption())
     return start.run_dir
 
@@ -182,7 +182,7 @@ def _train(
         generate_merged(trainer)
     non_finite = skip_non_finite(trainer, recipe.training.max_skipped_steps)
     alarm = watch(trainer, recipe, run_dir)
-    trackers.let_training_go_on(trainer)
+    trackers.shield_trackers(trainer)
     model_card.describe_saves(policy.model, trainer, recipe, run_dir)
 
     imported.check_processes(trainer, held_out)
@@ -202,7 +202,7 @@ def _train(
         if non_finite.poisoned:
             raise RunStopped(non_finite.stopped_by)
         interruption.raise_if_requested(
-            f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; go on with --resume"
+            f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; continue with --resume"
         )
         state = imported.whole_state(trainer)
         if is_main:

@@ -241,7 +241,7 @@ class Soak:
                 "training.per_device_train_batch_size",
                 "model.max_seq_length",
                 "training.num_generations",
-                "go on with --resume",
+                "continue with --resume",
             )
             if (
                 code != 2

@@ -14,6 +14,7 @@ import pytest
 from conftest import ROOT
 
 from gtpo.errors import RecipeError
+from gtpo.hooks.seams import TRACKER_EVENTS
 from gtpo.models.adapters import checkpoint_folders
 from gtpo.recipe import command_line as cli
 from gtpo.runs import checkpoints, endings, trackers
@@ -200,8 +201,8 @@ def test_too_little_memory_names_the_keys_that_help(tmp_path):
         assert (
             "Lower training.per_device_train_batch_size (now 8; raise gradient_accumulation_steps"
             " by as much), model.max_seq_length (now 5500) or training.num_generations (now 8), or"
-            " set training.gradient_checkpointing to true. Everything up to checkpoint-7 is whole:"
-            " go on with --resume --force-resume" in told
+            " set training.gradient_checkpointing to true. Everything up to checkpoint-7 is saved:"
+            " continue with --resume --force-resume" in told
         )
 
 
@@ -212,11 +213,11 @@ def test_a_disk_that_cannot_be_written_to_is_told_by_its_file_whichever_library_
     full = OSError(errno.ENOSPC, "No space left on device", "/runs/completions.jsonl")
     assert (
         sentence(tmp_path, full, checkpoint=False)
-        == "/runs/completions.jsonl: cannot be written (No space left on device); make room, or let"
-        " it be written. There is no checkpoint yet: start again with --resume"
+        == "/runs/completions.jsonl: cannot be written (No space left on device); free some"
+        " space, or change the permissions. There is no checkpoint yet: start again with --resume"
     )
     read_only = OSError(errno.EROFS, "Read-only file system", "/runs/x")
-    assert "Everything up to checkpoint-7 is whole: go on with --resume" in sentence(
+    assert "Everything up to checkpoint-7 is saved: continue with --resume" in sentence(
         tmp_path, read_only
     )
     assert "No space left on device (os error 28)" in sentence(
@@ -246,7 +247,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(caplog):
     callback = type(
         "WandbCallback", (), {"__module__": "transformers.integrations.integration_utils"}
     )()
-    for event in ("on_train_begin", *trackers.EVENTS):
+    for event in TRACKER_EVENTS:
         setattr(
             callback,
             event,
@@ -258,7 +259,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(caplog):
     trainer = type(
         "Trainer", (), {"callback_handler": type("Handler", (), {"callbacks": [callback, other]})}
     )
-    trackers.let_training_go_on(trainer)
+    trackers.shield_trackers(trainer)
     with pytest.raises(OSError):
         callback.on_train_begin()
     callback.on_log()
@@ -267,7 +268,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(caplog):
     other.on_log()
     assert calls == ["on_train_begin", "on_log", "console"]
     assert [record.getMessage() for record in caplog.records] == [
-        "[GTPO] wandb fails (OSError: gone); the run goes on without it, and its own files have"
+        "[GTPO] wandb fails (OSError: gone); the run continues without it, and the run directory has"
         " everything"
     ]
 

@@ -117,7 +117,7 @@ def test_a_killed_process_ends_the_other_and_the_last_checkpoint_is_whole(killed
     (sentence,) = errors(found["first"])
     assert sentence.startswith("error: processes: another process of this run has ended")
     assert (
-        f"Everything up to checkpoint-{found['whole'].step} is whole: go on with --resume"
+        f"Everything up to checkpoint-{found['whole'].step} is saved: continue with --resume"
         in sentence
     )
     # the only traceback is torchrun's own

@@ -88,7 +88,7 @@ def test_a_finished_run_is_refused_and_told_what_would_work(recipe):
     assert (
         refusal(recipe(), Request())
         == f"run_name: the run directory {run_dir} holds a finished run of 9 steps; choose another"
-        " with --run-name, or replace it with --overwrite, or let it train on with --resume and"
+        " with --run-name, or replace it with --overwrite, or train it further with --resume and"
         " more training.max_steps"
     )
 
@@ -97,7 +97,7 @@ def test_an_unfinished_run_is_refused_with_the_step_at_which_it_stopped(recipe):
     run_dir = begin(recipe())
     checkpoint(run_dir, 4, recipe())
     assert (
-        "holds a run whose last checkpoint is that of step 4; go on with --resume, choose another"
+        "holds a run whose last checkpoint is that of step 4; continue with --resume, choose"
         in refusal(recipe(), Request())
     )
 
@@ -127,7 +127,7 @@ def test_overwriting_replaces_it_whole(recipe):
 
 def test_resuming_and_overwriting_exclude_each_other(recipe):
     assert refusal(recipe(), Request(resume="", overwrite=True)).startswith(
-        "--resume: goes on with what --overwrite would delete"
+        "--resume: needs the checkpoints that --overwrite would delete"
     )
 
 
@@ -156,7 +156,7 @@ def test_resume_takes_the_last_checkpoint_and_says_from_which_step(recipe, caplo
         False,
         None,
     )
-    assert f"Resuming from {run_dir}/checkpoint-10: goes on after step 10 of 9" in caplog.text
+    assert f"Resuming from {run_dir}/checkpoint-10, after step 10 of 9" in caplog.text
 
 
 def test_resume_without_a_run_starts_from_the_beginning_and_says_so(recipe, caplog):
@@ -247,13 +247,13 @@ def test_a_changed_recipe_is_refused_with_the_list_of_what_changed_unless_forced
     assert refusal(other, Request(resume="")).splitlines() == [
         (
             f"--resume: the recipe is not the one that {run_dir}/checkpoint-2 was trained with;"
-            " undo the changes, or go on all the same with --force-resume"
+            " undo the changes, or resume all the same with --force-resume"
         ),
         "training.temperature: not set -> 0.5",
         "gtpo_runtime.w_raw: 2.0 -> 3.0",
     ]
     start = resolve_start(other, Request(resume="", force=True))
-    assert start.use_recipe_optimizer and start.forced_changes == (
+    assert start.use_recipe_optimizer and tuple(map(str, start.forced_changes)) == (
         "training.temperature: not set -> 0.5",
         "gtpo_runtime.w_raw: 2.0 -> 3.0",
     )
@@ -270,8 +270,8 @@ def test_another_number_of_processes_cannot_take_up_a_rollout_under_way(recipe):
     run_dir = begin(recipe())
     checkpoint(run_dir, 2, recipe(), processes=2, within_rollout=True)
     assert refusal(recipe(), Request(resume="", force=True)).endswith(
-        "checkpoint-2 lies within a rollout, which is spread over 2 processes; go on with as many,"
-        " or from a checkpoint between two rollouts"
+        "checkpoint-2 lies within a rollout, which is spread over 2 processes; use as many,"
+        " or a checkpoint between two rollouts"
     )
     assert resolve_start(recipe(), Request(resume=""), processes=2).checkpoint.step == 2
 
@@ -370,7 +370,7 @@ def test_a_finished_run_with_more_steps_is_finished_no_more(recipe):
     evaluation(run_dir, "after", 9)
     more = recipe("--training.max_steps", "12")
     with runs.opened(resolve_start(more, Request(resume="")), more, None):
-        assert not any((run_dir / name).exists() for name in runs.AT_THE_END)
+        assert not any((run_dir / name).exists() for name in runs.FINAL_FILES)
         assert [path.stem for path in (run_dir / "evaluation").iterdir()] == ["step-9"]
         assert cli.read_saved(run_dir / "recipe.yaml").training.max_steps == 12
 
@@ -437,7 +437,7 @@ def test_a_resumed_run_has_the_trackers_identity_of_the_first_and_another_run_an
     tracked, seen = recipe("--training.report_to", "wandb"), []
     for request in (Request(), Request(resume=""), Request(overwrite=True)):
         start = resolve_start(tracked, request)
-        with trackers.one_tracker_run(tracked, start), runs.opened(start, tracked, None):
+        with trackers.tracker_run(tracked, start), runs.opened(start, tracked, None):
             seen.append(
                 (
                     os.environ["WANDB_RUN_ID"],

@@ -505,7 +505,7 @@ def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypa
     assert train_model.main(flags) == 143
     folder = run_dir(here)
     assert (
-        f"interrupted: checkpoint-2 is saved in {folder.relative_to(here)}; go on with --resume"
+        f"interrupted: checkpoint-2 is saved in {folder.relative_to(here)}; continue with --resume"
         in capsys.readouterr().err
     )
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"] and not (
@@ -514,7 +514,7 @@ def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypa
     (first,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     sessions = [wandb_records(first)]  # written to its end
     assert train_model.main([*flags, "--resume"]) == 0
-    assert "goes on after step 2 of 4" in (folder / "train.log").read_text()
+    assert "after step 2 of 4" in (folder / "train.log").read_text()
     (second,) = [file for file in folder.glob("wandb/offline-run-*/run-*.wandb") if file != first]
     sessions.append(wandb_records(second))
     lines = [

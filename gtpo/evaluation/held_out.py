@@ -11,10 +11,11 @@ from gtpo.evaluation.file import EvaluationFile, make_header
 from gtpo.evaluation.scores import Scores, means
 from gtpo.models.generation import Sampling, policy_sampler
 from gtpo.recipe import Recipe
+from gtpo.system.console import LOG_FILE_ONLY
 from gtpo.system.signals import Interrupted, Interruption
 
-# what it says is on the screen already, and goes to the log file
-logger = logging.getLogger("gtpo.runs.progress")
+# Its lines are on the terminal already.
+logger = logging.getLogger(LOG_FILE_ONLY)
 
 METRICS = {
     "accuracy": "accuracy",

@@ -1,8 +1,8 @@
-"""A run's checkpoints on disk: which are whole, which is the last of them, and which may go.
+"""A run's checkpoints on disk: which are whole, which is the last one, and which may be removed.
 
-A checkpoint is written in a folder aside and sealed: its last file is a manifest with the size and
-digest of every other. Only then does it get its name. So a crash leaves none half-written, and one
-that was damaged later is found out.
+A checkpoint is written in a folder aside. The last file in it is a manifest with the size and the
+digest of every other file. Only then does the folder get its name. So a crash leaves no incomplete
+checkpoint, and damage that happens later is detected.
 """
 
 import hashlib
@@ -23,8 +23,10 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint, and what its manifest tells: step, max_steps, processes, recipe,
-    versions, files.
+    """A whole checkpoint and its manifest.
+
+    The manifest holds `step`, `max_steps`, `recipe`, `processes`, `within_rollout`, `completions`
+    (bytes of completions.jsonl) and `files` (name -> size and digest).
     """
 
     folder: Path
@@ -32,36 +34,36 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
+        """The number of optimizer steps that the run had taken."""
         return self.manifest["step"]
 
 
-def publish(written: Path, folder: Path, **told: Any) -> None:
-    """Seal the checkpoint that was written at `written` and let it appear as `folder`."""
+def publish(written: Path, folder: Path, **manifest: Any) -> None:
+    """Writes the manifest of the checkpoint at `written`, and renames it to `folder`."""
     files = {
         str(file.relative_to(written)): [file.stat().st_size, _digest(file)]
         for file in sorted(written.rglob("*"))
         if file.is_file()
     }
-    flush(written)  # all that the manifest vouches for, before there is one
-    (written / MANIFEST).write_text(
-        json.dumps({**told, "files": files}, indent=1) + "\n", encoding="utf-8"
-    )
+    flush(written)  # all files that the manifest lists, before the manifest exists
+    text = json.dumps({**manifest, "files": files}, indent=1) + "\n"
+    (written / MANIFEST).write_text(text, encoding="utf-8")
     flush(written)
     move_into_place(written, folder)
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`; raises RecipeError with what is wrong with it."""
+    """The checkpoint in `folder`; raises RecipeError if a file is missing or damaged."""
     try:
-        told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        step, files = int(told["step"]), dict(told["files"])
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        step, files = int(manifest["step"]), dict(manifest["files"])
     except FileNotFoundError:
         if not folder.is_dir():
             raise RecipeError(
                 folder, "there is no such folder; give a checkpoint, or a run directory"
             ) from None
         raise RecipeError(
-            folder, f"it has no {MANIFEST}, so it was not written to its end, or by another program"
+            folder, f"it has no {MANIFEST}, so it is incomplete, or another program wrote it"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
@@ -75,45 +77,49 @@ def read(folder: Path) -> Checkpoint:
             raise RecipeError(folder, f"{name} has {file.stat().st_size} bytes instead of {size}")
         if _digest(file) != digest:
             raise RecipeError(folder, f"the content of {name} has changed")
-    return Checkpoint(folder, {**told, "step": step})
+    return Checkpoint(folder, {**manifest, "step": step})
 
 
 def last_whole(run_dir: Path) -> Checkpoint | None:
-    """The last checkpoint that is whole; says which damaged ones it skips. None where the run has
-    none at all.
+    """The last checkpoint of a run that is whole; None if the run has no checkpoint.
 
-    Raises RecipeError where all are damaged.
+    Logs a warning for each damaged checkpoint after it. Raises RecipeError if all are damaged.
     """
-    problems = []
+    errors = []
     for folder in reversed(checkpoint_folders(run_dir)):
         try:
             checkpoint = read(folder)
         except RecipeError as error:
-            problems.append(error)
+            errors.append(error)
             continue
-        for problem in problems:
-            logger.warning("[GTPO] Skipped, damaged: %s", problem)
+        for error in errors:
+            logger.warning("[GTPO] Skipped, damaged: %s", error)
         return checkpoint
-    if problems:
+    if errors:
+        sentence = errors[0].mistakes[0].sentence
         raise RecipeError(
-            problems[0].key,
-            f"{problems[0].mistakes[0].sentence}; no checkpoint of this run is whole: start again"
-            " with --overwrite",
+            errors[0].key,
+            f"{sentence}; no checkpoint of this run is whole: start again with --overwrite",
         )
     return None
 
 
 def rotate(run_dir: Path, limit: int | None, best: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, but never the last, nor that of step `best`."""
-    found = checkpoint_folders(run_dir)
-    removable = [folder for folder in found[:-1] if checkpoint_step(folder) != best]
-    for folder in removable[: max(len(found) - limit, 0) if limit else 0]:
+    """Removes the oldest checkpoints beyond `limit`, but not the last and not that of step `best`.
+
+    None for `limit` removes nothing.
+    """
+    folders = checkpoint_folders(run_dir)
+    removable = [folder for folder in folders[:-1] if checkpoint_step(folder) != best]
+    surplus = max(len(folders) - limit, 0) if limit else 0
+    for folder in removable[:surplus]:
         remove(folder)
 
 
 def best_step(run_dir: Path, history: list[dict[str, Any]]) -> int | None:
-    """The step whose checkpoint did best on the held-out problems, the later of equals; None
-    without an evaluation.
+    """The step of the checkpoint with the best held-out accuracy in `history`, the later if equal.
+
+    None if no checkpoint was evaluated.
     """
     steps = {checkpoint_step(folder) for folder in checkpoint_folders(run_dir)}
     scores = [

@@ -1,4 +1,4 @@
-"""A run's directory: whose it is, and what it holds."""
+"""A run's directory: opened for one process, described, and rewound to a checkpoint."""
 
 import contextlib
 import importlib.metadata
@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import gtpo
@@ -17,7 +18,7 @@ from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import Recipe
 from gtpo.recipe.yaml_text import write_yaml
 from gtpo.runs.start import Start, check_still_free, locked
-from gtpo.runs.trackers import keep_identity
+from gtpo.runs.trackers import save_run_id
 from gtpo.system.safe_text import SafeFormatter
 from gtpo.system.whole_files import (
     move_into_place,
@@ -29,31 +30,25 @@ from gtpo.system.whole_files import (
 
 logger = logging.getLogger(__name__)
 
+# The packages whose versions a run writes down.
 LIBRARIES = (
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "datasets",
-    "accelerate",
-    "unsloth",
-    "unsloth_zoo",
-    "bitsandbytes",
-    "vllm",
-    "math-verify",
-    "wandb",
-)
-ABANDONED = "abandoned"
-# first what says that it is finished
-AT_THE_END = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors")
+    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "unsloth", "unsloth_zoo",
+    "bitsandbytes", "vllm", "math-verify", "wandb",
+)  # fmt: skip
+ABANDONED = "abandoned"  # the folder for what later checkpoints had seen
+# The files that only a finished run has. The first says that the run is finished.
+FINAL_FILES = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors")
 
 
 @contextlib.contextmanager
-def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandler | None):
-    """Inside, the run directory is this process's: with the resolved recipe, the versions and the
-    log, begun with `early_log`.
+def opened(
+    start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandler | None
+) -> Iterator[None]:
+    """Inside, the run directory belongs to this process, and messages go to train.log.
 
-    Raises RecipeError if another process trains in it.
+    The directory is emptied or rewound as `start` says, and recipe.yaml and versions.json are
+    written. `early_log` holds the messages since the program began; they come first in train.log.
+    Raises RecipeError if another process trains in the directory.
     """
     run_dir = start.run_dir
     if start.overwrites and run_dir.is_dir():
@@ -64,12 +59,12 @@ def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandl
         check_still_free(start)
         rewind(start)
         _describe(run_dir, recipe)
-        log = _Log(run_dir / "train.log", encoding="utf-8")
+        log = _LogFile(run_dir / "train.log", encoding="utf-8")
         log.setFormatter(SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         if early_log is not None:
             early_log.setTarget(log)
             early_log.flush()
-            early_log.flushLevel = logging.DEBUG  # from now on, at once
+            early_log.flushLevel = logging.DEBUG  # from now on every message at once
             yield
             return
         logging.getLogger().addHandler(log)
@@ -80,9 +75,10 @@ def opened(start: Start, recipe: Recipe, early_log: logging.handlers.MemoryHandl
             log.close()
 
 
-class _Log(logging.FileHandler):
-    """The log file; on a full disk it misses lines, and says nothing of that: what fills the disk
-    has an error of its own.
+class _LogFile(logging.FileHandler):
+    """A log file that loses lines on a full disk, without an error of its own.
+
+    Whatever else cannot be written there raises an error that names the disk.
     """
 
     def handleError(self, record: logging.LogRecord) -> None:
@@ -95,18 +91,20 @@ class _Log(logging.FileHandler):
 
 
 def _describe(run_dir: Path, recipe: Recipe) -> None:
-    values, hidden = recipe.saved()
-    if hidden:
-        logger.info("[GTPO] Not saved with the recipe: %s", ", ".join(hidden))
+    """Writes the recipe, the versions, and the identity of the run for trackers."""
+    values, secret_keys = recipe.saved()
+    if secret_keys:
+        logger.info("[GTPO] Not saved with the recipe: %s", ", ".join(secret_keys))
     with written_aside(run_dir / "recipe.yaml") as aside, aside.open("w", encoding="utf-8") as file:
         write_yaml(values, file)
     write_whole(run_dir / "versions.json", json.dumps(versions(), indent=2) + "\n")
-    keep_identity(run_dir)
+    save_run_id(run_dir)
 
 
 def versions() -> dict[str, str]:
-    """Our version and commit, the libraries', Python and the platform; `not installed` where a
-    library is missing.
+    """The versions of GTPO, its commit, the libraries, Python and the platform.
+
+    The version of a library that is missing is "not installed".
     """
     found = {"gtpo": gtpo.__version__, "commit": _commit()}
     for library in LIBRARIES:
@@ -131,40 +129,44 @@ def _commit() -> str:
     return git.stdout.strip() or "unknown"
 
 
-# ---- going back to a checkpoint
+# ---- rewind to a checkpoint
 
 
 def rewind(start: Start) -> None:
-    """Take out of the run directory what came after `start`: steps that will be repeated.
+    """Removes from the run directory what came after the checkpoint of `start`.
 
-    What whole checkpoints later than that have seen is no accident: it goes to the folder
-    `abandoned`. Of another run's checkpoint, its part of that run's completions and evaluations is
-    copied first.
+    The run repeats those steps. If there are later checkpoints, nothing they had seen is deleted:
+    it goes into the folder `abandoned`. If the checkpoint is another run's, that run's completions
+    and evaluations up to it are copied first.
     """
-    run_dir, step = start.run_dir, start.checkpoint.step if start.checkpoint else 0
-    size = start.checkpoint.manifest.get("completions", 0) if start.checkpoint else 0
+    run_dir, checkpoint = start.run_dir, start.checkpoint
+    step = checkpoint.step if checkpoint else 0
+    size = checkpoint.manifest.get("completions", 0) if checkpoint else 0
     remove_leftovers(run_dir)
     if start.from_another_run:
-        _copy(start.checkpoint.folder.parent, run_dir, size, step)
-    for name in AT_THE_END:
+        _copy_records(checkpoint.folder.parent, run_dir, size, step)
+    for name in FINAL_FILES:
         remove(run_dir / name)
     later = [folder for folder in checkpoint_folders(run_dir) if checkpoint_step(folder) > step]
-    keep = run_dir / ABANDONED if later else None
+    abandoned = run_dir / ABANDONED if later else None
     for folder in later:
         logger.warning(
-            "[GTPO] %s is set aside in %s: the run goes on from an earlier step", folder.name, keep
+            "[GTPO] %s is moved to %s: the run continues from an earlier step",
+            folder.name,
+            abandoned,
         )
-        _set_aside(folder, keep)
-    _cut(run_dir / "completions.jsonl", size, keep)
+        _move_or_remove(folder, abandoned)
+    _truncate(run_dir / "completions.jsonl", size, abandoned)
     for file in sorted((run_dir / "evaluation").glob("*.jsonl")):
-        seen = _evaluated_step(file)
-        if file.stem == "after" and seen == step and start.adds_steps:
+        evaluated_step = _evaluated_step(file)
+        if file.stem == "after" and evaluated_step == step and start.adds_steps:
             move_into_place(file, file.with_stem(f"step-{step}"))
-        elif seen is None or seen > step or start.discards_evaluations:
-            _set_aside(file, keep and keep / "evaluation")
+        elif evaluated_step is None or evaluated_step > step or start.discards_evaluations:
+            _move_or_remove(file, abandoned and abandoned / "evaluation")
 
 
-def _copy(earlier: Path, run_dir: Path, size: int, step: int) -> None:
+def _copy_records(earlier: Path, run_dir: Path, size: int, step: int) -> None:
+    """Copies the first `size` bytes of a run's completions, and its evaluations up to `step`."""
     completions = earlier / "completions.jsonl"
     if completions.is_file():
         with (
@@ -181,34 +183,31 @@ def _copy(earlier: Path, run_dir: Path, size: int, step: int) -> None:
                 shutil.copyfile(file, aside)
 
 
-def _cut(file: Path, size: int, keep: Path | None) -> None:
-    """Shorten the completions file to `size` bytes; the rest goes to the folder `keep`, if there is
-    one.
-    """
-    there = file.stat().st_size if file.is_file() else 0
-    if there < size:
-        logger.warning(
-            "[GTPO] %s has lost completions: %d bytes of %d are there", file, there, size
-        )
-    if there <= size:
+def _truncate(file: Path, size: int, abandoned: Path | None) -> None:
+    """Cuts the completions file at `size` bytes; moves the rest to `abandoned`, if there is one."""
+    present = file.stat().st_size if file.is_file() else 0
+    if present < size:
+        logger.warning("[GTPO] %s has lost completions: it has %d of %d bytes", file, present, size)
+    if present <= size:
         return
-    if keep:
-        with file.open("rb") as source, (keep / file.name).open("ab") as target:
+    if abandoned:
+        with file.open("rb") as source, (abandoned / file.name).open("ab") as target:
             source.seek(size)
             shutil.copyfileobj(source, target)
     os.truncate(file, size)
 
 
-def _set_aside(path: Path, keep: Path | None) -> None:
-    if keep:
-        keep.mkdir(parents=True, exist_ok=True)
-        move_into_place(path, keep / path.name)
+def _move_or_remove(path: Path, folder: Path | None) -> None:
+    """Moves a file or a folder into `folder`; removes it if that is None."""
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        move_into_place(path, folder / path.name)
     else:
         remove(path)
 
 
 def _evaluated_step(file: Path) -> int | None:
-    """The step at which the policy was evaluated; None where the file does not say."""
+    """The step after which an evaluation was made; None if its header does not say."""
     with (
         contextlib.suppress(OSError, ValueError, KeyError, TypeError),
         file.open(encoding="utf-8") as lines,

@@ -13,9 +13,10 @@ from trl import GRPOTrainer
 from gtpo.hooks.alarm import Alarm
 from gtpo.hooks.recorder import Recorder
 from gtpo.recipe import Recipe
+from gtpo.system.console import LOG_FILE_ONLY
 from gtpo.system.safe_text import printable
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(LOG_FILE_ONLY)
 
 # label, its metrics (the first that is logged), format, width, meaning; what a trainer does not log
 # is left out

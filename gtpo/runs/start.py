@@ -1,5 +1,6 @@
-"""Where a run starts: in a new directory, in the place of an old one, or from a checkpoint; and
-what stands against it.
+"""How a run starts: in a new directory, over an old one, or from a checkpoint.
+
+`resolve_start` decides it before anything is written, and refuses what would lose work.
 """
 
 import contextlib
@@ -13,17 +14,17 @@ from pathlib import Path
 from gtpo.errors import Mistake, RecipeError
 from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import Recipe
-from gtpo.recipe.differences import MAY_GROW, recipe_differences
+from gtpo.recipe.differences import MAY_GROW, Difference, recipe_differences
 from gtpo.runs import checkpoints
 from gtpo.runs.checkpoints import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-
-LOCK = ".lock"  # held as long as a process trains in a run directory; as a file it means nothing
-# of transformers itself, FSDP and DeepSpeed
-OPTIMIZER = ("optimizer.pt", "optimizer.bin", "global_step")
-EVALUATED = (
+LOCK = ".lock"  # locked while a process trains in the run directory; the file alone means nothing
+# The optimizer's files as transformers, FSDP and DeepSpeed name them.
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "global_step")
+# Keys whose values decide what a held-out evaluation measures.
+EVALUATION_KEYS = (
     "evaluation.",
     "dataset.",
     "model.",
@@ -34,42 +35,11 @@ EVALUATED = (
 
 
 @dataclass(frozen=True)
-class Start:
-    """How a run begins. Without a checkpoint it begins with its first step."""
-
-    run_dir: Path
-    checkpoint: Checkpoint | None = None
-    overwrites: bool = False  # what the run directory holds goes, with --overwrite
-    finished_steps: int | None = None  # there is nothing left to do after that many steps
-    restarts: bool = False  # resumed without a checkpoint
-    forced_changes: tuple[str, ...] = ()  # what of the recipe was forced
-    adds_steps: bool = False
-
-    @property
-    def from_another_run(self) -> bool:
-        """Whether the checkpoint is another run's, which stays as it is."""
-        return (
-            self.checkpoint is not None
-            and self.checkpoint.folder.parent.resolve() != self.run_dir.resolve()
-        )
-
-    @property
-    def use_recipe_optimizer(self) -> bool:
-        """Whether optimizer and schedule are to be the recipe's, since the checkpoint's were
-        others.
-        """
-        return bool(self.forced_changes) or self.adds_steps
-
-    @property
-    def discards_evaluations(self) -> bool:
-        """Whether earlier evaluations do not compare with those to come."""
-        return any(change.startswith(EVALUATED) for change in self.forced_changes)
-
-
-@dataclass(frozen=True)
 class Request:
-    """What the command line says of it; `resume` is "" where no checkpoint is named, None where
-    nothing is resumed.
+    """What the command line asks for: `--resume`, `--force-resume` and `--overwrite`.
+
+    `resume` is None without the flag, "" without a path, and else the path of a checkpoint or of a
+    run directory.
     """
 
     resume: str | None = None
@@ -77,111 +47,135 @@ class Request:
     overwrite: bool = False
 
 
+@dataclass(frozen=True)
+class Start:
+    """How a run starts. Without a checkpoint it starts with its first step."""
+
+    run_dir: Path
+    checkpoint: Checkpoint | None = None
+    overwrites: bool = False  # the contents of the run directory are deleted first
+    finished_steps: int | None = None  # the steps of a run that is finished and has no more to do
+    restarts: bool = False  # --resume found no checkpoint, so the run starts again
+    forced_changes: tuple[Difference, ...] = ()  # differences that --force-resume accepted
+    adds_steps: bool = False  # the run becomes longer than the checkpoint's recipe said
+
+    @property
+    def from_another_run(self) -> bool:
+        """Whether the checkpoint is in another run's directory, which must not change."""
+        return (
+            self.checkpoint is not None
+            and self.checkpoint.folder.parent.resolve() != self.run_dir.resolve()
+        )
+
+    @property
+    def use_recipe_optimizer(self) -> bool:
+        """Whether the recipe's optimizer settings and schedule replace the checkpoint's."""
+        return bool(self.forced_changes) or self.adds_steps
+
+    @property
+    def discards_evaluations(self) -> bool:
+        """Whether a forced change makes earlier evaluations incomparable with later ones."""
+        return any(change.key.startswith(EVALUATION_KEYS) for change in self.forced_changes)
+
+
 def resolve_start(recipe: Recipe, request: Request, processes: int = 1) -> Start:
-    """How the run of `recipe` starts, said where it resumes; nothing is written. Raises RecipeError
-    for what stands against it.
+    """How the run of `recipe` starts, if it has `processes` processes. Writes nothing.
+
+    Logs from which step a run resumes, and which keys of its recipe changed. Raises RecipeError if
+    the run directory cannot be used, and if the checkpoint cannot be resumed from.
     """
     run_dir = Path(recipe.output_dir())
     if request.resume is not None and request.overwrite:
         raise RecipeError(
-            "--resume", "goes on with what --overwrite would delete; give one of them"
+            "--resume", "needs the checkpoints that --overwrite would delete; give one of them"
         )
     _check_writable(run_dir)
+    if request.resume is None:
+        return _new_start(run_dir, request)
     if request.resume:
-        checkpoint = _named(Path(request.resume))
-        start = Start(run_dir, checkpoint)
+        start = Start(run_dir, _requested_checkpoint(Path(request.resume)))
         if start.from_another_run:
             _check_free(run_dir, request)
-    elif request.resume is None:
-        _check_free(run_dir, request)
-        if not request.overwrite and (run_dir / "recipe.yaml").is_file():
-            logger.info(
-                "[GTPO] %s holds a run that stopped before its first step; it starts again", run_dir
-            )
-        return Start(run_dir, overwrites=request.overwrite)
     else:
-        checkpoint = checkpoints.last_whole(run_dir)
-        start = Start(run_dir, checkpoint)
-    if checkpoint is None:
+        start = Start(run_dir, checkpoints.last_whole(run_dir))
+    if start.checkpoint is None:
         logger.info(
             "[GTPO] --resume: %s has no checkpoint yet, so the run starts from the beginning",
             run_dir,
         )
         return replace(start, restarts=True)
-    return _resumed(start, recipe, request, processes)
+    return _resumed_start(start, recipe, request, processes)
 
 
-def _resumed(start: Start, recipe: Recipe, request: Request, processes: int) -> Start:
-    checkpoint, told = start.checkpoint, start.checkpoint.manifest
-    if not any(name.startswith(OPTIMIZER) for name in told["files"]):
+def within_rollout_error(checkpoint: Checkpoint) -> RecipeError:
+    """The error if other processes than those of `checkpoint` would continue its rollout."""
+    processes = checkpoint.manifest["processes"]
+    return RecipeError(
+        "--resume",
+        f"{checkpoint.folder} lies within a rollout, which is spread over {processes}"
+        f" process{'' if processes == 1 else 'es'}; use as many, or a checkpoint between two"
+        " rollouts",
+    )
+
+
+def _new_start(run_dir: Path, request: Request) -> Start:
+    """A start without --resume; raises RecipeError if the run directory holds a run."""
+    _check_free(run_dir, request)
+    if not request.overwrite and (run_dir / "recipe.yaml").is_file():
+        logger.info(
+            "[GTPO] %s holds a run that stopped before its first step; it starts again", run_dir
+        )
+    return Start(run_dir, overwrites=request.overwrite)
+
+
+def _resumed_start(start: Start, recipe: Recipe, request: Request, processes: int) -> Start:
+    """`start` compared with the recipe of its checkpoint; raises RecipeError if they differ."""
+    checkpoint, manifest = start.checkpoint, start.checkpoint.manifest
+    if not any(name.startswith(OPTIMIZER_FILES) for name in manifest["files"]):
         raise RecipeError(
             checkpoint.folder,
             "holds the adapter alone (training.save_only_model); start a new run with "
             f"--model.adapter {checkpoint.folder}",
         )
-    if told.get("processes", processes) != processes and told.get("within_rollout"):
+    if manifest.get("processes", processes) != processes and manifest.get("within_rollout"):
         raise within_rollout_error(checkpoint)
-    matter, harmless = recipe_differences(told["recipe"], recipe, (told["processes"], processes))
-    if matter and not request.force:
-        raise RecipeError.of(
-            [
-                Mistake(
-                    "--resume",
-                    f"the recipe is not the one that {checkpoint.folder} was trained with; undo the"
-                    " changes, or go on all the same with --force-resume",
-                ),
-                *(Mistake("", str(difference)) for difference in matter),
-            ]
-        )
-    finished = held(start.run_dir).finished
-    more = any(difference.key in MAY_GROW for difference in harmless)
-    if (
-        finished is not None
-        and not matter
-        and not more
-        and not start.from_another_run
-        and checkpoint.step == finished
-    ):
+    changes, harmless_changes = recipe_differences(
+        manifest["recipe"], recipe, (manifest["processes"], processes)
+    )
+    if changes and not request.force:
+        raise _changed_recipe_error(checkpoint, changes)
+    adds_steps = any(change.key in MAY_GROW for change in harmless_changes)
+    finished = run_state(start.run_dir).finished_steps
+    is_finished = finished is not None and checkpoint.step == finished
+    if is_finished and not changes and not adds_steps and not start.from_another_run:
         return replace(start, finished_steps=finished)
     logger.info(
-        "[GTPO] Resuming from %s: goes on after step %d of %d",
+        "[GTPO] Resuming from %s, after step %d of %d",
         checkpoint.folder,
         checkpoint.step,
-        told["max_steps"],
+        manifest["max_steps"],
     )
-    for difference in matter:
-        logger.warning("[GTPO] Changed, and forced: %s", difference)
-    for difference in harmless:
-        logger.info(
-            "[GTPO] Changed: %s%s",
-            difference,
-            (
-                "; from here on the learning rate is that of a run of so many steps"
-                if difference.key in MAY_GROW
-                else ""
-            ),
-        )
-    return replace(start, forced_changes=tuple(map(str, matter)), adds_steps=more)
+    for change in changes:
+        logger.warning("[GTPO] Changed, and forced: %s", change)
+    for change in harmless_changes:
+        note = "; from now on the learning rate follows the schedule of the longer run"
+        logger.info("[GTPO] Changed: %s%s", change, note if change.key in MAY_GROW else "")
+    return replace(start, forced_changes=tuple(changes), adds_steps=adds_steps)
 
 
-def within_rollout_error(checkpoint: Checkpoint) -> RecipeError:
-    """The error of a checkpoint within a rollout that other processes than its own would go on
-    from.
-    """
-    processes = checkpoint.manifest["processes"]
-    return RecipeError(
+def _changed_recipe_error(checkpoint: Checkpoint, changes: list[Difference]) -> RecipeError:
+    summary = Mistake(
         "--resume",
-        f"{checkpoint.folder} lies within a rollout, which is spread over {processes}"
-        f" process{'' if processes == 1 else 'es'}; go on with as many, or from a"
-        " checkpoint between two rollouts",
+        f"the recipe is not the one that {checkpoint.folder} was trained with; undo the changes, or"
+        " resume all the same with --force-resume",
     )
+    return RecipeError.of([summary, *(Mistake("", str(change)) for change in changes)])
 
 
-def _named(path: Path) -> Checkpoint:
-    """The checkpoint that --resume PATH names: itself, or the last whole one of a run directory."""
-    if not (path / checkpoints.MANIFEST).is_file() and (
-        checkpoint_folders(path) if path.is_dir() else []
-    ):
+def _requested_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at the path of --resume, or the last whole one of a run directory."""
+    is_run_dir = path.is_dir() and bool(checkpoint_folders(path))
+    if is_run_dir and not (path / checkpoints.MANIFEST).is_file():
         return checkpoints.last_whole(path)
     try:
         return checkpoints.read(path)
@@ -195,79 +189,79 @@ def _named(path: Path) -> Checkpoint:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a run directory holds of a run."""
+class RunState:
+    """How far the run in a directory has come."""
 
-    finished: int | None = None  # steps
-    stopped: int | None = None  # the last checkpoint's step
-    began: bool = False  # something was trained
+    finished_steps: int | None = None  # None unless the run is finished
+    last_checkpoint_step: int | None = None
+    has_trained: bool = False
 
 
-def held(run_dir: Path) -> Held:
-    """What is in a run directory, by a look at names and one file; a run that is under way looks
-    like a stopped one.
+def run_state(run_dir: Path) -> RunState:
+    """How far a run has come, by names of files and by trainer_state.json.
+
+    A run that is still training looks like one that stopped.
     """
-    saved = checkpoint_folders(run_dir)
+    folders = checkpoint_folders(run_dir)
     try:
-        # written last
+        # The last file that a run writes.
         state = json.loads((run_dir / "trainer_state.json").read_text(encoding="utf-8"))
-        steps, of = int(state["global_step"]), int(state["max_steps"])
+        steps, max_steps = int(state["global_step"]), int(state["max_steps"])
     except (OSError, ValueError, KeyError, TypeError):
-        steps, of = 0, 1
+        steps, max_steps = 0, 1
     completions = run_dir / "completions.jsonl"
-    return Held(
-        steps if steps >= of else None,
-        checkpoint_step(saved[-1]) if saved else None,
-        bool(saved) or completions.is_file() and completions.stat().st_size > 0,
+    return RunState(
+        finished_steps=steps if steps >= max_steps else None,
+        last_checkpoint_step=checkpoint_step(folders[-1]) if folders else None,
+        has_trained=bool(folders) or completions.is_file() and completions.stat().st_size > 0,
     )
+
+
+def check_still_free(start: Start) -> None:
+    """Raises RecipeError if another run has used the directory since `resolve_start`."""
+    # TRL makes the folder beforehand; only a run has a recipe in it.
+    is_run_dir = (start.run_dir / "recipe.yaml").is_file()
+    needs_free = (start.checkpoint is None or start.from_another_run) and not start.restarts
+    if is_run_dir and needs_free:
+        _check_free(start.run_dir, Request())
 
 
 def _check_free(run_dir: Path, request: Request) -> None:
     """Raises RecipeError if the run directory holds something that must not be lost."""
     if not run_dir.is_dir() or not any(path.name != LOCK for path in run_dir.iterdir()):
         return
-    ours = (run_dir / "recipe.yaml").is_file()
-    found = held(run_dir)
-    if not ours and (request.overwrite or not (found.finished or found.began)):
+    state = run_state(run_dir)
+    has_recipe = (run_dir / "recipe.yaml").is_file()
+    has_run = state.finished_steps is not None or state.has_trained
+    if not has_recipe and (request.overwrite or not has_run):
         raise RecipeError(
             "run_name",
-            f"{run_dir} is no run directory of ours (it has no recipe.yaml) and will not be "
+            f"{run_dir} is not a run directory (it has no recipe.yaml) and will not be "
             "overwritten; choose another with --run-name, or remove it",
         )
-    if request.overwrite:
+    if request.overwrite or not has_run:
         return
     others = "choose another with --run-name, or replace it with --overwrite"
-    if found.finished is not None:
-        raise RecipeError(
-            "run_name",
-            f"the run directory {run_dir} holds a finished run of {found.finished} steps; {others},"
-            " or let it train on with --resume and more training.max_steps",
+    if state.finished_steps is not None:
+        sentence = (
+            f"holds a finished run of {state.finished_steps} steps; {others}, or train it further"
+            " with --resume and more training.max_steps"
         )
-    if found.stopped is not None:
-        raise RecipeError(
-            "run_name",
-            f"the run directory {run_dir} holds a run whose last checkpoint is that of step"
-            f" {found.stopped}; go on with --resume, {others}",
+    elif state.last_checkpoint_step is not None:
+        sentence = (
+            f"holds a run whose last checkpoint is that of step {state.last_checkpoint_step};"
+            f" continue with --resume, {others}"
         )
-    if found.began:
-        raise RecipeError(
-            "run_name",
-            f"the run directory {run_dir} holds a run that stopped before its first checkpoint;"
-            f" start it again with --resume, {others}",
+    else:
+        sentence = (
+            "holds a run that stopped before its first checkpoint; start it again with --resume,"
+            f" {others}"
         )
-
-
-def check_still_free(start: Start) -> None:
-    """Raises RecipeError if another run has been in a directory that was free when this one
-    looked.
-    """
-    taken = (start.run_dir / "recipe.yaml").is_file()  # what TRL makes beforehand is no run
-    if taken and (start.checkpoint is None or start.from_another_run) and not start.restarts:
-        _check_free(start.run_dir, Request())
+    raise RecipeError("run_name", f"the run directory {run_dir} {sentence}")
 
 
 def _check_writable(run_dir: Path) -> None:
-    """Raises RecipeError if the run directory cannot be made, or written to."""
+    """Raises RecipeError if the run directory cannot be made, or cannot be written to."""
     if run_dir.exists() and not run_dir.is_dir():
         raise RecipeError(
             "output_root", f"{run_dir} is a file; choose another output_root or run_name"
@@ -277,9 +271,8 @@ def _check_writable(run_dir: Path) -> None:
             "run_name",
             "the name of the run directory would be longer than 255 bytes; use a shorter one",
         )
-    parent = next(
-        path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists()
-    )
+    folders = (run_dir.absolute(), *run_dir.absolute().parents)
+    parent = next(folder for folder in folders if folder.exists())
     try:
         tempfile.TemporaryDirectory(dir=parent).cleanup()
     except OSError as error:
@@ -291,8 +284,9 @@ def _check_writable(run_dir: Path) -> None:
 
 @contextlib.contextmanager
 def locked(run_dir: Path):
-    """Holds the run directory for this process; raises RecipeError where another one trains in it.
-    A crash lets go.
+    """Inside, the run directory belongs to this process. The lock ends with the process.
+
+    Raises RecipeError if another process trains in the directory.
     """
     try:
         import fcntl

@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 from gtpo.system import processes
 from gtpo.system.safe_text import SafeFormatter, printable, without_secrets
 
+# The logger whose messages go to the log file alone. The terminal has them already.
+LOG_FILE_ONLY = "gtpo.log_file"
 COLOURS = {"ok": "\x1b[32m", "warn": "\x1b[33m", "fail": "\x1b[31m"}
 NAME_WIDTH = 13  # characters of a check's name in the table
 
@@ -50,8 +52,8 @@ def log_to_console():
     console.setFormatter(SafeFormatter("%(message)s"))
     # Only the first process prints messages. The others print errors alone.
     console.setLevel(logging.NOTSET if processes.is_first() else logging.ERROR)
-    # The progress logger prints to stdout itself, and logs for the log file alone.
-    console.addFilter(lambda record: record.name != "gtpo.runs.progress")
+    # The terminal shows the lines of this logger already.
+    console.addFilter(lambda record: record.name != LOG_FILE_ONLY)
     early = logging.handlers.MemoryHandler(
         100_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False
     )
