@@ -332,7 +332,7 @@ def heads() -> list[dict]:
 
     theirs, name = (
         rl_replacements.chunked_hidden_states_selective_log_softmax_recompute,
-        streaming_head.UNSLOTH[1],
+        streaming_head.UNSLOTH_HEAD,
     )
     torch.manual_seed(0)
     hidden, weight, ids = (

@@ -147,7 +147,7 @@ def test_weights_that_are_not_finite_are_never_saved_and_stop_the_run(tmp_path):
     trainer.add_callback(Overflow())
     trainer.train()
     assert skipping.poisoned and skipping.stopped_by.startswith(
-        "Step 2: the weights are not finite any more, and nothing of them is saved"
+        "Step 2: the weights are not finite any more and are not saved"
     )
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
 

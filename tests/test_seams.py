@@ -1,7 +1,9 @@
 """What GTPO relies on in other libraries, and the one function that wraps their members."""
 
+import gc
 import inspect
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -96,6 +98,26 @@ def test_a_layer_that_is_undone_beneath_another_leaves_the_other_in_place(listed
     seams.wrap(thing, "act", of_layer("outer", 100))
     undo()
     assert thing.act(0) == 100
+
+
+def test_undo_frees_what_the_layer_held_without_a_garbage_collection(listed):
+    class Tensor:
+        pass
+
+    held = Tensor()
+    gone = weakref.ref(held)
+
+    def around(original, *args, held=held):
+        return undo  # a cycle: the layer refers to what undoes it
+
+    gc.disable()
+    try:
+        undo = seams.wrap(Thing(), "act", around)
+        undo()
+        del held, around
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_layer_that_the_table_does_not_list_is_refused(listed):

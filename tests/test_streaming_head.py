@@ -101,8 +101,8 @@ def trained_head(model) -> None:
     "change, reason",
     [
         (scaled_logits, "changes its logits"),
-        (with_bias, "no frozen matrix"),
-        (trained_head, "no frozen matrix"),
+        (with_bias, "not a frozen matrix"),
+        (trained_head, "not a frozen matrix"),
     ],
 )
 def test_where_it_would_not_be_the_same_trl_computes_as_ever(tmp_path, change, reason):

@@ -1,5 +1,6 @@
-"""A rollout's groups made whole: gathered over all processes, freed of rounding, with their
-conflict runs marked.
+"""Make a rollout's groups whole: gather them over processes and mark their conflict runs.
+
+Letters: N rows of all processes, B rows of this process, G group size, T completion columns.
 """
 
 import torch
@@ -12,12 +13,16 @@ from gtpo import shaping
 def whole_groups(
     rollout: dict[str, Tensor], rewards: Tensor, size: int, accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """`completion_ids`, `completion_mask`, `prefix`, `suffix`, all (N, T), and `advantages` (N,),
-    of all processes.
+    """The rows of all processes with their conflict runs.
 
-    N rows, `size` after each other per group (a group may be spread over processes); T is the
-    longest completion of any process. `rewards` (N,) tell rounding from a difference; NaN where a
-    completion is unjudged. Masked tool output counts as no token.
+    `rollout` holds this process's `completion_ids` and `completion_mask`, (B, T), `advantages`,
+    (B,), and for tool calls `tool_mask`, (B, T). `rewards` are those of all processes, (N,), NaN
+    for an unscored completion. The `size` rows of a group stand after each other, and a group may
+    be spread over processes.
+
+    Returns `completion_ids`, `completion_mask`, `prefix` and `suffix`, all (N, T), and
+    `advantages`, (N,), without rounding. T is the longest completion of any process. Tool output is
+    masked, so it counts as no token.
     """
     mask = rollout["completion_mask"]
     if "tool_mask" in rollout:
@@ -44,11 +49,11 @@ def whole_groups(
 
 
 def without_rounding(advantages: Tensor, rewards: Tensor) -> Tensor:
-    """`advantages` with 0 where the reward is the mean of its group, but for 1e-6 max(1, max |R|);
-    both (groups, G).
+    """`advantages` with 0 where the reward equals its group's mean; all (groups, G).
 
-    A float32 group mean leaves rounding behind where all rewards are equal, which a division by a
-    standard deviation then magnifies; it must not count as a sign.
+    "Equals" means a distance below 1e-6 max(1, max |R|). The float32 mean of equal rewards is not
+    exactly those rewards, and a division by their standard deviation enlarges the rest. That rest
+    must not count as a sign.
     """
     largest = rewards.nan_to_num(0.0).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
     distance = (rewards - rewards.nanmean(dim=1, keepdim=True)).abs()
@@ -57,7 +62,7 @@ def without_rounding(advantages: Tensor, rewards: Tensor) -> Tensor:
 
 def conflict_fractions(groups: dict[str, Tensor], size: int) -> tuple[float, float]:
     """The share of tokens that are conflict tokens, and the share of groups that have any."""
-    conflicts = groups["prefix"] | groups["suffix"]
+    conflicts = groups["prefix"] | groups["suffix"]  # (N, T)
     of_tokens = conflicts.sum() / groups["completion_mask"].sum().clamp(min=1)
     of_groups = conflicts.any(dim=1).view(-1, size).any(dim=1).float().mean()
     return of_tokens.item(), of_groups.item()

@@ -41,6 +41,7 @@ ACCELERATE = Library("accelerate", ("1.15.0",))
 UNSLOTH = Library("unsloth", ("2026.10.7",))
 UNSLOTH_ZOO = Library("unsloth_zoo", ("2026.10.7",))
 WANDB = Library("wandb", ("0.31.0",))
+TORCH = Library("torch", ("2.13.0",))
 VLLM = Library("vllm", ("0.31.0",))
 
 # Callback methods of a tracker. The shield around a tracker catches what they raise.
@@ -103,10 +104,10 @@ SEAMS: tuple[Seam, ...] = (
     Seam(TRL, "GRPOTrainer.is_deepspeed_enabled", "reads",
          ("gtpo.hooks.merged_generation", "gtpo.hooks.streaming_head"),
          "DeepSpeed spreads weights over devices, as FSDP does."),
-    Seam(TRL, "trainer.grpo_trainer.selective_log_softmax", "replaces",
+    Seam(TRL, "trainer.grpo_trainer.selective_log_softmax", "wraps",
          ("gtpo.hooks.streaming_head",),
          "TRL passes it the head's output, which is the hidden states while the head streams."),
-    Seam(TRL, "trainer.grpo_trainer.entropy_from_logits", "replaces",
+    Seam(TRL, "trainer.grpo_trainer.entropy_from_logits", "wraps",
          ("gtpo.hooks.streaming_head",),
          "TRL calls it right after `selective_log_softmax`, with the same logits."),
     Seam(TRL, "trainer.utils.split_tensor_dict", "reads", ("gtpo.gtpo_training",),
@@ -232,7 +233,11 @@ SEAMS: tuple[Seam, ...] = (
     Seam(UNSLOTH_ZOO, "rl_replacements.chunked_hidden_states_selective_log_softmax_recompute",
          "wraps", ("gtpo.hooks.streaming_head",),
          "Unsloth's loss imports it by name at each call for log-probs with entropies."),
-    # ---- trackers and vLLM
+    # ---- torch, trackers and vLLM
+    Seam(TORCH, "nn.Linear.forward", "wraps", ("gtpo.hooks.streaming_head",),
+         "The output head passes hidden states on while log-probs are computed from them."),
+    Seam(TORCH, "amp.GradScaler", "reads", ("gtpo.hooks.nonfinite",),
+         "It skips an optimizer step in which it finds an infinite gradient."),
     Seam(WANDB, "log", "wraps", ("gtpo.runs.trackers",),
          "TRL calls it too, and a failing tracker must not stop training."),
     Seam(WANDB, "sdk.lib.wbauth", "reads", ("gtpo.runs.trackers",),
@@ -255,14 +260,16 @@ def wrap(owner: Any, name: str, around: Callable) -> Callable[[], None]:
     """
     layer, original, own = around.__module__, getattr(owner, name), name in vars(owner)
     _check_order(name, layer, original)
+    arounds = [around]
 
     @functools.wraps(original)
     def wrapped(*args, **kwargs):
-        if wrapped.layer is None:  # undone beneath another layer
+        if not arounds:  # undone beneath another layer
             return original(*args, **kwargs)
-        return around(original, *args, **kwargs)
+        return arounds[0](original, *args, **kwargs)
 
     def undo() -> None:
+        arounds.clear()  # what `around` holds, tensors for instance, is free at once
         wrapped.layer = None
         if vars(owner).get(name) is not wrapped:  # another layer stands on it, or it is undone
             return
