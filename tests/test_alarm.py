@@ -38,7 +38,7 @@ def raised(alarm: Alarm, *stretches: tuple[int, dict]) -> list[tuple[int, str, s
     return [
         (number, *event)
         for number, line in enumerate(lines, 1)
-        for event in alarm.see(line).items()
+        for event in alarm.observe(line).items()
     ]
 
 
@@ -125,13 +125,13 @@ def test_without_gtpos_metrics_entropy_is_held_against_the_first_window():
     grpo = {name: value for name, value in HEALTHY.items() if not name.startswith("gtpo/")}
     lines = [{**grpo, "entropy": entropy} for entropy in [0.4] * 5 + [0.03] * 9]
     alarm = alarm_of()
-    events = [event for line in lines for event in alarm.see(line).items()]
+    events = [event for line in lines for event in alarm.observe(line).items()]
     assert [name for name, _ in events] == ["entropy_low"] and "of the initial 0.40" in events[0][1]
 
 
 def test_metrics_that_are_not_logged_raise_nothing():
     alarm = alarm_of()
-    assert all(alarm.see({"reward": 0.0}) == {} for _ in range(30))
+    assert all(alarm.observe({"reward": 0.0}) == {} for _ in range(30))
 
 
 def test_non_finite_steps_are_counted_where_they_are_skipped_and_where_they_are_not():
@@ -210,7 +210,9 @@ def told(run: str) -> dict[str, int]:
     lines = (
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     )
-    return {condition: step for step, line in enumerate(lines, 1) for condition in alarm.see(line)}
+    return {
+        condition: step for step, line in enumerate(lines, 1) for condition in alarm.observe(line)
+    }
 
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_grpo"])

@@ -7,7 +7,7 @@ import recordings
 import torch
 
 from gtpo import shaping
-from gtpo.hooks.token_texts import TokenTexts
+from gtpo.hooks.recorder import TokenTexts
 
 GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"
 

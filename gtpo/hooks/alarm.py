@@ -1,9 +1,8 @@
-"""The collapse alarm: says with its evidence that a run goes wrong, and by recipe saves a
-checkpoint or stops the run.
+"""The collapse alarm: reports with evidence that a run goes wrong, and can save or stop it.
 
-Metrics are averaged over the last `window` log lines, so that noise raises no alarm. A condition is
-told once, and again only after two windows without it. Metrics that a trainer does not log raise no
-alarm.
+Metrics are averaged over the last `window` log lines, so noise raises no alarm. A condition is
+reported once. It is reported again only after two windows in which it did not hold. A metric that
+the trainer does not log raises no alarm.
 """
 
 import logging
@@ -30,95 +29,72 @@ METRICS = (
 
 
 class Alarm(TrainerCallback, ExportableState):
-    """Watches the logs of any GRPO trainer; `limits` are the thresholds of the recipe's section
-    `alarm`, None for never.
+    """Watches the log lines of any GRPO trainer for the conditions in CONDITIONS.
 
-    Each event becomes the metric `alarm/<condition>` of its log line, also for trackers whose
-    callback comes later. `stopped_by` is the sentence of the first alarm that stopped the run.
+    `limits` holds a threshold for each condition; None switches a condition off. `action` is
+    `warn`, `save` or `stop`. Each event becomes the metric `alarm/<condition>` of its log line.
+    Trackers see it if their callbacks come later. `stopped_by` is the sentence of the alarm that
+    stopped the run.
     """
 
     def __init__(self, *, action: str, window: int, limits: dict[str, float | None]):
         self.action, self.window, self.limits = action, window, limits
         self.lines: list[dict[str, float | None]] = []  # the last two windows
-        # nats; of a trainer that does not measure it, the first window's
+        # In nats. The mean of the first window stands in where a trainer does not measure it.
         self.initial_entropy: float | None = None
-        self.best_format: float | None = None  # the best window's format rate
-        # conditions that were reported -> log lines since they last held
+        self.best_format: float | None = None  # the format rate of the best window
+        # Reported conditions, with the number of log lines since each held last.
         self.reported: dict[str, int] = {}
         self.stopped_by: str | None = None
 
     def state(self) -> dict:
-        """What transformers saves in trainer_state.json, under the name of this class.
-
-        Checkpoints hold that name and these keys, so both stay as they are.
-        """
+        """What transformers saves in each checkpoint, and sets again as attributes."""
+        attributes = ("lines", "initial_entropy", "best_format", "told")
         return {
             "args": {"action": self.action, "window": self.window, "limits": self.limits},
-            "attributes": {
-                "lines": self.lines,
-                "initial_entropy": self.initial_entropy,
-                "best_format": self.best_format,
-                "told": self.reported,
-            },
+            "attributes": {name: getattr(self, name) for name in attributes},
         }
 
-    @classmethod
-    def from_state(cls, state: dict) -> "Alarm":
-        """The alarm that transformers 5.17.0 makes from what `state` returned."""
-        alarm = cls(**state["args"])
-        alarm.restore(state["attributes"])
-        return alarm
+    @property
+    def told(self) -> dict[str, int]:
+        """`reported`, by the name that it has in checkpoints."""
+        return self.reported
 
-    def restore(self, attributes: dict) -> None:
-        """Takes over the attributes that `state` returned."""
-        self.lines = attributes["lines"]
-        self.initial_entropy = attributes["initial_entropy"]
-        self.best_format = attributes["best_format"]
-        self.reported = attributes["told"]
+    @told.setter
+    def told(self, value: dict[str, int]) -> None:
+        self.reported = value
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "reward" not in (logs or {}):  # an evaluation, or the summary at the end
             return
-        for condition, evidence in self.see(logs).items():
+        for condition, evidence in self.observe(logs).items():
             sentence = f"Alarm at step {state.global_step}: {evidence}"
             logger.warning("[GTPO] %s", sentence)
-            # the trackers' copy, and the one that is kept
-            for record in (logs, state.log_history[-1]):
-                record[f"alarm/{condition}"] = 1.0
+            # transformers 5.17.0 keeps one copy of the line and gives callbacks another.
+            for line in (logs, state.log_history[-1]):
+                line[f"alarm/{condition}"] = 1.0
             if self.action in ("save", "stop"):
                 control.should_save = True
             if self.action == "stop":
                 control.should_training_stop = True
                 self.stopped_by = self.stopped_by or sentence
 
-    def see(self, logs: dict[str, float]) -> dict[str, str]:
-        """Take in one log line; returns the conditions that are new in it, each with its
-        evidence.
-        """
+    def observe(self, logs: dict[str, float]) -> dict[str, str]:
+        """Takes in one log line; returns the conditions that are new in it, with their evidence."""
         entropy = logs.get("gtpo/completion_entropy", logs.get("entropy"))
-        self.lines = [
-            *self.lines,
-            {"entropy": entropy, **{name: logs.get(name) for name in METRICS}},
-        ][-2 * self.window :]
-        seen = Seen(
-            Lines(self.lines[-self.window :], self.window),
-            Lines(self.lines[: -self.window], self.window),
-            self,
-        )
+        line = {"entropy": entropy, **{name: logs.get(name) for name in METRICS}}
+        self.lines = [*self.lines, line][-2 * self.window :]
+        now = Window(self.lines[-self.window :], self.window)
+        before = Window(self.lines[: -self.window], self.window)
         if self.initial_entropy is None:
-            self.initial_entropy = logs.get("gtpo/initial_entropy") or seen.now.mean("entropy")
-        self.best_format = max(
-            (
-                rate
-                for rate in (self.best_format, seen.now.mean("reward/format_rate"))
-                if rate is not None
-            ),
-            default=None,
-        )
+            self.initial_entropy = logs.get("gtpo/initial_entropy") or now.mean("entropy")
+        formats = (self.best_format, now.mean("reward/format_rate"))
+        self.best_format = max((rate for rate in formats if rate is not None), default=None)
+        view = View(now, before, self.initial_entropy, self.best_format)
         new = {}
         for condition, check in CONDITIONS.items():
             limit = self.limits[condition]
-            evidence = None if limit is None else check(seen, limit)
+            evidence = None if limit is None else check(view, limit)
             if evidence and condition not in self.reported:
                 new[condition] = evidence
             if evidence:
@@ -130,37 +106,37 @@ class Alarm(TrainerCallback, ExportableState):
         return new
 
 
-class Lines(NamedTuple):
-    """Up to `size` log lines after each other."""
+class Window(NamedTuple):
+    """Up to `size` consecutive log lines."""
 
     lines: list[dict[str, float | None]]
     size: int
 
     def mean(self, name: str) -> float | None:
-        """None until there are `size` lines, and where one of them has no finite `name`."""
+        """The mean of a metric; None before there are `size` lines with a finite value each."""
         values = [line[name] for line in self.lines]
-        known = len(values) == self.size and all(
+        if len(values) < self.size or not all(
             value is not None and math.isfinite(value) for value in values
-        )
-        return fmean(values) if known else None
+        ):
+            return None
+        return fmean(values)
 
 
-class Seen(NamedTuple):
-    """What the conditions look at: the last window, the one before it, and what the alarm remembers
-    of earlier ones.
-    """
+class View(NamedTuple):
+    """What a condition is decided from: two windows, and what is known of earlier ones."""
 
-    now: Lines
-    before: Lines
-    alarm: Alarm
+    now: Window
+    before: Window
+    initial_entropy: float | None  # nats
+    best_format: float | None
 
 
 # ---- the conditions: each returns its evidence and what would help, or None
 
 
-def _entropy_above(seen: Seen, limit: float) -> str | None:
-    entropy, initial = seen.now.mean("entropy"), seen.alarm.initial_entropy
-    # what began above may stay there
+def _entropy_above(view: View, limit: float) -> str | None:
+    entropy, initial = view.now.mean("entropy"), view.initial_entropy
+    # A policy that began above the limit may stay there.
     if entropy is None or entropy <= limit or (initial or 0.0) > limit:
         return None
     return (
@@ -169,29 +145,29 @@ def _entropy_above(seen: Seen, limit: float) -> str | None:
     )
 
 
-def _entropy_rising(seen: Seen, limit: float) -> str | None:
-    now, before = seen.now.mean("entropy"), seen.before.mean("entropy")
+def _entropy_rising(view: View, limit: float) -> str | None:
+    now, before = view.now.mean("entropy"), view.before.mean("entropy")
     if now is None or before is None or now - before <= limit:
         return None
     return (
         f"the mean entropy rises steeply, from {before:.2f} to {now:.2f} nats within"
-        f" {seen.now.size} log lines; lower training.learning_rate, or raise gtpo_runtime.ent_scale"
+        f" {view.now.size} log lines; lower training.learning_rate, or raise gtpo_runtime.ent_scale"
     )
 
 
-def _entropy_low(seen: Seen, limit: float) -> str | None:
-    entropy, initial = seen.now.mean("entropy"), seen.alarm.initial_entropy
+def _entropy_low(view: View, limit: float) -> str | None:
+    entropy, initial = view.now.mean("entropy"), view.initial_entropy
     if entropy is None or not initial or entropy >= limit * initial:
         return None
     return (
         f"the mean entropy is {entropy:.3f} nats, {entropy / initial:.0%} of the initial"
-        f" {initial:.2f}: the policy is nearly deterministic and explores no more; end the run if"
-        " it is good, else lower training.learning_rate or gtpo_runtime.w_raw"
+        f" {initial:.2f}: the policy is nearly deterministic and no longer explores; end the run if"
+        " it is good, or lower training.learning_rate or gtpo_runtime.w_raw"
     )
 
 
-def _all_filtered(seen: Seen, limit: float) -> str | None:
-    share = seen.now.mean("gtpo/frac_filtered")
+def _all_filtered(view: View, limit: float) -> str | None:
+    share = view.now.mean("gtpo/frac_filtered")
     if share is None or share < limit:
         return None
     left = "no" if share == 1 else "hardly any"
@@ -202,8 +178,8 @@ def _all_filtered(seen: Seen, limit: float) -> str | None:
     )
 
 
-def _format_falling(seen: Seen, limit: float) -> str | None:
-    rate, best = seen.now.mean("reward/format_rate"), seen.alarm.best_format
+def _format_falling(view: View, limit: float) -> str | None:
+    rate, best = view.now.mean("reward/format_rate"), view.best_format
     if rate is None or best - rate <= limit:
         return None
     return (
@@ -212,19 +188,19 @@ def _format_falling(seen: Seen, limit: float) -> str | None:
     )
 
 
-def _no_signal(seen: Seen, limit: float) -> str | None:
-    share = seen.now.mean("frac_reward_zero_std")
+def _no_signal(view: View, limit: float) -> str | None:
+    share = view.now.mean("frac_reward_zero_std")
     if share is None or share < limit:
         return None
     return (
-        f"in {share:.0%} of the groups all rewards are equal, and nothing is learnt from them; take"
-        " problems neither too hard nor too easy, or raise training.num_generations or"
+        f"in {share:.0%} of the groups all rewards are equal, so nothing is learned from them; use"
+        " problems that are neither too hard nor too easy, or raise training.num_generations or"
         " training.temperature"
     )
 
 
-def _truncated(seen: Seen, limit: float) -> str | None:
-    share = seen.now.mean("completions/clipped_ratio")
+def _truncated(view: View, limit: float) -> str | None:
+    share = view.now.mean("completions/clipped_ratio")
     if share is None or share < limit:
         return None
     return (
@@ -233,25 +209,25 @@ def _truncated(seen: Seen, limit: float) -> str | None:
     )
 
 
-def _non_finite(seen: Seen, limit: float) -> str | None:
-    lines = seen.now.lines
-    skipped = [line["gtpo/skipped_steps"] for line in (*seen.before.lines[-1:], *lines)]
-    if None in skipped:  # a trainer that skips nothing
-        bad = sum(
+def _non_finite(view: View, limit: float) -> str | None:
+    lines = view.now.lines
+    skipped = [line["gtpo/skipped_steps"] for line in (*view.before.lines[-1:], *lines)]
+    if None in skipped:  # this trainer does not skip steps
+        count = sum(
             not all(math.isfinite(line[name] or 0.0) for name in ("loss", "grad_norm"))
             for line in lines
         )
     else:
-        bad = round(skipped[-1] - skipped[0])
-    if bad < limit:
+        count = round(skipped[-1] - skipped[0])
+    if count < limit:
         return None
     return (
-        f"{bad} steps within {len(lines)} log lines had a loss or gradients that are not finite;"
+        f"{count} steps within {len(lines)} log lines had a loss or gradients that are not finite;"
         " lower training.learning_rate, or use bf16 instead of fp16"
     )
 
 
-CONDITIONS: dict[str, Callable[[Seen, float], str | None]] = {
+CONDITIONS: dict[str, Callable[[View, float], str | None]] = {
     "entropy_above": _entropy_above,
     "entropy_rising": _entropy_rising,
     "entropy_low": _entropy_low,

@@ -34,7 +34,7 @@ class SkipNonFiniteSteps(TrainerCallback):
     is counted but not prevented.
     """
 
-    # in checkpoints
+    # The key of its state in checkpoints, and the key that earlier versions wrote.
     state_key, earlier_state_keys = "non_finite", ("SkipNonFiniteSteps",)
 
     def __init__(self, trainer: Trainer, limit: int | None = None):

@@ -1,12 +1,12 @@
-"""Every training completion in an append-only file, one JSON object a line, whatever the trainer
-and the tracker.
+"""Record every training completion in an append-only file, one JSON object per line.
 
-Works on any `trl.GRPOTrainer`, ours, Unsloth's or a user's, and changes nothing of its training: it
-looks at what passes through four of the trainer's methods. A line is written when a completion is
-first trained on; the README lists its keys.
+Works with any `trl.GRPOTrainer`: GTPO's, Unsloth's or a user's. It only looks at what passes
+through four methods of the trainer, so training does not change by a bit. A line is written when a
+completion is first trained on. `gtpo.hooks.completion_line` lists its keys.
+
+Letters: N rows of all processes, B rows of a micro-batch, T completion columns, W loss columns.
 """
 
-import functools
 import json
 import math
 from pathlib import Path
@@ -20,78 +20,72 @@ from trl import GRPOTrainer
 from gtpo import shaping
 from gtpo.hooks.completion_line import encoded
 from gtpo.hooks.groups import whole_groups
-from gtpo.hooks.token_texts import TokenTexts
+from gtpo.hooks.seams import wrap
 
 
 class Recorder(TrainerCallback):
-    """Appends the completions that `trainer` trains on to `file`; the per-token lists every
-    `tokens_every` steps.
+    """Appends the completions that `trainer` trains on to `file`.
 
-    A rollout spread over processes is gathered and written by the first of them. Entropies are
-    those of the first pass over the rollout. A trainer that keeps what its loss saw in
-    `seen_by_loss` (GTPO's) is asked for them; of any other, TRL's loss shows them and Unsloth's
-    does not: null there. `latest` is this process's part of the last rollout, all there is without
-    a file.
+    The lists with one entry per token are written every `tokens_every` steps. The first process
+    gathers the rows of all processes and writes them. Without a `file`, `latest` still holds this
+    process's rows of the last rollout.
+
+    Entropies are those of the first pass over a rollout. A trainer may keep what its loss saw in an
+    attribute `seen_by_loss`, as GTPO's does, and entropies are then read from there. Otherwise they
+    come from TRL's log-prob pass. Unsloth's GRPO shows none, so they are null there.
     """
 
-    # in checkpoints
+    # The key of its state in checkpoints, and the key that earlier versions wrote.
     state_key, earlier_state_keys = "recorder", ("Recorder",)
 
     def __init__(self, trainer: GRPOTrainer, file: Path | None, *, tokens_every: int = 1):
         self.trainer, self.file, self.tokens_every = trainer, file, tokens_every
         self.rollouts = 0
         self.latest: list[dict] = []
-        # a processor has one
+        # A processor of a multimodal model holds its tokenizer.
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._token_texts = TokenTexts(self._tokenizer)
-        # the rollout under way, until all of its rows were seen
-        self._rollout: dict | None = None
-        self._passes: list[dict] = []  # what the loss saw of it, a micro-batch each
-        self._judged: dict = {}  # what the reward functions saw and said
-        self._entropies: Tensor | None = None  # (B, T), where the parent shows them
-        for name, around in (
-            ("_generate_and_score_completions", self._generate),
-            ("_calculate_rewards", self._judge),
-            ("_get_per_token_logps_and_entropies", self._look),
-            ("compute_loss", self._loss),
-        ):
-            original = getattr(trainer, name)
-            setattr(trainer, name, functools.wraps(original)(functools.partial(around, original)))
+        self._rollout: dict | None = None  # the current rollout, until the loss has seen all rows
+        self._passes: list[dict] = []  # what the loss saw of it, one entry per micro-batch
+        self._rewards: dict = {}  # token ids of the completions, and their table of rewards
+        self._entropies: Tensor | None = None  # (B, T), from TRL's log-prob pass
+        wrap(trainer, "_generate_and_score_completions", self._around_generation)
+        wrap(trainer, "_calculate_rewards", self._around_rewards)
+        wrap(trainer, "_get_per_token_logps_and_entropies", self._around_log_probs)
+        wrap(trainer, "compute_loss", self._around_loss)
         trainer.add_callback(self)
 
-    # ---- what passes by
+    # ---- what passes through the trainer
 
-    def _generate(self, generate, inputs):
-        # before the parent: Unsloth leaves the model in training mode
+    def _around_generation(self, generate, inputs):
+        # Read before the call: Unsloth leaves the model in training mode.
         training = self.trainer.model.training
         rollout = generate(inputs)
         if training:
-            self._write()  # a rollout that was not seen to its end
-            self._rollout = self._described(inputs, rollout)
-            # rides through TRL's shuffle
+            self._write()  # an earlier rollout of which the loss did not see all rows
+            self._rollout = self._describe(inputs, rollout)
+            # TRL shuffles this key along with the others.
             rollout["row"] = torch.arange(len(inputs), device=rollout["advantages"].device)
         return rollout
 
-    def _judge(self, calculate, inputs, prompts, completions, completion_ids_list):
-        # (N, rewards), of all processes
-        table = calculate(inputs, prompts, completions, completion_ids_list)
-        self._judged = {"ids": completion_ids_list, "table": table}
+    def _around_rewards(self, calculate, inputs, prompts, completions, completion_ids_list):
+        table = calculate(inputs, prompts, completions, completion_ids_list)  # (N, functions)
+        self._rewards = {"ids": completion_ids_list, "table": table}
         return table
 
-    def _look(self, look, *args, **kwargs):
-        logps, entropies, *rest = look(*args, **kwargs)
+    def _around_log_probs(self, log_probs, *args, **kwargs):
+        logps, entropies, *rest = log_probs(*args, **kwargs)
         self._entropies = None if entropies is None else entropies.detach()
         return logps, entropies, *rest
 
-    def _loss(self, compute_loss, model, inputs, *args, **kwargs):
+    def _around_loss(self, compute_loss, model, inputs, *args, **kwargs):
         self._entropies = None
         loss = compute_loss(model, inputs, *args, **kwargs)
         if self._rollout is not None and "row" in inputs:
-            seen = {"entropies": self._entropies, "mask": _mask(inputs), "kept": None}
+            seen = {"entropies": self._entropies, "mask": _loss_mask(inputs), "kept": None}
             seen |= getattr(self.trainer, "seen_by_loss", None) or {}
-            self._passes.append(
-                {**seen, "rows": inputs["row"], "step": self.trainer.state.global_step + 1}
-            )
+            seen |= {"rows": inputs["row"], "step": self.trainer.state.global_step + 1}
+            self._passes.append(seen)
             if sum(len(seen["rows"]) for seen in self._passes) == len(self._rollout["lines"]):
                 self._write()
         return loss
@@ -100,48 +94,36 @@ class Recorder(TrainerCallback):
         self._write()
 
     def resume_state(self) -> dict:
-        """What a checkpoint has to keep: the rollout under way, whose lines are not written yet."""
-        rollout = self._rollout and {
-            **self._rollout,
-            "lines": json.dumps(self._rollout["lines"], default=str),
-        }
+        """What a checkpoint keeps: the current rollout, whose lines are not written yet."""
+        rollout = self._rollout
+        if rollout is not None:
+            rollout = {**rollout, "lines": json.dumps(rollout["lines"], default=str)}
         return {"rollouts": self.rollouts, "rollout": rollout, "passes": self._passes}
 
     def restore(self, kept: dict) -> None:
+        """Takes over what `resume_state` returned."""
         rollout = kept["rollout"]
-        self._rollout = rollout and {**rollout, "lines": json.loads(rollout["lines"])}
-        self.rollouts, self._passes = kept["rollouts"], kept["passes"]
+        if rollout is not None:
+            rollout = {**rollout, "lines": json.loads(rollout["lines"])}
+        self.rollouts, self._rollout, self._passes = kept["rollouts"], rollout, kept["passes"]
 
     # ---- what is written
 
-    def _described(self, inputs: list[dict], rollout: dict[str, Tensor]) -> dict:
-        """This process's rows of a rollout, as far as they are known before the loss."""
-        trainer, table = self.trainer, self._judged["table"]
+    def _describe(self, inputs: list[dict], rollout: dict[str, Tensor]) -> dict:
+        """This process's rows of a rollout, with what is known of them before the loss."""
+        trainer, table = self.trainer, self._rewards["table"]
         self.rollouts += 1
-        size, count, first = (
-            trainer.num_generations,
-            len(inputs),
-            trainer.accelerator.process_index * len(inputs),
-        )
+        size, count = trainer.num_generations, len(inputs)
+        first = trainer.accelerator.process_index * count
         mine = slice(first, first + count)
-        judged = ~table.isnan().all(dim=1)
-        # (N,)
-        rewards = torch.where(
-            judged, (table * trainer.reward_weights.to(table.device)).nansum(dim=1), torch.nan
-        )
-        groups = whole_groups(
-            {**rollout, "advantages": _signal(rollout["advantages"], rewards, mine, size)},
-            rewards,
-            size,
-            trainer.accelerator,
-        )
+        weighted = (table * trainer.reward_weights.to(table.device)).nansum(dim=1)  # (N,)
+        unscored = table.isnan().all(dim=1)  # (N,)
+        rewards = torch.where(unscored, torch.nan, weighted)
+        groups = whole_groups(rollout, rewards, size, trainer.accelerator)
         prefix, suffix = (groups[side].sum(dim=1)[mine].tolist() for side in ("prefix", "suffix"))
-        advantages, rewards, table = (
-            rollout["advantages"].tolist(),
-            rewards[mine].tolist(),
-            table[mine].tolist(),
-        )
-        ids = [list(map(int, row)) for row in self._judged["ids"]]
+        advantages, rewards = rollout["advantages"].tolist(), rewards[mine].tolist()
+        table = table[mine].tolist()
+        ids = [list(map(int, row)) for row in self._rewards["ids"]]
         ends = {self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         lines = [
@@ -163,7 +145,7 @@ class Recorder(TrainerCallback):
             }
             for i, row in enumerate(inputs)
         ]
-        weights = rollout.get("token_weights")
+        weights = rollout.get("token_weights")  # (B, T)
         return {
             "lines": lines,
             "ids": ids,
@@ -173,67 +155,90 @@ class Recorder(TrainerCallback):
         }
 
     def _write(self) -> None:
-        """Append the rows of the rollout under way that the loss has seen, and be done with it."""
+        """Appends the rows of the current rollout that the loss has seen, and forgets them."""
         rollout, passes, self._rollout, self._passes = self._rollout, self._passes, None, []
         if rollout is None:
             return
         lines = {}
         for seen in passes:
             rows = seen["rows"].tolist()
-            for row, line in zip(rows, _of_the_loss(seen, rollout["width"]), strict=True):
-                entropies = line.pop("entropies")
-                lines[row] = {"step": seen["step"], **rollout["lines"][row], **line}
+            for row, values in zip(rows, _values_of_rows(seen, rollout["width"]), strict=True):
+                entropies = values.pop("entropies")
+                lines[row] = {"step": seen["step"], **rollout["lines"][row], **values}
                 if rollout["with_tokens"]:
-                    lines[row] |= self._tokens(rollout, row, entropies)
+                    lines[row] |= self._per_token(rollout, row, entropies)
         self.latest = [lines[row] for row in sorted(lines)]
         if self.file is None:
             return
-        # all processes meet here
+        # Every process takes part in this call.
         texts = gather_object([encoded(line) for line in self.latest])
         if self.trainer.accelerator.is_main_process:
-            # each line in one piece, also for somebody who reads meanwhile
+            # Each line is one write, so that a reader never sees half of one.
             with self.file.open("ab", buffering=0) as file:
                 for text in texts:
                     file.write(text)
 
-    def _tokens(self, rollout: dict, row: int, entropies: list[float] | None) -> dict:
-        """The lists with one entry per real token."""
+    def _per_token(self, rollout: dict, row: int, entropies: list[float] | None) -> dict:
+        """The lists of a row with one entry per real token."""
         ids, weights = rollout["ids"][row], rollout["weights"]
+        if weights is not None:
+            weights = weights[row, : len(ids)].double().round(decimals=6).tolist()
+        if entropies is not None:
+            entropies = [x if math.isfinite(x) else None for x in entropies[: len(ids)]]
         return {
             "ids": ids,
             "tokens": self._token_texts(ids),
-            "weights": (
-                None
-                if weights is None
-                else weights[row, : len(ids)].double().round(decimals=6).tolist()
-            ),
-            "entropies": (
-                None
-                if entropies is None
-                else [x if math.isfinite(x) else None for x in entropies[: len(ids)]]
-            ),
+            "weights": weights,
+            "entropies": entropies,
         }
 
 
-def _mask(inputs: dict[str, Tensor]) -> Tensor:
-    """Which completion tokens TRL's loss counts, (B, T)."""
+class TokenTexts:
+    """Returns one text per token id, so that the texts of a completion joined are the completion.
+
+    Special tokens have their texts too. A character that is spelled by several tokens stands with
+    the last of them.
+    """
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._alone: dict[int, str] = {}  # the text of each id decoded by itself
+
+    def __call__(self, ids: list[int]) -> list[str]:
+        for token in set(ids) - self._alone.keys():
+            self._alone[token] = self._decode([token])
+        texts = [self._alone[token] for token in ids]
+        # A token may read differently among others. It may be a part of a character, or begin with
+        # a space that SentencePiece drops at the start of a text.
+        return texts if "".join(texts) == self._decode(ids) else self._one_after_another(ids)
+
+    def _one_after_another(self, ids: list[int]) -> list[str]:
+        # Tokens before `done` have their texts. The window begins one text earlier, at `start`.
+        texts, start, done = [], 0, 0
+        for end in range(1, len(ids) + 1):
+            known, longer = self._decode(ids[start:done]), self._decode(ids[start:end])
+            unfinished = longer.endswith("\N{REPLACEMENT CHARACTER}") and end < len(ids)
+            texts.append("" if unfinished else longer[len(known) :])
+            if not unfinished:
+                start, done = done, end
+        return texts
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
+
+def _loss_mask(inputs: dict[str, Tensor]) -> Tensor:
+    """The completion tokens that TRL's loss counts, (B, T)."""
     return inputs["completion_mask"] * inputs.get("tool_mask", 1)
 
 
-def _signal(advantages: Tensor, rewards: Tensor, mine: slice, size: int) -> Tensor:
-    """`advantages` with 0 in groups of equal rewards, where a division by their spread leaves
-    magnified rounding.
-    """
-    groups = rewards.view(-1, size)
-    # of the judged ones
-    spread = groups.nan_to_num(-torch.inf).amax(dim=1) - groups.nan_to_num(torch.inf).amin(dim=1)
-    largest = groups.nan_to_num(0.0).abs().amax(dim=1).clamp(min=1.0)
-    return torch.where((spread > 1e-6 * largest).repeat_interleave(size)[mine], advantages, 0.0)
+def _values_of_rows(seen: dict, width: int) -> list[dict]:
+    """What the loss saw of each row of a micro-batch: `entropy`, `kept` and `entropies`.
 
-
-def _of_the_loss(seen: dict, width: int) -> list[dict]:
-    """Per row: mean entropy and kept or filtered; and the entropies of its tokens, None where they
-    are not known.
+    `entropy` is the mean over tokens in nats. `kept` is False for a filtered completion.
+    `entropies` are on the completion's own `width` columns. Each is None where it is not known.
     """
     count = len(seen["rows"])
     kept = [None] * count if seen["kept"] is None else seen["kept"].tolist()
@@ -241,7 +246,8 @@ def _of_the_loss(seen: dict, width: int) -> list[dict]:
     if seen["entropies"] is not None:
         means = map(_number, shaping.mean_entropy(seen["entropies"], seen["mask"]).tolist())
         entropies = shaping.to_completion_columns(seen["entropies"], seen["mask"], width)
-        entropies = (entropies.double().round(decimals=3) + 0.0).tolist()  # no -0.0
+        # Adding 0.0 turns -0.0 into 0.0.
+        entropies = (entropies.double().round(decimals=3) + 0.0).tolist()
     return [
         {"entropy": mean, "kept": keep, "entropies": row}
         for mean, keep, row in zip(means, kept, entropies, strict=True)
@@ -249,5 +255,5 @@ def _of_the_loss(seen: dict, width: int) -> list[dict]:
 
 
 def _number(value: float) -> float | None:
-    """`value` with the digits that float32 has; None where it is no number that JSON knows."""
+    """`value` with the seven digits of float32; None for NaN and infinity, which JSON lacks."""
     return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -202,7 +202,8 @@ class ExactResume(TrainerCallback):
                     earlier = state.stateful_callbacks.pop(earlier_name)
                     state.stateful_callbacks.setdefault(name, earlier)
             saved = state.stateful_callbacks.setdefault(name, {})
-            vars(callback).update(saved.get("attributes", {}))
+            for attribute, value in saved.get("attributes", {}).items():
+                setattr(callback, attribute, value)
 
     def _micro_batches_for_other_processes(self, rollout: list | None) -> int:
         """TRL's counter of micro-batches, if more or fewer processes continue the run.
