@@ -1,12 +1,11 @@
-"""Sample completions from a model or a run, grade them as the reward does, and print pass@k, maj@k
-and more.
+"""Draw completions from a model or a run, grade them as the reward does, and print the scores.
 
     python evaluate_model.py RUN_DIR_OR_MODEL [--dataset gsm8k|hendrycks_math|FILE] [--split test]
     [--k 1 4 8] [--base] ...
 
-`--help` lists the flags. Every completion is kept in evaluation/*.jsonl: the same command goes on
-where it was interrupted, and `--from FILE` computes the numbers again without a model. Exit code 2:
-it cannot be done, and nothing was overwritten.
+`--help` lists the flags. Every completion is kept in evaluation/*.jsonl. After an interruption the
+same command continues there. `--from FILE` computes the scores again without a model. Exit code 2:
+the evaluation is not possible, and no file was overwritten.
 """
 
 import argparse
@@ -14,6 +13,7 @@ import difflib
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gtpo.errors import Mistake, RecipeError
@@ -21,316 +21,300 @@ from gtpo.recipe.sections import DATASET_ALIASES
 from gtpo.system.console import log_to_console, print_ending
 from gtpo.system.environment import set_environment
 
-FLAGS = {  # how a recipe's keys, in sentences of the parts, are called here
+FLAG_OF_KEY = {  # the flag that stands for a recipe's key, which errors name
     "dataset.name": "--dataset",
     "dataset.split": "--split",
     "dataset.subsets": "--subset",
-    "model.backend": "--backend",
     "dataset.question_column": "--question-column",
     "dataset.answer_column": "--answer-column",
-    "batch_size": "--batch-size",
-    "training.max_prompt_length": "--max-prompt-length",
+    "evaluation.batch_size": "--batch-size",
+    "model.backend": "--backend",
     "model.chat_template": "--chat-template",
+    "training.max_prompt_length": "--max-prompt-length",
 }
-VLLM_BATCH = 1024  # completions between two looks at the progress; vLLM makes its own batches
-# tokens of a conversation, or what the run was trained with, within the model's context
-CHAT_LENGTH = 4096
+VLLM_BATCH = 1024  # completions between two updates of the bar; vLLM forms its own batches
+CHAT_LENGTH = 4096  # tokens of a conversation, unless the run was trained with longer sequences
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    asked = None
+    """Runs the command line and returns the exit code."""
+    flags = None
     with log_to_console():
         try:
-            asked = _parse(sys.argv[1:] if argv is None else argv)
-            _run(asked)
+            flags = _parse(sys.argv[1:] if argv is None else argv)
+            _run(flags)
         except RecipeError as error:
-            print_ending("error", _in_flags(error, asked))
+            print_ending("error", _in_flags(error, flags))
             return 2
         except KeyboardInterrupt:
             print(
-                "\ninterrupted: what was drawn is kept, and the same command goes on from there",
+                "\ninterrupted: drawn completions are kept; the same command continues from there",
                 file=sys.stderr,
             )
             return 130
     return 0
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise _flag_error(message)
+def _run(flags: argparse.Namespace) -> None:
+    if flags.files:
+        _print_scores_of_files(flags)
+        return
+    from gtpo.models.saved import find_saved
+    from gtpo.recipe.dotted_paths import make_importable
+
+    saved = find_saved(flags.target)
+    make_importable(Path.cwd())
+    _set_environment(saved)
+    if flags.chat:
+        _chat(flags, saved)
+    else:
+        _evaluate(flags, saved)
+
+
+def _set_environment(saved) -> None:
+    """Sets the run's environment variables, before torch is imported.
+
+    The caller's own variables, CUDA_VISIBLE_DEVICES for instance, take precedence over the run's.
+    """
+    env = saved.recipe.env if saved.recipe else {}
+    set_environment({name: value for name, value in env.items() if name not in os.environ})
+
+
+def _print_scores_of_files(flags: argparse.Namespace) -> None:
+    from gtpo.evaluation.file import read_evaluation
+    from gtpo.evaluation.scores import scores_as_text
+
+    _refuse_other_flags(flags, "--from", "files", "k")
+    if len(flags.files) > 2:
+        raise RecipeError("--from", f"{len(flags.files)} files; give one, or two to compare")
+    evaluations = {str(file): read_evaluation(file) for file in flags.files}
+    for name, evaluation in evaluations.items():
+        if evaluation.cut:
+            raise RecipeError(
+                name,
+                "its last line is incomplete; run the command that wrote the file again, or delete"
+                " the line",
+            )
+    print(scores_as_text(evaluations, flags.k))
+
+
+def _evaluate(flags: argparse.Namespace, saved) -> None:
+    from gtpo.data import check_source
+    from gtpo.evaluation.draw import evaluate, rendered_prompts
+    from gtpo.evaluation.engines import Engine
+    from gtpo.evaluation.file import Evaluation
+    from gtpo.evaluation.plan import make_plan
+    from gtpo.evaluation.scores import scores_as_text
+
+    plan = make_plan(flags, saved)
+    if flags.base and saved.adapter is None:
+        raise RecipeError("--base", f"{flags.target} is a base model itself; leave it out")
+    check_source(plan.section)
+    engine = Engine(saved, flags.backend, flags.chat_template)
+    samplers = engine.samplers(plan.sampling, plan.max_prompt_length)
+    problems = _load_problems(plan, engine.tokenizer)
+    prompts = rendered_prompts(problems, engine.tokenizer, plan.chat_template_kwargs)
+    files = _open_files(flags, saved, plan, engine.backend, problems, prompts)
+    batch_size = plan.batch_size
+    if engine.backend == "vllm" and not flags.batch_size:
+        batch_size = max(batch_size, VLLM_BATCH)
+    for name, file in files.items():
+        _say_what_is_there(file)
+        if file.missing:
+            sampler = samplers(name == "trained")
+            evaluate(file, sampler, problems, prompts, batch_size=batch_size)
+    evaluations = {name: Evaluation(file.header, file.rows) for name, file in files.items()}
+    print(scores_as_text(evaluations, plan.ks))
+    for file in files.values():
+        print(f"Completions: {file.path}")
+
+
+def _load_problems(plan, tokenizer):
+    """The plan's problems without those whose prompt is too long, in the order of the dataset."""
+    from gtpo.data import load_problems
+
+    problems = load_problems(
+        plan.section,
+        tokenizer,
+        plan.max_prompt_length,
+        seed=0,
+        shuffle=False,
+        label="Problems",
+        chat_template_kwargs=plan.chat_template_kwargs,
+    )
+    count = min(plan.limit or len(problems), len(problems))
+    return problems.select(range(count))
+
+
+def _open_files(flags: argparse.Namespace, saved, plan, backend: str, problems, prompts) -> dict:
+    """The evaluation files by the title of their column: trained, base, or model if it has no
+    adapter.
+    """
+    from gtpo.evaluation.plan import open_file
+
+    if saved.adapter is None:
+        adapter_of_title = {"model": False}
+    elif flags.base:
+        adapter_of_title = {"trained": True, "base": False}
+    else:
+        adapter_of_title = {"trained": True}
+    return {
+        title: open_file(flags, saved, plan, backend, problems, prompts, adapter=adapter)
+        for title, adapter in adapter_of_title.items()
+    }
+
+
+def _say_what_is_there(file) -> None:
+    """Prints what the evaluation file already has, if anything."""
+    if not file.missing:
+        print(
+            f"{file.path} is complete, so nothing is drawn (--overwrite draws it again)",
+            file=sys.stderr,
+        )
+    elif file.rows:
+        cut = "; the last line was incomplete and is drawn again" if file.cut else ""
+        print(f"{file.path}: continuing after {len(file.rows)} completions{cut}", file=sys.stderr)
+
+
+def _chat(flags: argparse.Namespace, saved) -> None:
+    from gtpo.evaluation.chat import chat
+    from gtpo.evaluation.engines import Engine
+    from gtpo.evaluation.plan import chat_sampling, system_instruction
+
+    drawing = ("temperature", "top_p", "seed", "max_completion_length")
+    model = ("target", "backend", "chat_template", "system_instruction")
+    _refuse_other_flags(flags, "--chat", "chat", *drawing, *model)
+    if flags.backend == "vllm":
+        raise RecipeError("--backend", "vllm cannot chat; use auto, unsloth or transformers")
+    engine = Engine(saved, flags.backend, flags.chat_template, conversation=True)
+    length = max(CHAT_LENGTH, saved.section.max_seq_length)
+    context = min(engine.context or CHAT_LENGTH, length)
+    chat(
+        engine.policy(context),
+        chat_sampling(flags, saved.recipe),
+        context=context,
+        system_instruction=system_instruction(flags, saved.recipe),
+        chat_template_kwargs=saved.recipe and saved.recipe.training.chat_template_kwargs,
+    )
+
+
+# ---- flags
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags; None where not given."""
+    """Returns the parser of the command line. A flag that is not given is None."""
     made = _Parser(
         usage="python evaluate_model.py RUN_DIR_OR_MODEL [flags]",
         allow_abbrev=False,
         description=__doc__.split("\n\n")[0],
         epilog=(
-            "Defaults are those of the run's recipe.yaml; without one: prompts and completions of"
-            " at most 1024 tokens each."
+            "Defaults are those of the run's recipe.yaml. Without a recipe, prompts and completions"
+            " have at most 1024 tokens each."
         ),
     )
     count, add = _number(int, 1), made.add_argument
-    add(
-        "target",
-        nargs="?",
-        metavar="RUN_DIR_OR_MODEL",
-        help="a run, checkpoint, adapter or base model (folder or hub name)",
-    )
-    add(
-        "--dataset",
-        help=(
-            "gsm8k, hendrycks_math, a jsonl, json or parquet file, or a dotted path; default: the"
-            " run's own"
-        ),
-    )
-    add(
-        "--path",
-        help="the files of gsm8k or hendrycks_math in the hub's layout, instead of the hub",
-    )
+    # fmt: off
+    add("target", nargs="?", metavar="RUN_DIR_OR_MODEL",
+        help="folder of a run, checkpoint, adapter or base model; or a hub name")
+    add("--dataset",
+        help="gsm8k, hendrycks_math, a jsonl, json or parquet file, or the dotted path of a"
+             " function; default: the run's own problems")
+    add("--path", help="local files of gsm8k or hendrycks_math, laid out as on the hub")
     add("--split", help="default: test; slices such as test[:100] work")
-    add("--subset", nargs="+", help="some subsets of hendrycks_math; default: all")
-    add("--question-column", help="column of a file that holds the question; default: question")
-    add("--answer-column", help="column of a file that holds the answer; default: answer")
+    add("--subset", nargs="+", help="subsets of hendrycks_math; default: all")
+    add("--question-column", help="column of a file with the question; default: question")
+    add("--answer-column", help="column of a file with the answer; default: answer")
     add("--system-instruction", help='system message of every prompt; "" for none')
-    add("--limit", type=count, help="how many problems, from the first")
-    add(
-        "--k",
-        type=count,
-        nargs="+",
-        help="which pass@k and maj@k; default: 2, 4, 8, ... up to the samples",
-    )
+    add("--limit", type=count, help="number of problems, from the first; default: all")
+    add("--k", type=count, nargs="+",
+        help="the k of pass@k and maj@k; default: 2, 4, 8, ... up to the samples")
     add("--samples", type=count, help="completions per problem; default: the largest k, or 1")
-    add(
-        "--temperature",
-        type=_number(float, 0),
-        help="default: 0 (greedy) for one sample, else the training's, 1.0",
-    )
+    add("--temperature", type=_number(float, 0),
+        help="default: 0 (greedy) for one sample, else the training's, which is 1.0 unless set")
     add("--top-p", type=_number(float, 1e-6, 1), help="default: 1.0")
-    add("--seed", type=_number(int, 0), help="of the draws")
-    add("--max-prompt-length", type=count, help="longer prompts are dropped, and counted; tokens")
+    add("--seed", type=_number(int, 0), help="seed of the draws")
+    add("--max-prompt-length", type=count,
+        help="tokens; longer prompts are left out, and their number is printed")
     add("--max-completion-length", type=count, help="tokens")
-    add(
-        "--base",
-        action="store_true",
-        help="evaluate the base model too, on the same problems and seeds, and compare",
-    )
-    add(
-        "--backend",
-        choices=["auto", "vllm", "unsloth", "transformers"],
-        help="default: auto, vLLM or Unsloth with a GPU",
-    )
-    add("--batch-size", type=count, help="completions at a time")
-    add("--chat-template", help="Jinja chat template, text or file, for base models that have none")
-    add(
-        "--to",
-        type=Path,
-        metavar="FILE",
-        help="where completions go; default: in evaluation/ of the run, or here",
-    )
-    add("--overwrite", action="store_true", help="begin that file anew")
-    add(
-        "--from",
-        dest="files",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help=(
-            "compute the numbers from a file, without a model; with a second one, also the"
-            " differences"
-        ),
-    )
+    add("--base", action="store_true",
+        help="evaluate the base model too, on the same problems and seeds, and compare")
+    add("--backend", choices=["auto", "vllm", "unsloth", "transformers"],
+        help="default: auto, which is vLLM or Unsloth with a GPU, else transformers")
+    add("--batch-size", type=count, help="completions drawn at a time")
+    add("--chat-template", help="Jinja chat template (text or file) for a model without one")
+    add("--to", type=Path, metavar="FILE",
+        help="file of the completions; default: in evaluation/ of the run, or of this directory")
+    add("--overwrite", action="store_true", help="replace that file")
+    add("--from", dest="files", type=Path, nargs="+", metavar="FILE",
+        help="compute the scores of a file without a model; of two files, also their difference")
     add("--chat", action="store_true", help="talk to the model in the terminal")
+    # fmt: on
     return made
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Raises argparse's `argument --flag: sentence` as a RecipeError."""
+        flag, colon, sentence = message.removeprefix("argument ").partition(": ")
+        raise RecipeError(flag, sentence) if colon else RecipeError(flag)
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """The flags' values; raises RecipeError for what makes no sense."""
-    flags = parser()
+    """The values of the flags; raises RecipeError for unknown flags and invalid values."""
+    flag_parser = parser()
+    # --max_prompt_length is another spelling of --max-prompt-length.
     words = [re.sub("^--[a-z_]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-    asked, unknown = flags.parse_known_args(words)
+    flags, unknown = flag_parser.parse_known_args(words)
     for word in unknown:
-        known = (
-            difflib.get_close_matches(word.split("=")[0], flags._option_string_actions, 1)
-            if word.startswith("-")
-            else []
+        nearest = difflib.get_close_matches(
+            word.split("=")[0], flag_parser._option_string_actions, 1
         )
-        raise RecipeError(
-            word, f"unknown; {f'did you mean {known[0]}?' if known else '--help lists the flags'}"
-        )
-    if asked.target is None and not asked.files:
+        if word.startswith("-") and nearest:
+            raise RecipeError(word, f"unknown; did you mean {nearest[0]}?")
+        raise RecipeError(word, "unknown; --help lists the flags")
+    if flags.target is None and not flags.files:
         raise RecipeError(
             "RUN_DIR_OR_MODEL",
             "missing; give a run directory, checkpoint, adapter or base model, or --from FILE",
         )
-    return asked
+    return flags
 
 
-def _number(kind: type, least: float, most: float = float("inf")):
+def _number(convert: type, least: float, most: float = float("inf")) -> Callable[[str], float]:
+    """A type for argparse: a finite int or float from `least` to `most`."""
+
     def read(text: str):
         try:
-            value = kind(text)
+            value = convert(text)
         except ValueError:
             value = None
         if value is None or not least <= value <= most or value == float("inf"):
+            noun = "a whole number" if convert is int else "a number"
             bounds = f"{least:g} or more" if most == float("inf") else f"{least:g} to {most:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not valid; use a {'whole ' if kind is int else ''}number, {bounds}"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is not valid; use {noun}, {bounds}")
         return value
 
     return read
 
 
-def _run(asked: argparse.Namespace) -> None:
-    if asked.files:
-        _from_files(asked)
-        return
-    from gtpo.models.saved import find_saved
-    from gtpo.recipe.dotted_paths import make_importable
-
-    saved = find_saved(asked.target)
-    make_importable(Path.cwd())
-    env = saved.recipe.env if saved.recipe else {}
-    # Before torch; what the caller has set, CUDA_VISIBLE_DEVICES for one, beats what the run was
-    # trained with.
-    set_environment({name: value for name, value in env.items() if name not in os.environ})
-    (_chat if asked.chat else _evaluate)(asked, saved)
+def _refuse_other_flags(flags: argparse.Namespace, flag: str, *allowed: str) -> None:
+    """Raises RecipeError if a flag that has no effect beside `flag` was given."""
+    for name, value in vars(flags).items():
+        if value is not None and value is not False and name not in allowed:
+            given = value if name == "target" else f"--{name.replace('_', '-')}"
+            raise RecipeError(flag, f"{given} has no effect here; leave it out")
 
 
-def _from_files(asked: argparse.Namespace) -> None:
-    from gtpo.evaluation.file import read_evaluation
-    from gtpo.evaluation.scores import report
+def _in_flags(error: RecipeError, flags: argparse.Namespace | None) -> RecipeError:
+    """`error` with this command's flags in place of a recipe's keys."""
+    path_is_a_flag = flags and flags.dataset in DATASET_ALIASES
+    flag_of_key = FLAG_OF_KEY | {"dataset.path": "--path" if path_is_a_flag else "--dataset"}
 
-    _allow(asked, "--from", "files", "k")
-    if len(asked.files) > 2:
-        raise RecipeError("--from", f"{len(asked.files)} files; give one, or two to compare")
-    held = {str(file): read_evaluation(file) for file in asked.files}
-    if cut := [name for name, evaluation in held.items() if evaluation.cut]:
-        raise RecipeError(
-            cut[0],
-            "its last line was cut; the command that wrote it draws that again, or take the line"
-            " away",
-        )
-    print(report(held, asked.k))
+    def with_flags(sentence: str) -> str:
+        return re.sub(r"[\w./-]+", lambda word: flag_of_key.get(word[0], word[0]), sentence)
 
-
-def _allow(asked: argparse.Namespace, flag: str, *names: str) -> None:
-    """Raises RecipeError for a flag that means nothing beside `flag`."""
-    for name, value in vars(asked).items():
-        if value is not None and value is not False and name not in names:
-            told = value if name == "target" else f"--{name.replace('_', '-')}"
-            raise RecipeError(flag, f"{told} means nothing here; leave it out")
-
-
-def _evaluate(asked: argparse.Namespace, saved) -> None:
-    from gtpo.data import check_source, load_problems
-    from gtpo.evaluation import draw as evaluation
-    from gtpo.evaluation import plan as evaluation_plan
-    from gtpo.evaluation.engines import Engine
-    from gtpo.evaluation.file import Evaluation
-    from gtpo.evaluation.scores import report
-
-    plan = evaluation_plan.make_plan(asked, saved)
-    if asked.base and saved.adapter is None:
-        raise RecipeError("--base", f"{asked.target} is a base model itself; leave it out")
-    check_source(plan.section)
-    engine = Engine(saved, asked.backend, asked.chat_template)
-    samplers = engine.samplers(plan.sampling, plan.max_prompt_length)
-    problems = load_problems(
-        plan.section,
-        engine.tokenizer,
-        plan.max_prompt_length,
-        0,
-        shuffle=False,
-        label="Problems",
-        chat_template_kwargs=plan.chat_template_kwargs,
-    )
-    problems = problems.select(range(min(plan.limit or len(problems), len(problems))))
-    prompts = evaluation.rendered_prompts(problems, engine.tokenizer, plan.chat_template_kwargs)
-    files = {}
-    for name, adapter in (("trained", True), ("base" if saved.adapter else "model", False)):
-        if asked.base or adapter == (saved.adapter is not None):
-            files[name] = evaluation_plan.open_file(
-                asked, saved, plan, engine.backend, problems, prompts, adapter=adapter
-            )
-    batch_size = asked.batch_size or max(
-        plan.batch_size, VLLM_BATCH if engine.backend == "vllm" else 1
-    )
-    for name, file in files.items():
-        if not file.missing:
-            print(
-                f"{file.path} is complete: nothing is drawn again (--overwrite does)",
-                file=sys.stderr,
-            )
-            continue
-        if file.rows:
-            cut = "; the last line was cut, and is drawn again" if file.cut else ""
-            print(f"{file.path}: going on after {len(file.rows)} completions{cut}", file=sys.stderr)
-        evaluation.evaluate(
-            file, samplers(name == "trained"), problems, prompts, batch_size=batch_size
-        )
-    print(
-        report(
-            {name: Evaluation(file.header, file.rows, False, 0) for name, file in files.items()},
-            plan.ks,
-        )
-    )
-    print(*(f"Completions: {file.path}" for file in files.values()), sep="\n")
-
-
-def _chat(asked: argparse.Namespace, saved) -> None:
-    from gtpo.evaluation.chat import chat
-    from gtpo.evaluation.engines import Engine
-    from gtpo.evaluation.plan import chat_sampling, system_instruction
-
-    _allow(
-        asked,
-        "--chat",
-        "target",
-        "chat",
-        "system_instruction",
-        "temperature",
-        "top_p",
-        "seed",
-        "max_completion_length",
-        "backend",
-        "chat_template",
-    )
-    if asked.backend == "vllm":
-        raise RecipeError(
-            "--backend", "vllm holds no conversations here; use auto, unsloth or transformers"
-        )
-    engine = Engine(saved, asked.backend, asked.chat_template, conversation=True)
-    context = min(engine.context or CHAT_LENGTH, max(CHAT_LENGTH, saved.section.max_seq_length))
-    chat(
-        engine.policy(context),
-        chat_sampling(asked, saved.recipe),
-        context=context,
-        system_instruction=system_instruction(asked, saved.recipe),
-        chat_template_kwargs=saved.recipe and saved.recipe.training.chat_template_kwargs,
-    )
-
-
-def _flag_error(message: str) -> RecipeError:
-    """argparse's `argument --flag: sentence` as our error."""
-    flag, colon, sentence = message.removeprefix("argument ").partition(": ")
-    return RecipeError(flag, sentence) if colon else RecipeError(flag)
-
-
-def _in_flags(error: RecipeError, asked: argparse.Namespace | None) -> RecipeError:
-    """`error` about a recipe's keys, told with the flags that stand for them here."""
-    names = FLAGS | {
-        "dataset.path": "--path" if asked and asked.dataset in DATASET_ALIASES else "--dataset"
-    }
-    mentioned = re.compile(r"(?<![\w./-])(" + "|".join(map(re.escape, names)) + r")(?![\w.])")
     return RecipeError.of(
-        Mistake(
-            names.get(mistake.key, mistake.key),
-            mentioned.sub(lambda key: names[key[0]], mistake.sentence),
-        )
+        Mistake(flag_of_key.get(mistake.key, mistake.key), with_flags(mistake.sentence))
         for mistake in error.mistakes
     )
 
@@ -338,5 +322,5 @@ def _in_flags(error: RecipeError, asked: argparse.Namespace | None) -> RecipeErr
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BrokenPipeError:  # the reader went away
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,4 @@
-"""`evaluate_model.py` as a person uses it: on a real run of the demo, its checkpoint and its base
-model; and what it refuses.
-"""
+"""`evaluate_model.py` on a run of the demo, its checkpoint and its base model, and its errors."""
 
 import io
 import json
@@ -27,20 +25,9 @@ def trained(tmp_path_factory) -> Path:
     """A run of the demo, twelve steps long, in a folder of its own."""
     root = tmp_path_factory.mktemp("trained")
     flags = [
-        "--model-name",
-        BASE,
-        "--dataset.path",
-        str(ROOT / "demo/data/train.jsonl"),
-        "--evaluation.path",
-        TEST,
-        "--evaluation.limit",
-        "40",
-        "--output_root",
-        str(root),
-        "--training.max_steps",
-        "12",
-        "--training.save_steps",
-        "6",
+        *("--model-name", BASE, "--dataset.path", str(ROOT / "demo/data/train.jsonl")),
+        *("--evaluation.path", TEST, "--evaluation.limit", "40", "--output_root", str(root)),
+        *("--training.max_steps", "12", "--training.save_steps", "6"),
     ]
     assert train_model.main([str(ROOT / "recipes/demo.yaml"), *flags]) == 0
     (folder,) = root.iterdir()
@@ -71,44 +58,35 @@ def contents(folder: Path) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---- what it does
+# ---- evaluations
 
 
-def test_a_run_is_evaluated_on_what_it_held_out_beside_its_base_model(run_dir, capsys):
+def test_a_run_is_evaluated_on_its_held_out_problems_beside_its_base_model(run_dir, capsys):
     out = evaluate(capsys, run_dir, "--k", "1", "4", "--base")
-    for line in (
-        "accuracy",
-        "pass@1",
-        "pass@4",
-        "maj@1",
-        "maj@4",
-        "format rate",
-        "truncated",
-        "mean length",
-    ):
-        assert f"\n{line} " in out
-    # evaluation.limit, and the training's temperature
+    rates = ("accuracy", "pass@1", "pass@4", "maj@1", "maj@4", "format rate", "truncated")
+    for name in (*rates, "mean length"):
+        assert f"\n{name} " in out
+    # evaluation.limit is 40, and the training's temperature is 1
     assert "40 problems x 4, temperature 1, seed 3407" in out
-    assert "trained" in out and "base" in out and "difference" in out
-    held = {
-        name: evaluation_file.read_evaluation(Path(run_dir, f"evaluation/{name}test-40x4-t1.jsonl"))
+    for title in ("trained", "base", "difference"):
+        assert title in out
+    trained, base = (
+        evaluation_file.read_evaluation(Path(run_dir, f"evaluation/{name}test-40x4-t1.jsonl"))
         for name in ("", "base-")
-    }
-    ours, base = (sum(row["correct"] for row in h.rows) / 160 for h in held.values())
-    assert len(held[""].rows) == 160 and ours > base + 0.1  # it learnt
-    assert (
-        f"{100 * ours:.1f} % [" in out
-        and f"{100 * base:.1f} % [" in out
-        and f"+{100 * (ours - base):.1f} % [+" in out
     )
-    assert held[""].header["adapter"] == run_dir and held["base-"].header["adapter"] is None
-    assert (
-        held[""].header["prompts"] == held["base-"].header["prompts"]
-        and held[""].header["weights"] != held["base-"].header["weights"]
-    )
+    ours, theirs = (sum(row["correct"] for row in e.rows) / 160 for e in (trained, base))
+    assert len(trained.rows) == 160
+    assert ours > theirs + 0.1  # it learnt
+    assert f"{100 * ours:.1f} % [" in out
+    assert f"{100 * theirs:.1f} % [" in out
+    assert f"+{100 * (ours - theirs):.1f} % [+" in out
+    assert trained.header["adapter"] == run_dir
+    assert base.header["adapter"] is None
+    assert trained.header["prompts"] == base.header["prompts"]
+    assert trained.header["weights"] != base.header["weights"]
 
 
-def test_a_run_alone_gets_one_greedy_sample_and_agrees_with_the_evaluation_after_training(
+def test_by_default_a_run_gets_one_greedy_sample_as_in_the_evaluation_after_training(
     run_dir, capsys
 ):
     out = evaluate(capsys, run_dir)
@@ -117,21 +95,21 @@ def test_a_run_alone_gets_one_greedy_sample_and_agrees_with_the_evaluation_after
     assert "pass@" not in out and "\nCompletions: run/evaluation/test-40x1-t0.jsonl" in out
 
 
-def test_the_same_command_again_draws_nothing_and_prints_the_same_and_so_does_from(
+def test_the_same_command_and_from_print_the_same_scores_without_a_model(
     run_dir, capsys, monkeypatch
 ):
     first = evaluate(capsys, run_dir, "--samples", "3", "--limit", "8")
-    monkeypatch.setattr("gtpo.evaluation.engines.load_saved", None)  # and no model is loaded
+    monkeypatch.setattr("gtpo.evaluation.engines.load_saved", None)  # no model can be loaded
     assert evaluate_model.main([run_dir, "--samples", "3", "--limit", "8"]) == 0
     again = capsys.readouterr()
-    assert again.out == first and "is complete: nothing is drawn again" in again.err
+    assert again.out == first and "is complete, so nothing is drawn" in again.err
     alone = evaluate(capsys, "--from", f"{run_dir}/evaluation/test-8x3-t1.jsonl")
     assert alone.splitlines()[2:] == [
         line for line in first.splitlines()[2:] if not line.startswith("Completions")
     ]
 
 
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, monkeypatch):
+def test_an_interrupted_evaluation_continues_where_it_stopped(run_dir, capsys, monkeypatch):
     flags = [run_dir, "--samples", "2", "--limit", "10", "--batch-size", "5"]
     whole = evaluate(capsys, *flags, "--to", "whole.jsonl")
     drawn, policy_sampler = [], generation.policy_sampler
@@ -151,12 +129,12 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, mon
     monkeypatch.setattr("gtpo.evaluation.engines.policy_sampler", interrupted_once)
     assert evaluate_model.main(flags) == 130
     assert (
-        "interrupted: what was drawn is kept, and the same command goes on"
+        "interrupted: drawn completions are kept; the same command continues"
         in capsys.readouterr().err
     )
     assert evaluate_model.main(flags) == 0
     out = capsys.readouterr()
-    assert "going on after 10 completions" in out.err
+    assert "continuing after 10 completions" in out.err
     assert out.out.splitlines()[1:-1] == whole.splitlines()[1:-1]
     assert (
         Path(run_dir, "evaluation/test-10x2-t1.jsonl").read_bytes()
@@ -165,20 +143,21 @@ def test_an_interrupted_evaluation_goes_on_where_it_stopped(run_dir, capsys, mon
     assert len(drawn) - 1 == len(set(drawn) - {None}) == 20
 
 
-def test_a_single_file_is_its_own_split_whatever_that_is_called(run_dir, capsys):
+def test_a_single_file_is_every_split_and_takes_slices(run_dir, capsys):
     first = evaluate(capsys, run_dir, "--split", "test[:5]", "--to", "first.jsonl")
-    assert "5 problems x 1" in first and "5 problems x 1" in evaluate(
+    assert "5 problems x 1" in first
+    assert "5 problems x 1" in evaluate(
         capsys, run_dir, "--split", "train[3:8]", "--to", "others.jsonl"
     )
     rows = [
         sorted(evaluation_file.read_evaluation(Path(name)).rows, key=lambda row: row["problem"])
         for name in ("first.jsonl", "others.jsonl")
     ]
-    first, others = ([row["prompt"] for row in held] for held in rows)
+    first, others = ([row["prompt"] for row in own] for own in rows)
     assert first[3:] == others[:2] and not set(map(str, first[:3])) & set(map(str, others))
 
 
-def test_an_adapter_that_is_used_otherwise_is_another(run_dir, capsys):
+def test_an_adapter_with_another_config_counts_as_other_weights(run_dir, capsys):
     shutil.copytree(
         f"{run_dir}/checkpoint-12", "adapter", ignore=shutil.ignore_patterns("optimizer*")
     )
@@ -202,43 +181,48 @@ def test_an_adapter_that_is_used_otherwise_is_another(run_dir, capsys):
 
 
 @pytest.mark.parametrize("damage", [{"temperature": "hot"}, {"prompts": [1]}, {"seed": None}])
-def test_a_header_that_says_what_none_can_say_is_refused(run_dir, capsys, damage):
+def test_a_header_with_a_value_of_the_wrong_type_is_refused(run_dir, capsys, damage):
     lines = Path(run_dir, "evaluation/after.jsonl").read_text().splitlines(keepends=True)
     header = json.loads(lines[0])["header"]
     Path("damaged.jsonl").write_text(
         "".join([json.dumps({"header": {**header, **damage}}) + "\n", *lines[1:]])
     )
-    assert "damaged.jsonl: the first line is no header of an evaluation" in refusal(
+    assert "damaged.jsonl: the first line is not the header of an evaluation" in refusal(
         capsys, "--from", "damaged.jsonl"
     )
 
 
-def test_a_line_nested_without_end_is_damage(run_dir, capsys):
+def test_a_line_that_is_nested_too_deeply_is_damage(run_dir, capsys):
     lines = Path(run_dir, "evaluation/after.jsonl").read_text().splitlines(keepends=True)
     Path("deep.jsonl").write_text("".join([lines[0], "[" * 200_000 + "\n", *lines[1:]]))
-    assert "deep.jsonl, line 2: this is no completion; the file is damaged" in refusal(
+    assert "deep.jsonl, line 2: this is not a completion; the file is damaged" in refusal(
         capsys, "--from", "deep.jsonl"
     )
 
 
-def test_a_cut_file_is_said_and_goes_on(run_dir, capsys):
+def test_a_file_with_an_incomplete_last_line_is_refused_by_from_and_continued_by_its_command(
+    run_dir, capsys
+):
     flags = [run_dir, "--limit", "6"]
     whole = evaluate(capsys, *flags)
     file = Path(run_dir, "evaluation/test-6x1-t0.jsonl")
     content = file.read_bytes()
     file.write_bytes(content[:-40])
     assert (
-        "test-6x1-t0.jsonl: its last line was cut; the command that wrote it draws that again"
+        "test-6x1-t0.jsonl: its last line is incomplete; run the command that wrote the file again"
         in refusal(capsys, "--from", file)
     )
     assert file.read_bytes() == content[:-40]  # reading changes nothing
     assert evaluate_model.main(flags) == 0
     again = capsys.readouterr()
-    assert "going on after 5 completions; the last line was cut" in again.err and again.out == whole
+    assert (
+        "continuing after 5 completions; the last line was incomplete" in again.err
+        and again.out == whole
+    )
     assert file.read_bytes() == content
 
 
-def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_their_own(
+def test_a_checkpoint_an_adapter_and_a_base_model_have_evaluation_files_of_their_own(
     run_dir, capsys
 ):
     evaluate(capsys, f"{run_dir}/checkpoint-6", "--limit", "4")
@@ -258,7 +242,7 @@ def test_a_checkpoint_an_adapter_and_a_base_model_are_evaluated_under_names_of_t
     assert base.rows == alone.rows and base.header["prompts"] == alone.header["prompts"]
 
 
-def test_other_weights_in_the_same_place_are_noticed_and_overwrite_begins_anew(run_dir, capsys):
+def test_other_weights_in_the_same_folder_are_refused_unless_overwrite_is_given(run_dir, capsys):
     evaluate(capsys, run_dir, "--limit", "4")
     file = Path(run_dir, "evaluation/test-4x1-t0.jsonl")
     shutil.copy(f"{run_dir}/checkpoint-6/adapter_model.safetensors", run_dir)
@@ -272,26 +256,26 @@ def test_other_weights_in_the_same_place_are_noticed_and_overwrite_begins_anew(r
     assert file.read_bytes() != content and len(evaluation_file.read_evaluation(file).rows) == 4
 
 
-def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, capsys, monkeypatch):
+def test_integer_answers_with_zero_padding_as_in_aime_are_graded(run_dir, capsys, monkeypatch):
     Path("aime.jsonl").write_text(
         "".join(
             json.dumps({"problem": f"What is {a}?", "solution": a}) + "\n"
             for a in ("073", "204", "005")
         )
     )
-    said = {"073": "73", "204": "0204", "005": "50"}
+    answers = {"073": "73", "204": "0204", "005": "50"}
 
-    def knowing(policy, sampling, **options):
+    def sampler_with_answers(policy, sampling, **options):
         return lambda prompts, seeds: [
-            generation.Completion(
+            generation.SampledCompletion(
                 f"<reasoning>\n\n</reasoning>\n<answer>{answer}</answer>", 9, False
             )
             for prompt in prompts
-            for asked, answer in said.items()
-            if f"What is {asked}?" in prompt
+            for reference, answer in answers.items()
+            if f"What is {reference}?" in prompt
         ]
 
-    monkeypatch.setattr("gtpo.evaluation.engines.policy_sampler", knowing)
+    monkeypatch.setattr("gtpo.evaluation.engines.policy_sampler", sampler_with_answers)
     out = evaluate(
         capsys,
         run_dir,
@@ -337,7 +321,7 @@ def test_aime_style_files_with_integers_and_zero_padding_are_graded(run_dir, cap
         ),
     ],
 )
-def test_real_sets_are_evaluated_from_local_folders(
+def test_gsm8k_and_math_are_evaluated_from_local_folders(
     run_dir, capsys, shared_data, flags, problems, name
 ):
     flags = [flag.format(data=shared_data) for flag in flags]
@@ -363,7 +347,7 @@ def test_two_files_are_compared_problem_by_problem(run_dir, capsys):
     )
     assert out.splitlines()[2].split() == ["after", "before", "difference"]
     evaluate(capsys, run_dir, "--limit", "3")
-    assert "they are of different problems, so nothing can be compared" in refusal(
+    assert "they are of different problems, so they cannot be compared" in refusal(
         capsys,
         "--from",
         f"{run_dir}/evaluation/after.jsonl",
@@ -371,26 +355,26 @@ def test_two_files_are_compared_problem_by_problem(run_dir, capsys):
     )
 
 
-# ---- talking
+# ---- chat
 
 
-def talk(capsys, monkeypatch, said: str, *flags: str):
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+def chat(capsys, monkeypatch, lines: str, *flags: str):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert evaluate_model.main([*flags, "--chat"]) == 0
     return capsys.readouterr()
 
 
-def test_bytes_that_are_no_text_are_asked_about_all_the_same(run_dir, capsys, monkeypatch):
+def test_a_line_with_invalid_bytes_is_answered(run_dir, capsys, monkeypatch):
     assert (
         "\n"
-        in talk(
+        in chat(
             capsys, monkeypatch, "caf\udce9 hi\udcff\n", run_dir, "--max-completion-length", "4"
         ).out
     )
 
 
 def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
-    asked, template = [], "apply_chat_template"
+    conversations, template = [], "apply_chat_template"
     from transformers import PreTrainedTokenizerBase
 
     original = getattr(PreTrainedTokenizerBase, template)
@@ -398,11 +382,11 @@ def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
         PreTrainedTokenizerBase,
         template,
         lambda self, messages, **options: (
-            asked.append(messages) or original(self, messages, **options)
+            conversations.append(messages) or original(self, messages, **options)
         ),
     )
     question = "Tom has 7 coins and gives 1 away. How many coins does Tom have now?"
-    found = talk(
+    printed = chat(
         capsys,
         monkeypatch,
         f"{question}\n\nAnd Mia?\n/what\n/reset\n{question}\n/exit\nnever",
@@ -410,32 +394,32 @@ def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
         "--temperature",
         "0",
     )
-    first, second, third = asked[-3:]
-    assert [m["role"] for m in first] == ["system", "user"] and first[0][
-        "content"
-    ] == "Reason, then answer."
-    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"] and second[
-        :2
-    ] == first
-    assert third == first and "never" not in str(asked)
-    assert found.out.count("<answer>6</answer>") == 2 and second[2]["content"] in found.out
-    assert "there is no /what; /reset begins a new conversation" in found.err
+    first, second, third = conversations[-3:]
+    assert [m["role"] for m in first] == ["system", "user"]
+    assert first[0]["content"] == "Reason, then answer."
+    assert [m["role"] for m in second] == ["system", "user", "assistant", "user"]
+    assert second[:2] == first
+    assert third == first and "never" not in str(conversations)
+    assert printed.out.count("<answer>6</answer>") == 2 and second[2]["content"] in printed.out
+    assert "there is no /what; /reset starts a new conversation" in printed.err
 
 
-def test_a_conversation_longer_than_the_context_is_told_and_can_go_on(run_dir, capsys, monkeypatch):
-    found = talk(
+def test_a_line_longer_than_the_context_is_refused_and_the_conversation_continues(
+    run_dir, capsys, monkeypatch
+):
+    printed = chat(
         capsys,
         monkeypatch,
         "Tom has 7 coins. " * 900 + "\nTom has 7 coins and gives 1 away. How many?\n",
         run_dir,
     )
     assert (
-        "tokens with this line, and the model takes 4096: say less, or /reset" in found.err
-        and "<answer>" in found.out
+        "tokens with this line, and the model takes 4096: write less, or use /reset" in printed.err
     )
+    assert "<answer>" in printed.out
 
 
-def test_what_the_model_says_cannot_steer_the_terminal(run_dir, capsys, monkeypatch):
+def test_control_characters_of_the_model_do_not_reach_the_terminal(run_dir, capsys, monkeypatch):
     from transformers import PreTrainedTokenizerBase
 
     decode = PreTrainedTokenizerBase.decode
@@ -444,12 +428,14 @@ def test_what_the_model_says_cannot_steer_the_terminal(run_dir, capsys, monkeypa
         "decode",
         lambda self, *args, **options: "\x1b[2J" + decode(self, *args, **options),
     )
-    found = talk(capsys, monkeypatch, "Tom has 7 coins", run_dir)
-    assert r"\x1b[2J" in found.out and "\x1b" not in found.out
+    printed = chat(capsys, monkeypatch, "Tom has 7 coins", run_dir)
+    assert r"\x1b[2J" in printed.out and "\x1b" not in printed.out
 
 
-def test_a_cut_answer_is_told_and_the_end_of_the_input_leaves(capsys, monkeypatch, tmp_path):
-    found = talk(
+def test_a_truncated_answer_is_marked_and_the_end_of_input_ends_the_chat(
+    capsys, monkeypatch, tmp_path
+):
+    printed = chat(
         capsys,
         monkeypatch,
         "Tom has 7 coins",
@@ -459,87 +445,56 @@ def test_a_cut_answer_is_told_and_the_end_of_the_input_leaves(capsys, monkeypatc
         "--system-instruction",
         "",
     )
-    assert "(cut after 3 tokens)" in found.err
+    assert "(cut off after 3 tokens)" in printed.err
 
 
-# ---- what it refuses
+# ---- errors
 
 
+# fmt: off
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (
-            ["--k", "8", "--samples", "4"],
-            (
-                "--k: 8 is more than the 4 samples of each problem; use at most 4, or evaluate with"
-                " more --samples"
-            ),
-        ),
-        (
-            ["--samples", "4", "--temperature", "0"],
-            "--temperature: 0 is greedy, so all 4 samples of a problem would be the same",
-        ),
-        (
-            ["--dataset", "gsm9k"],
-            (
-                "--dataset: 'gsm9k' is not known; use gsm8k, hendrycks_math, an existing file or"
-                " folder, or a dotted path"
-            ),
-        ),
+        (["--k", "8", "--samples", "4"],
+         "--k: 8 is more than the 4 samples of each problem; use at most 4, or evaluate with more"
+         " --samples"),
+        (["--samples", "4", "--temperature", "0"],
+         "--temperature: 0 is greedy, so all 4 samples of a problem would be the same"),
+        (["--dataset", "gsm9k"],
+         "--dataset: 'gsm9k' is not known; use gsm8k, hendrycks_math, an existing file or folder,"
+         " or a dotted path"),
         (["--dataset", "nowhere.jsonl"], "--dataset: there is no file or folder 'nowhere.jsonl'"),
         (["--dataset", "gsm8k"], "use local files through --path"),
-        (
-            ["--dataset", "gsm8k", "--path", "nowhere"],
-            "--path: there is no file or folder 'nowhere'",
-        ),
-        (
-            ["--chat", "--backend", "vllm"],
-            "--backend: vllm holds no conversations here; use auto, unsloth or transformers",
-        ),
-        (["--from", "nowhere.jsonl"], "--from: run means nothing here; leave it out"),
-        (
-            ["--dataset", TEST, "--answer-column", "target"],
-            (
-                "no column 'target'; this dataset has question, answer (set --question-column and"
-                " --answer-column)"
-            ),
-        ),
-        (
-            ["--max-prompt-length", "3"],
-            "--max-prompt-length: 3 drops all 200 prompts; the shortest has",
-        ),
-        (
-            ["--max-completion-length", "9000"],
-            (
-                "--max-completion-length: prompts of 60 and completions of 9000 tokens are more"
-                " than the 8192 of context"
-            ),
-        ),
-        (
-            ["--backend", "vllm"],
-            (
-                "--backend: vllm cannot be used here, no NVIDIA GPU is visible; use auto or"
-                " transformers"
-            ),
-        ),
-        (
-            ["--backend", "unsloth"],
-            "--backend: unsloth cannot be used here, no NVIDIA GPU is visible",
-        ),
+        (["--dataset", "gsm8k", "--path", "nowhere"],
+         "--path: there is no file or folder 'nowhere'"),
+        (["--chat", "--backend", "vllm"],
+         "--backend: vllm cannot chat; use auto, unsloth or transformers"),
+        (["--from", "nowhere.jsonl"], "--from: run has no effect here; leave it out"),
+        (["--dataset", TEST, "--answer-column", "target"],
+         "no column 'target'; this dataset has question, answer (set --question-column and"
+         " --answer-column)"),
+        (["--max-prompt-length", "3"],
+         "--max-prompt-length: 3 drops all 200 prompts; the shortest has"),
+        (["--max-completion-length", "9000"],
+         "--max-completion-length: prompts of 60 and completions of 9000 tokens are longer than"
+         " the context of 8192 tokens"),
+        (["--backend", "vllm"],
+         "--backend: vllm cannot be used here, no NVIDIA GPU is visible; use auto or transformers"),
+        (["--backend", "unsloth"],
+         "--backend: unsloth cannot be used here, no NVIDIA GPU is visible"),
         (["--backend", "tgi"], "--backend: invalid choice: 'tgi'"),
         (["--tempreature", "1"], "--tempreature: unknown; did you mean --temperature?"),
         (["--k", "none"], "--k: 'none' is not valid; use a whole number, 1 or more"),
         (["--top-p", "2"], "--top-p: '2' is not valid; use a number, 1e-06 to 1"),
         (["--temperature", "nan"], "--temperature: 'nan' is not valid"),
         (["again"], "again: unknown; --help lists the flags"),
-        (
-            ["--to", "run/recipe.yaml", "--overwrite"],
-            "run/recipe.yaml: the first line is no header of an evaluation",
-        ),
-        (["--chat", "--k", "2"], "--chat: --k means nothing here; leave it out"),
+        (["--to", "run/recipe.yaml", "--overwrite"],
+         "run/recipe.yaml: the first line is not the header of an evaluation"),
+        (["--chat", "--k", "2"], "--chat: --k has no effect here; leave it out"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(
+# fmt: on
+def test_invalid_flags_are_refused_in_one_sentence_and_nothing_is_written(
     run_dir, capsys, flags, sentence
 ):
     before = contents(Path())
@@ -547,45 +502,31 @@ def test_what_cannot_work_is_refused_in_one_sentence_and_nothing_is_written(
     assert contents(Path()) == before
 
 
+# fmt: off
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (
-            [],
-            (
-                "RUN_DIR_OR_MODEL: missing; give a run directory, checkpoint, adapter or base"
-                " model, or --from FILE"
-            ),
-        ),
+        ([],
+         "RUN_DIR_OR_MODEL: missing; give a run directory, checkpoint, adapter or base model, or"
+         " --from FILE"),
         (["./nowhere"], "there is no folder './nowhere'"),
-        (
-            [str(ROOT / "recipes")],
-            "the folder holds no recipe.yaml, adapter_config.json or config.json",
-        ),
-        (
-            [BASE],
-            (
-                "--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file"
-                " with questions and answers"
-            ),
-        ),
+        ([str(ROOT / "recipes")],
+         "the folder holds no recipe.yaml, adapter_config.json or config.json"),
+        ([BASE],
+         "--dataset: a model alone names no problems; use gsm8k, hendrycks_math, or a file with"
+         " questions and answers"),
         ([BASE, "--dataset", TEST, "--base"], "is a base model itself; leave it out"),
-        (
-            ["--from", "nowhere.jsonl"],
-            "nowhere.jsonl: cannot be read (No such file or directory); give an evaluation file",
-        ),
-        (["--from", TEST], "the first line is no header of an evaluation"),
-        (
-            ["--from", "run/evaluation/after.jsonl", "--k", "2"],
-            "--k: 2 is more than the 1 sample of each problem",
-        ),
-        (
-            ["--from", "run/evaluation/after.jsonl", "--samples", "2"],
-            "--from: --samples means nothing here; leave it out",
-        ),
+        (["--from", "nowhere.jsonl"],
+         "nowhere.jsonl: cannot be read (No such file or directory); give an evaluation file"),
+        (["--from", TEST], "the first line is not the header of an evaluation"),
+        (["--from", "run/evaluation/after.jsonl", "--k", "2"],
+         "--k: 2 is more than the 1 sample of each problem"),
+        (["--from", "run/evaluation/after.jsonl", "--samples", "2"],
+         "--from: --samples has no effect here; leave it out"),
     ],
 )
-def test_targets_and_files_that_are_none_are_refused(run_dir, capsys, flags, sentence):
+# fmt: on
+def test_invalid_targets_and_files_are_refused(run_dir, capsys, flags, sentence):
     assert sentence in refusal(capsys, *flags)
 
 
@@ -602,7 +543,7 @@ def test_a_base_model_that_does_not_fit_the_adapter_is_refused(run_dir, capsys):
     assert "does not fit the base model 'other'" in refusal(capsys, run_dir)
 
 
-def test_a_damaged_file_is_refused_and_kept(run_dir, capsys):
+def test_a_damaged_file_is_refused_and_stays_as_it_is(run_dir, capsys):
     evaluate(capsys, run_dir, "--limit", "4")
     file = Path(run_dir, "evaluation/test-4x1-t0.jsonl")
     lines = file.read_text().splitlines()
@@ -610,13 +551,13 @@ def test_a_damaged_file_is_refused_and_kept(run_dir, capsys):
     damaged = file.read_bytes()
     for flags in ([run_dir, "--limit", "4"], ["--from", str(file)]):
         assert (
-            "line 3: this is no completion; the file is damaged: restore it, or move it away"
+            "line 3: this is not a completion; the file is damaged: restore it, or move it away"
             in refusal(capsys, *flags)
         )
     assert file.read_bytes() == damaged
 
 
-def test_a_file_that_is_no_evaluation_is_never_overwritten(run_dir, capsys):
+def test_a_file_that_is_not_an_evaluation_is_never_overwritten(run_dir, capsys):
     mine = Path("mine.jsonl")
     mine.write_text('{"not": "an evaluation"}\n')
     for more in ([], ["--overwrite"]):
@@ -624,7 +565,7 @@ def test_a_file_that_is_no_evaluation_is_never_overwritten(run_dir, capsys):
     assert mine.read_text() == '{"not": "an evaluation"}\n'
 
 
-def test_help_and_refusals_import_nothing_heavy(tmp_path):
+def test_help_and_errors_import_no_heavy_library(tmp_path):
     program = (
         "import sys; sys.path.insert(0, sys.argv.pop(1)); import evaluate_model\ntry:"
         " evaluate_model.main(sys.argv[1:])\nexcept SystemExit: pass\nprint('HEAVY',"

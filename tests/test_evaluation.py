@@ -1,6 +1,4 @@
-"""Sampling, grading, the file of completions and its scores, on the demo's real model and
-problems.
-"""
+"""Evaluations on the demo's model and problems: drawing, grading, the file and the scores."""
 
 import json
 import types
@@ -14,10 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import reward_math
 from gtpo.data import load_problems
 from gtpo.errors import RecipeError
-from gtpo.evaluation import draw as evaluation
+from gtpo.evaluation import draw, scores
 from gtpo.evaluation import file as evaluation_file
 from gtpo.evaluation import plan as evaluation_plan
-from gtpo.evaluation import scores
 from gtpo.evaluation.file import EvaluationFile
 from gtpo.models import generation
 from gtpo.models.backends import Policy
@@ -46,7 +43,7 @@ def problems(policy):
 
 @pytest.fixture(scope="module")
 def prompts(policy, problems) -> list[str]:
-    return evaluation.rendered_prompts(problems, policy.tokenizer)
+    return draw.rendered_prompts(problems, policy.tokenizer)
 
 
 def header(problems, prompts, sampling=SAMPLED, samples=2, weights="w") -> dict:
@@ -56,16 +53,14 @@ def header(problems, prompts, sampling=SAMPLED, samples=2, weights="w") -> dict:
 # ---- drawing
 
 
-def test_a_completion_does_not_depend_on_its_batch_and_the_random_generators_stay_as_they_are(
+def test_a_completion_does_not_depend_on_its_batch_and_leaves_the_random_generators_alone(
     policy, prompts
 ):
     seeds = [completion_seed(1, problem, 0) for problem in range(len(prompts))]
     before = torch.get_rng_state()
     together = policy_sampler(policy, SAMPLED)(prompts, seeds)
-    alone = [
-        policy_sampler(policy, SAMPLED)([prompt], [seed])[0]
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ]
+    sampler = policy_sampler(policy, SAMPLED)
+    alone = [sampler([prompt], [seed])[0] for prompt, seed in zip(prompts, seeds, strict=True)]
     assert together == alone
     assert torch.equal(torch.get_rng_state(), before) and policy.model.training
 
@@ -80,20 +75,19 @@ def test_draws_follow_the_policy_at_the_temperature(policy, prompts):
         expected = (model(**ids).logits[0, -1] / 1.5).softmax(-1)
     likely, token = expected.max(-1)
     share = sum(completion.text == policy.tokenizer.decode(token) for completion in drawn) / n
-    assert 0.5 < likely < 0.99 and share == pytest.approx(
-        likely.item(), abs=4 * (likely * (1 - likely) / n).sqrt().item()
-    )
+    assert 0.5 < likely < 0.99
+    assert share == pytest.approx(likely.item(), abs=4 * (likely * (1 - likely) / n).sqrt().item())
 
 
-def test_other_samples_and_other_seeds_draw_other_completions_and_the_same_the_same(
+def test_another_sample_or_seed_draws_another_completion_and_the_same_ones_repeat_it(
     policy, prompts
 ):
-    draw = policy_sampler(policy, Sampling(3.0, 1.0, 1, 10))
-    first, again, sample, seed = (
-        draw(prompts[:1], [completion_seed(*place)])[0].text
-        for place in ((1, 0, 0), (1, 0, 0), (1, 0, 1), (2, 0, 0))
+    sampler = policy_sampler(policy, Sampling(3.0, 1.0, 1, 10))
+    first, again, other_sample, other_seed = (
+        sampler(prompts[:1], [completion_seed(seed, 0, sample)])[0].text
+        for seed, sample in ((1, 0), (1, 0), (1, 1), (2, 0))
     )
-    assert first == again and len({first, sample, seed}) == 3
+    assert first == again and len({first, other_sample, other_seed}) == 3
 
 
 def test_greedy_completions_are_those_of_plain_generate(policy, prompts):
@@ -109,19 +103,15 @@ def test_greedy_completions_are_those_of_plain_generate(policy, prompts):
     assert [c.tokens for c in drawn] == (ids != policy.tokenizer.pad_token_id).sum(1).tolist()
 
 
-def test_what_a_model_wants_of_its_generation_is_left_out_as_in_training(policy, prompts):
+def test_the_generation_config_of_a_model_is_ignored_as_in_training(policy, prompts):
     expected = policy_sampler(policy, GREEDY)(prompts, [0] * 12)
+    own = {"repetition_penalty": 5.0, "top_k": 3, "do_sample": True, "num_beams": 4}
     config = policy.model.generation_config
-    config.repetition_penalty, config.top_k, config.do_sample, config.num_beams = 5.0, 3, True, 4
+    config.update(**own)
     try:
         assert policy_sampler(policy, GREEDY)(prompts, [0] * 12) == expected
     finally:
-        config.repetition_penalty, config.top_k, config.do_sample, config.num_beams = (
-            None,
-            None,
-            None,
-            None,
-        )
+        config.update(**dict.fromkeys(own))
 
 
 def test_top_p_keeps_the_likeliest_tokens(policy, prompts):
@@ -156,9 +146,9 @@ def test_the_adapter_can_be_switched_off(policy, prompts):
     assert policy_sampler(tuned, GREEDY)(prompts, [0] * 12) != base
 
 
-def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch, tmp_path):
-    """vLLM itself needs a GPU; this holds our side to the interface of vllm 0.31.0."""
-    asked = {}
+def test_vllm_gets_the_same_seeds_and_end_token(policy, prompts, monkeypatch, tmp_path):
+    """vLLM needs a GPU. The stand-in has the signatures of vllm 0.31.0."""
+    calls = {}
 
     class LLM:
         def __init__(
@@ -173,10 +163,10 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
             max_lora_rank=16,
             max_model_len=None,
         ):
-            asked["llm"] = locals()
+            calls["llm"] = locals()
 
         def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
-            asked["requests"], asked["lora"] = (
+            calls["requests"], calls["lora"] = (
                 list(zip(prompts, sampling_params, strict=True)),
                 lora_request,
             )
@@ -202,24 +192,19 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
     cut, whole = sampler(True)(prompts[:2], [5, 6])
     assert cut.truncated and cut.tokens == 2
     assert whole == SampledCompletion("<answer>6</answer>", 4, False)
-    assert (
-        asked["llm"]["max_model_len"] == 96
-        and asked["llm"]["max_lora_rank"] == 32
-        and asked["llm"]["enable_lora"]
-    )
-    (prompt, parameters), _ = asked["requests"]
+    assert calls["llm"]["max_model_len"] == 96
+    assert calls["llm"]["max_lora_rank"] == 32
+    assert calls["llm"]["enable_lora"]
+    (prompt, parameters), _ = calls["requests"]
     assert policy.tokenizer.decode(prompt["prompt_token_ids"]) == prompts[0]
-    assert (
-        parameters["seed"] == 5
-        and parameters["max_tokens"] == 36
-        and parameters["temperature"] == 1.0
-    )
-    assert parameters["ignore_eos"] and parameters["stop_token_ids"] == [
-        policy.tokenizer.eos_token_id
-    ]
-    assert asked["lora"] == ("adapter", 1, str(tmp_path))
+    assert parameters["seed"] == 5
+    assert parameters["max_tokens"] == 36
+    assert parameters["temperature"] == 1.0
+    assert parameters["ignore_eos"]
+    assert parameters["stop_token_ids"] == [policy.tokenizer.eos_token_id]
+    assert calls["lora"] == ("adapter", 1, str(tmp_path))
     sampler(False)(prompts[:2], [5, 6])
-    assert asked["lora"] is None
+    assert calls["lora"] is None
 
 
 # ---- grading
@@ -241,8 +226,8 @@ def test_vllm_is_asked_for_the_same_draws_and_ends(policy, prompts, monkeypatch,
         (RIGHT.format(""), RIGHT.format("")),
     ],
 )
-def test_a_verdict_is_the_rewards(text, reference):
-    row = evaluation.graded({"prompt": [], "answer": reference}, SampledCompletion(text, 1, False))
+def test_a_completion_is_graded_as_the_reward_grades_it(text, reference):
+    row = draw.graded_row({"prompt": [], "answer": reference}, SampledCompletion(text, 1, False))
     (reward,) = reward_math.final_reward([text], [reference])
     assert row["correct"] == (reward == 20) and row["well_formed"] == (reward >= 10)
 
@@ -252,10 +237,10 @@ def test_a_verdict_is_the_rewards(text, reference):
 
 def run(path, problems, prompts, sampler, **settings):
     file = EvaluationFile(path, header(problems, prompts, **settings))
-    return evaluation.evaluate(file, sampler, problems, prompts, batch_size=5)
+    return draw.evaluate(file, sampler, problems, prompts, batch_size=5)
 
 
-def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes_on_with_the_same_draws(
+def test_an_interrupted_evaluation_keeps_its_completions_and_continues_with_the_same_draws(
     policy, problems, prompts, tmp_path
 ):
     whole = run(tmp_path / "whole.jsonl", problems, prompts, policy_sampler(policy, SAMPLED))
@@ -279,24 +264,22 @@ def test_completions_are_written_as_they_come_and_an_interrupted_evaluation_goes
     assert run(path, problems, prompts, counted) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     drawn = [seed for batch in batches for seed in batch]
-    assert len(drawn) == len(set(drawn)) == 24  # no pair twice
-    assert run(path, problems, prompts, None) == whole  # nothing is left to draw
+    assert len(drawn) == len(set(drawn)) == 24  # no completion was drawn twice
+    assert run(path, problems, prompts, None) == whole  # without a sampler: nothing is left to draw
 
 
-def test_a_line_holds_what_can_be_recomputed(policy, problems, prompts, tmp_path):
+def test_a_file_has_a_header_and_the_same_keys_for_every_completion(
+    policy, problems, prompts, tmp_path
+):
     run(tmp_path / "e.jsonl", problems, prompts, policy_sampler(policy, SAMPLED))
     first, *lines = map(json.loads, (tmp_path / "e.jsonl").read_text().splitlines())
-    assert (
-        first["header"]["problems"] == 12
-        and first["header"]["samples"] == 2
-        and first["header"]["model"] == "demo"
-    )
+    assert first["header"]["problems"] == 12
+    assert first["header"]["samples"] == 2
+    assert first["header"]["model"] == "demo"
     assert len(lines) == 24 and all(set(line) == set(evaluation_file.ROW) for line in lines)
     line = lines[0]
-    assert (
-        line["prompt"] == problems[line["problem"]]["prompt"]
-        and line["reference"] == problems[line["problem"]]["answer"]
-    )
+    assert line["prompt"] == problems[line["problem"]]["prompt"]
+    assert line["reference"] == problems[line["problem"]]["answer"]
 
 
 @pytest.fixture
@@ -313,11 +296,13 @@ def whole_file(policy, problems, prompts, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [2, 30])
-def test_a_cut_last_line_is_left_out_and_drawn_again(policy, problems, prompts, whole_file, cut):
+def test_an_incomplete_last_line_is_left_out_and_drawn_again(
+    policy, problems, prompts, whole_file, cut
+):
     content = whole_file.read_bytes()
     whole_file.write_bytes(content[:-cut])
-    held = evaluation_file.read_evaluation(whole_file)
-    assert held.cut and len(held.rows) == 11
+    evaluation = evaluation_file.read_evaluation(whole_file)
+    assert evaluation.cut and len(evaluation.rows) == 11
     run(whole_file, problems, prompts, policy_sampler(policy, GREEDY), sampling=GREEDY, samples=1)
     assert whole_file.read_bytes() == content
 
@@ -325,49 +310,48 @@ def test_a_cut_last_line_is_left_out_and_drawn_again(policy, problems, prompts, 
 def test_a_missing_line_end_loses_nothing(policy, problems, prompts, whole_file):
     content = whole_file.read_bytes()
     whole_file.write_bytes(b"\n".join(content.splitlines()[:-1]))
-    held = evaluation_file.read_evaluation(whole_file)
-    assert not held.cut and len(held.rows) == 11
+    evaluation = evaluation_file.read_evaluation(whole_file)
+    assert not evaluation.cut and len(evaluation.rows) == 11
     run(whole_file, problems, prompts, policy_sampler(policy, GREEDY), sampling=GREEDY, samples=1)
     assert whole_file.read_bytes() == content
 
 
+def without_line(lines, number):
+    return lines[: number - 1] + lines[number:]
+
+
+def with_line(lines, number, line):
+    return [*lines[: number - 1], line, *lines[number:]]
+
+
+def with_text(lines, number, old, new):
+    return with_line(lines, number, lines[number - 1].replace(old, new))
+
+
+# fmt: off
 @pytest.mark.parametrize(
     "damage, sentence",
     [
-        (
-            lambda lines: lines[:3] + [lines[3][:40]] + lines[4:],
-            "line 4: this is no completion; the file is damaged: restore it",
-        ),
-        (
-            lambda lines: lines[:3] + [lines[3]] + lines[3:],
-            "line 5: problem .*, sample 0 is there twice",
-        ),
-        (
-            lambda lines: (
-                lines[:2] + [lines[2].replace('"tokens": ', '"tokens": "many", "x": ')] + lines[3:]
-            ),
-            "line 3: 'tokens' is missing",
-        ),
-        (
-            lambda lines: (
-                lines[:2] + [lines[2].replace('"correct": ', '"correct": 1, "x": ')] + lines[3:]
-            ),
-            "line 3: 'correct' is missing",
-        ),
-        (
-            lambda lines: lines[:2] + [lines[2].replace('"sample": 0', '"sample": 7')] + lines[3:],
-            "line 3: problem .*, sample 7 is beyond the 12 x 1",
-        ),
-        (lambda lines: lines[1:], "the first line is no header of an evaluation"),
-        (
-            lambda lines: [lines[0].replace('"problems": 12', '"problems": "12"'), *lines[1:]],
-            "the first line is no header",
-        ),
-        (lambda lines: ["\0\0"] + lines[1:], "the first line is no header"),
+        (lambda lines: with_line(lines, 4, lines[3][:40]),
+         "line 4: this is not a completion; the file is damaged: restore it"),
+        (lambda lines: [*lines[:4], lines[3], *lines[4:]],
+         "line 5: problem .*, sample 0 appears twice"),
+        (lambda lines: with_text(lines, 3, '"tokens": ', '"tokens": "many", "x": '),
+         "line 3: 'tokens' is missing or has the wrong type"),
+        (lambda lines: with_text(lines, 3, '"correct": ', '"correct": 1, "x": '),
+         "line 3: 'correct' is missing or has the wrong type"),
+        (lambda lines: with_text(lines, 3, '"sample": 0', '"sample": 7'),
+         "line 3: problem .*, sample 7 is beyond the 12 x 1"),
+        (lambda lines: without_line(lines, 1),
+         "the first line is not the header of an evaluation"),
+        (lambda lines: with_text(lines, 1, '"problems": 12', '"problems": "12"'),
+         "the first line is not the header"),
+        (lambda lines: with_line(lines, 1, "\0\0"), "the first line is not the header"),
         (lambda lines: [], "the file is empty"),
     ],
 )
-def test_damage_elsewhere_is_told_in_one_sentence_and_nothing_is_overwritten(
+# fmt: on
+def test_a_file_with_other_damage_is_refused_in_one_sentence_and_stays_as_it_is(
     problems, prompts, whole_file, damage, sentence
 ):
     whole_file.write_text(
@@ -389,16 +373,13 @@ def test_damage_elsewhere_is_told_in_one_sentence_and_nothing_is_overwritten(
     [
         (
             {"samples": 3, "sampling": SAMPLED},
-            (
-                "holds an evaluation with samples 1, temperature 0.0; name another file with --to,"
-                " or replace"
-            ),
+            "samples 1, temperature 0.0; name another file with --to, or replace",
         ),
         ({"sampling": GREEDY._replace(seed=2)}, "holds an evaluation with seed 1;"),
         ({"weights": "others"}, "holds an evaluation with other weights;"),
     ],
 )
-def test_other_settings_are_refused(problems, prompts, whole_file, change, sentence):
+def test_a_file_with_other_settings_is_refused(problems, prompts, whole_file, change, sentence):
     content = whole_file.read_bytes()
     with pytest.raises(RecipeError, match=sentence):
         run(whole_file, problems, prompts, None, **{"sampling": GREEDY, "samples": 1, **change})
@@ -407,12 +388,12 @@ def test_other_settings_are_refused(problems, prompts, whole_file, change, sente
     assert whole_file.read_bytes() == content
 
 
-def test_two_evaluations_into_one_file_are_noticed(problems, prompts, tmp_path):
+def test_a_second_evaluation_into_the_same_file_is_refused(problems, prompts, tmp_path):
     one, other = (EvaluationFile(tmp_path / "e.jsonl", header(problems, prompts)) for _ in range(2))
     row = {
         "problem": 0,
         "sample": 0,
-        **evaluation.graded(problems[0], SampledCompletion("", 1, True)),
+        **draw.graded_row(problems[0], SampledCompletion("", 1, True)),
     }
     with one:
         with (
@@ -434,36 +415,36 @@ def test_other_weights_in_the_same_folder_have_another_fingerprint(tmp_path):
     assert evaluation_plan.weights_fingerprint(tmp_path) != before
 
 
-def test_a_gpu_without_memory_is_told_with_what_to_change(problems, prompts, tmp_path):
+def test_a_lack_of_gpu_memory_is_an_error_that_names_the_remedy(problems, prompts, tmp_path):
     def exhausted(texts, seeds):
         raise torch.OutOfMemoryError("2 GiB")
 
     with pytest.raises(
-        RecipeError, match="no memory for 5 completions at a time; use a smaller one"
+        RecipeError, match="no memory for 5 completions at a time; use a smaller value"
     ):
         run(tmp_path / "e.jsonl", problems, prompts, exhausted)
 
 
-# ---- the numbers
+# ---- the scores
 
 
-def row(problem: int, sample: int, answer: str | None, verdict: str, tokens: int = 10) -> dict:
-    """verdict: + correct, - wrong, f malformed, t malformed and truncated"""
+def row(problem: int, sample: int, answer: str | None, grade: str, tokens: int = 10) -> dict:
+    """`grade`: + correct, - wrong, f not well formed, t not well formed and truncated."""
     return {
         "problem": problem,
         "sample": sample,
         "answer": answer,
-        "correct": verdict == "+",
-        "well_formed": verdict in "+-",
-        "truncated": verdict == "t",
+        "correct": grade == "+",
+        "well_formed": grade in "+-",
+        "truncated": grade == "t",
         "tokens": tokens,
     }
 
 
 def test_scores_are_means_over_problems():
     rows = [row(0, 0, "1", "+"), row(0, 1, "1", "-", 30), row(1, 1, None, "t"), row(1, 0, "5", "f")]
-    found = scores.scores(rows, 2, [1, 2])
-    means = {name: score.mean for name, score in found.scores.items()}
+    result = scores.scores_with_intervals(rows, 2, [1, 2])
+    means = {name: score.mean for name, score in result.by_name.items()}
     assert means == {
         "accuracy": 0.25,
         "pass@1": 0.25,
@@ -474,57 +455,57 @@ def test_scores_are_means_over_problems():
         "truncated": 0.25,
         "mean length": 15.0,
     }
-    assert (
-        found.problems == 2
-        and found.scores["accuracy"].low == 0.0
-        and found.scores["accuracy"].high == 0.5
-    )
+    assert result.problems == 2
+    assert result.by_name["accuracy"].low == 0.0
+    assert result.by_name["accuracy"].high == 0.5
 
 
-def test_means_are_those_of_scores_and_resample_nothing(monkeypatch):
+def test_mean_scores_need_no_resampling(monkeypatch):
     rows = [row(0, 0, "1", "+"), row(0, 1, "1", "-", 30), row(1, 1, None, "t"), row(1, 0, "5", "f")]
-    expected = {name: score.mean for name, score in scores.scores(rows, 2).scores.items()}
+    expected = {
+        name: score.mean for name, score in scores.scores_with_intervals(rows, 2).by_name.items()
+    }
     monkeypatch.delattr(scores, "intervals")
-    assert {name: score.mean for name, score in scores.means(rows, 2).scores.items()} == expected
-    assert (
-        scores.means(rows, 2).problems == 2
-        and str(scores.means(rows, 2)) == "accuracy 25.0%, format 50.0%"
-    )
+    assert {
+        name: score.mean for name, score in scores.mean_scores(rows, 2).by_name.items()
+    } == expected
+    assert scores.mean_scores(rows, 2).problems == 2
+    assert str(scores.mean_scores(rows, 2)) == "accuracy 25.0%, format 50.0%"
 
 
-def test_what_is_not_well_formed_has_no_vote():
+def test_a_completion_that_is_not_well_formed_has_no_vote():
     rows = [row(0, 0, "5", "f"), row(0, 1, "5", "f"), row(0, 2, "7", "+")]
-    assert scores.scores(rows, 3, [3]).scores["maj@3"].mean == 1.0
+    assert scores.scores_with_intervals(rows, 3, [3]).by_name["maj@3"].mean == 1.0
 
 
-def test_only_whole_problems_count():
+def test_only_problems_with_all_samples_count():
     rows = [row(0, 0, "1", "+"), row(0, 1, "1", "+"), row(1, 0, "1", "-")]
-    assert (
-        scores.scores(rows, 2).problems == 1
-        and scores.scores(rows, 2).scores["accuracy"].mean == 1.0
-    )
+    assert scores.scores_with_intervals(rows, 2).problems == 1
+    assert scores.scores_with_intervals(rows, 2).by_name["accuracy"].mean == 1.0
     with pytest.raises(ValueError, match="no problem has all its samples"):
-        scores.scores(rows[2:], 2)
+        scores.scores_with_intervals(rows[2:], 2)
 
 
 def test_differences_are_taken_problem_by_problem():
     hard = [i % 2 for i in range(40)]
     base = [row(i, 0, "1", "-" if h or i < 4 else "+") for i, h in enumerate(hard)]
     ours = [row(i, 0, "1", "-" if h else "+") for i, h in enumerate(hard)]
-    found = scores.differences(ours, base, 1)
-    assert found.problems == 40 and found.scores["accuracy"].mean == pytest.approx(0.05)
-    # no problem got worse, which separate intervals would not show
-    assert found.scores["accuracy"].low >= 0
+    difference = scores.score_differences(ours, base, 1)
+    assert difference.problems == 40 and difference.by_name["accuracy"].mean == pytest.approx(0.05)
+    # No problem got worse. Separate intervals would not show that.
+    assert difference.by_name["accuracy"].low >= 0
     assert (
-        scores.scores(ours, 1).scores["accuracy"].low
-        < scores.scores(base, 1).scores["accuracy"].mean
+        scores.scores_with_intervals(ours, 1).by_name["accuracy"].low
+        < scores.scores_with_intervals(base, 1).by_name["accuracy"].mean
     )
 
 
-def test_the_table_shows_every_score_with_its_interval_and_signs_of_differences():
+def test_the_table_shows_every_score_with_its_interval_and_differences_with_signs():
     rows = [row(i, 0, "1", "+") for i in range(3)]
-    found = scores.scores(rows, 1, [1])
-    text = scores.table({"trained": found, "difference": scores.differences(rows, rows, 1, [1])})
+    trained = scores.scores_with_intervals(rows, 1, [1])
+    text = scores.table(
+        {"trained": trained, "difference": scores.score_differences(rows, rows, 1, [1])}
+    )
     assert "accuracy      100.0 % [100.0, 100.0]" in text and "+0.0 % [+0.0, +0.0]" in text
     assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
         "accuracy",
@@ -536,20 +517,17 @@ def test_the_table_shows_every_score_with_its_interval_and_signs_of_differences(
     ]
 
 
-def test_problems_of_real_sets_are_evaluated(policy, shared_data, tmp_path):
+def test_problems_of_gsm8k_and_math_are_evaluated(policy, shared_data, tmp_path):
     for name in ("gsm8k", "hendrycks_math"):
         section = DatasetSection(name=name, path=str(shared_data / name), split="test[:2]")
         problems = load_problems(section, policy.tokenizer, 2000, 0, shuffle=False)
         assert isinstance(problems, datasets.Dataset)
-        texts = evaluation.rendered_prompts(problems, policy.tokenizer)
-        rows = run(
-            tmp_path / f"{name}.jsonl",
-            problems,
-            texts,
-            lambda prompts, seeds, problems=problems: [
-                SampledCompletion(problems[0]["answer"], 9, False) for _ in prompts
-            ],
-            sampling=GREEDY,
-            samples=1,
-        )
-        assert [r["correct"] for r in rows if r["problem"] == 0] == [True]
+        texts = draw.rendered_prompts(problems, policy.tokenizer)
+        first_answer = SampledCompletion(problems[0]["answer"], 9, False)
+
+        def sampler(prompts, seeds, completion=first_answer):
+            return [completion] * len(prompts)
+
+        path = tmp_path / f"{name}.jsonl"
+        rows = run(path, problems, texts, sampler, sampling=GREEDY, samples=1)
+        assert [row["correct"] for row in rows if row["problem"] == 0] == [True]

@@ -81,11 +81,9 @@ def test_a_run_writes_its_card_and_one_into_every_checkpoint(here, monkeypatch):
     ):
         assert text in card.text, text
     early = (folder / "checkpoint-1/README.md").read_text()
-    assert (
-        "| optimizer steps | 1 |" in early
-        and "GTPO" in early
-        and "More Information Needed" not in early
-    )
+    assert "| optimizer steps | 1 |" in early
+    assert "GTPO" in early
+    assert "More Information Needed" not in early
     assert export_model.main([str(folder), str(here / "merged")]) == 0
     for file in (
         folder / "README.md",
@@ -100,11 +98,9 @@ def test_a_run_writes_its_card_and_one_into_every_checkpoint(here, monkeypatch):
         (code,) = re.findall(r"```python\n(.*?)```", (place / "README.md").read_text(), re.DOTALL)
         exec(compile(code.replace("FOLDER_OR_REPOSITORY", str(place)), "card", "exec"), {})
     merged = ModelCard.load(here / "merged/README.md")
-    assert (
-        merged.data.library_name == "transformers"
-        and "| after | 8 |" in merged.text
-        and "rounding alone" in merged.text
-    )
+    assert merged.data.library_name == "transformers"
+    assert "| after | 8 |" in merged.text
+    assert "rounding alone" in merged.text
 
 
 @pytest.mark.parametrize(
@@ -161,9 +157,9 @@ def test_hub_names_are_metadata_and_local_ones_are_not(tmp_path):
             tmp_path,
         )
         data = ModelCard(text).data
-        assert (
-            data.base_model is None and data.datasets is None and str(tmp_path.parent) not in text
-        )
+        assert data.base_model is None
+        assert data.datasets is None
+        assert str(tmp_path.parent) not in text
 
 
 def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
@@ -173,10 +169,8 @@ def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
         recipe=recipe, base="Qwen/Qwen2.5-3B-Instruct", adapter=tmp_path, run_dir=tmp_path
     )
     text = model_card.merged_card(saved, "bfloat16", "as good as equal")
-    assert (
-        "a variant of **GTPO**" in text
-        and "Held against base model and adapter after merging: as good as equal." in text
-    )
+    assert "a variant of **GTPO**" in text
+    assert "Held against base model and adapter after merging: as good as equal." in text
     assert (
         "The recipe loads the base model in 4 bits; merged into, and compared on, is the one in 16"
         " bits." in text

@@ -141,9 +141,8 @@ def test_the_completions_are_there_token_by_token_better_beside_worse(page):
     )
     better, worse = (side.rect for side in find(page, ".sides > div"))
     assert better["y"] == worse["y"] and better["x"] + better["width"] <= worse["x"]
-    assert (
-        "A +5.00" in find(page, ".about")[0].text and "reward 20.00" in find(page, ".about")[0].text
-    )
+    assert "A +5.00" in find(page, ".about")[0].text
+    assert "reward 20.00" in find(page, ".about")[0].text
     assert (
         "What is 2+2?" in find(page, "#prompt")[0].text
         and "<answer>4</answer>" in find(page, "#prompt")[0].text
@@ -173,9 +172,8 @@ def test_a_filtered_completion_says_so(page):
     choose(page, "#group", "prompt 2")
     kept, filtered = find(page, ".completion")
     assert "kept ✓" in kept.text and "filtered" not in kept.get_attribute("class")
-    assert "filtered ✗ no gradient" in filtered.text and "filtered" in filtered.get_attribute(
-        "class"
-    )
+    assert "filtered ✗ no gradient" in filtered.text
+    assert "filtered" in filtered.get_attribute("class")
 
 
 def test_pointing_at_a_token_shows_its_entropy_its_weight_and_why_it_is_in_conflict(page):

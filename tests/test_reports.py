@@ -307,10 +307,8 @@ def test_the_summary_gives_the_numbers(tmp_path):
             " interval +0.0 to +100.0), format from 100.0% to 100.0%."
         ),
     ]
-    assert (
-        stable.word == "yes"
-        and "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
-    )
+    assert stable.word == "yes"
+    assert "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
     assert (
         protected.sentences[1]
         == "GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage,"
@@ -473,11 +471,9 @@ def test_texts_of_a_model_cannot_leave_their_place(tmp_path):
     (run / "completions.jsonl").write_text(text)
     assert report_run.main([str(run)]) == 0
     page = (run / "report.html").read_text()
-    assert (
-        page.count("<script") == 2 == page.count("</script")
-        and "<img" not in page
-        and "<b>" not in page
-    )
+    assert page.count("<script") == 2 == page.count("</script")
+    assert "<img" not in page
+    assert "<b>" not in page
     assert json.loads(data_of(page))["runs"][0]["steps"][0]["groups"][0][
         "reference"
     ] == evil.replace("\ud800", "")
@@ -580,10 +576,8 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
     (run / "evaluation" / "other.jsonl").write_text('{"a": 1}\n')
     record = read_run(run)
     assert (record.evaluations["cut"].scores.problems, list(record.evaluations)) == (1, ["cut"])
-    assert (
-        len(record.notes) == 2
-        and "cut.jsonl: its last line was cut, and is left out" in record.notes[0]
-    )
+    assert len(record.notes) == 2
+    assert "cut.jsonl: its last line was cut, and is left out" in record.notes[0]
     assert "other.jsonl: the first line is no header of an evaluation" in record.notes[1]
 
 
@@ -607,10 +601,8 @@ def test_noise_alone_is_seldom_called_learning_or_a_fall(tmp_path, steps):
         learn, stable, _ = told(read_run(run)).values()
         verdicts.append(learn.word)
         falls += "reward fell" in stable.word
-    assert (
-        verdicts.count("too early to say" if steps < 10 else "no clear change") >= 45
-        and falls <= 10
-    )
+    assert verdicts.count("too early to say" if steps < 10 else "no clear change") >= 45
+    assert falls <= 10
 
 
 def test_a_report_loads_no_model(tmp_path):

@@ -1,1 +1,1 @@
-"""Sample completions, grade them, count."""
+"""Draw completions, grade them, and compute scores."""

@@ -1,13 +1,17 @@
-"""Talk to a policy in the terminal: completions are printed as they are drawn, and the conversation
-is kept.
-"""
+"""Talk to a policy in the terminal. Completions appear token by token; the conversation is kept."""
 
 import sys
 
-from gtpo.models.generation import Sampling, completion_seed, decoded_completion, generate_options
+from gtpo.models.generation import (
+    SampledCompletion,
+    Sampling,
+    completion_seed,
+    decoded_completion,
+    generate_options,
+)
 from gtpo.system.safe_text import printable
 
-COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a completion"
+COMMANDS = "/reset starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a completion"
 
 
 def chat(
@@ -17,66 +21,80 @@ def chat(
     context: int,
     system_instruction: str | None,
     chat_template_kwargs: dict | None = None,
-):
-    """Read lines from stdin until /exit or its end, and print what the policy says to each;
-    `context` is in tokens.
+) -> None:
+    """Reads lines from stdin until /exit or the end of input, and prints the policy's answers.
+
+    `context` is the most tokens that a conversation may have, its next completion included.
     """
-    opening = [{"role": "system", "content": system_instruction}] if system_instruction else []
-    messages, turn, options = list(opening), 0, chat_template_kwargs or {}
-    print(f"({COMMANDS})", file=sys.stderr)
-    while (line := _read()) is not None:
-        if line in ("", "/reset"):
-            messages = messages if line == "" else list(opening)
+    first_messages = []
+    if system_instruction:
+        first_messages.append({"role": "system", "content": system_instruction})
+    messages, turn = list(first_messages), 0
+    _note(COMMANDS)
+    while (line := _read_line()) is not None:
+        if line == "":
+            continue
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(first_messages)
             continue
         if line.startswith("/"):
-            if line == "/exit":
-                return
-            print(f"(there is no {line.split()[0]}; {COMMANDS})", file=sys.stderr)
+            _note(f"there is no {line.split()[0]}; {COMMANDS}")
             continue
         turn += 1
-        asked = [*messages, {"role": "user", "content": line}]
-        text = policy.tokenizer.apply_chat_template(
-            asked, tokenize=False, add_generation_prompt=True, **options
-        )
-        ids = policy.tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        if (left := context - ids.shape[1]) < 1:
-            print(
-                f"(the conversation has {ids.shape[1]} tokens with this line, and the model takes"
-                f" {context}: say less, or /reset)",
-                file=sys.stderr,
+        with_line = [*messages, {"role": "user", "content": line}]
+        ids = _token_ids(policy.tokenizer, with_line, chat_template_kwargs)  # (1, T)
+        tokens_left = context - ids.shape[1]
+        if tokens_left < 1:
+            _note(
+                f"the conversation has {ids.shape[1]} tokens with this line, and the model takes"
+                f" {context}: write less, or use /reset"
             )
             continue
-        limit = min(left, sampling.max_completion_length)
+        length = min(tokens_left, sampling.max_completion_length)
         try:
-            said = _stream(
+            answer = _stream(
                 policy,
                 ids,
-                sampling._replace(max_completion_length=limit),
+                sampling._replace(max_completion_length=length),
                 completion_seed(sampling.seed, turn, 0),
             )
         except KeyboardInterrupt:
-            print("\n(stopped; this line and its answer are forgotten)", file=sys.stderr)
+            print(file=sys.stderr)
+            _note("stopped; this line and its answer are not part of the conversation")
             continue
-        if said.truncated:
-            print(f"(cut after {said.tokens} tokens)", file=sys.stderr)
-        messages = [*asked, {"role": "assistant", "content": said.text}]
+        if answer.truncated:
+            _note(f"cut off after {answer.tokens} tokens")
+        messages = [*with_line, {"role": "assistant", "content": answer.text}]
 
 
-def _read() -> str | None:
-    """The next line without its white space; None at the end, or for Ctrl-C at the prompt."""
+def _note(sentence: str) -> None:
+    print(f"({sentence})", file=sys.stderr)
+
+
+def _read_line() -> str | None:
+    """The next line without surrounding white space; None at the end of input or after Ctrl-C."""
     try:
         line = input("> " if sys.stdin.isatty() else "")
-        # bytes that are no UTF-8 arrive as lone surrogates
-        return line.encode("utf-8", "replace").decode().strip()
     except (EOFError, KeyboardInterrupt):
         print()
         return None
+    # Bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes.
+    return line.encode("utf-8", "replace").decode().strip()
 
 
-def _stream(policy, ids, sampling: Sampling, seed: int):
-    """Draw a completion and print it token by token."""
+def _token_ids(tokenizer, messages: list[dict], chat_template_kwargs: dict | None):
+    """The conversation after the chat template, (1, T)."""
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+    )
+    # verbose=False: the caller checks the length, so the tokenizer need not warn.
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
+
+
+def _stream(policy, ids, sampling: Sampling, seed: int) -> SampledCompletion:
+    """Draws a completion of `ids`, (1, T), and prints it token by token."""
     import torch
     from transformers import TextStreamer
 
@@ -86,10 +104,10 @@ def _stream(policy, ids, sampling: Sampling, seed: int):
 
     with torch.no_grad(), policy.generating() as model:
         ids = ids.to(model.device)
-        drawn = model.generate(
+        sequence = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             streamer=Streamer(policy.tokenizer, skip_prompt=True, skip_special_tokens=True),
             **generate_options(policy.tokenizer, sampling, [seed], model.device),
-        )
-    return decoded_completion(drawn[0, ids.shape[1] :].tolist(), policy.tokenizer)
+        )[0]
+    return decoded_completion(sequence[ids.shape[1] :].tolist(), policy.tokenizer)

@@ -1,6 +1,5 @@
-"""Sample completions of problems, grade them as the reward does, and write each as it comes."""
+"""Draw completions of problems, grade them as the reward does, and append each to a file."""
 
-import logging
 from typing import Any
 
 from gtpo.answers import final_answer, format_score, reference_answer, same_answer
@@ -8,11 +7,9 @@ from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile
 from gtpo.models.generation import SampledCompletion, Sampler, completion_seed
 
-logger = logging.getLogger(__name__)
-
 
 def rendered_prompts(problems, tokenizer, chat_template_kwargs: dict | None = None) -> list[str]:
-    """Each problem's prompt after the chat template, as it is in training."""
+    """Returns each problem's prompt as text after the chat template, as in training."""
     return [
         tokenizer.apply_chat_template(
             prompt, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
@@ -30,16 +27,16 @@ def evaluate(
     batch_size: int,
     keep_bar: bool = True,
 ) -> list[dict[str, Any]]:
-    """Draw what is missing in `file`, grade it and append it there; returns all rows.
+    """Draws the completions that `file` lacks, grades and appends them; returns all rows.
 
-    Prompts of like length go together, the longest first, so that what does not fit in memory shows
-    at once.
+    Prompts of similar length share a batch. The longest come first, so that a lack of memory shows
+    at once. Raises RecipeError if a batch does not fit in the GPU's memory.
     """
     from tqdm.auto import tqdm
 
     if not file.missing:
         return file.rows
-    # stable: a problem's samples stay together
+    # The sort is stable: a problem's samples stay together.
     missing = sorted(file.missing, key=lambda pair: -len(prompts[pair[0]]))
     seed = file.header["seed"]
     with (
@@ -54,15 +51,12 @@ def evaluate(
     ):
         for start in range(0, len(missing), batch_size):
             batch = missing[start : start + batch_size]
-            drawn = _draw(
-                sampler,
-                [prompts[p] for p, _ in batch],
-                [completion_seed(seed, *pair) for pair in batch],
-            )
-            for (problem, sample), completion in zip(batch, drawn, strict=True):
-                file.append(
-                    {"problem": problem, "sample": sample, **graded(problems[problem], completion)}
-                )
+            batch_prompts = [prompts[problem] for problem, _ in batch]
+            seeds = [completion_seed(seed, problem, sample) for problem, sample in batch]
+            completions = _draw(sampler, batch_prompts, seeds)
+            for (problem, sample), completion in zip(batch, completions, strict=True):
+                row = graded_row(problems[problem], completion)
+                file.append({"problem": problem, "sample": sample, **row})
             bar.update(len(batch))
     return file.rows
 
@@ -74,15 +68,16 @@ def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[Sample
         return sampler(prompts, seeds)
     except torch.OutOfMemoryError:
         raise RecipeError(
-            "batch_size",
-            f"the GPU has no memory for {len(prompts)} completions at a time; use a smaller one,"
-            " and the evaluation goes on where it stopped",
+            "evaluation.batch_size",
+            f"the GPU has no memory for {len(prompts)} completions at a time; use a smaller value,"
+            " and the evaluation continues where it stopped",
         ) from None
 
 
-def graded(problem: dict[str, Any], completion: SampledCompletion) -> dict[str, Any]:
-    """A completion with its verdict: correct is what the reward pays for, well formed with the
-    right answer.
+def graded_row(problem: dict[str, Any], completion: SampledCompletion) -> dict[str, Any]:
+    """Returns a completion's row of the file, without the numbers of its problem and sample.
+
+    A completion is correct if the reward pays for it: it is well formed and its answer is right.
     """
     answer, well_formed = final_answer(completion.text), format_score(completion.text) == 10
     correct = well_formed and same_answer(answer, reference_answer(problem["answer"]))

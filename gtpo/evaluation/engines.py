@@ -1,15 +1,18 @@
-"""What draws an evaluation's completions: vLLM, Unsloth or transformers, with the model loaded at
-the first draw.
+"""The engine that draws an evaluation's completions: vLLM, Unsloth or transformers.
+
+The tokenizer is loaded at once, the model when the first completion is drawn.
 """
 
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 
 from gtpo.errors import RecipeError
 from gtpo.models import adapters
-from gtpo.models.generation import Sampling, policy_sampler, vllm_samplers
+from gtpo.models.generation import Sampler, Sampling, policy_sampler, vllm_samplers
 from gtpo.models.saved import Saved, load_saved, saved_tokenizer
+from gtpo.recipe.sections import ModelSection
 
 logger = logging.getLogger(__name__)
 
@@ -17,43 +20,47 @@ logger = logging.getLogger(__name__)
 class Engine:
     """A saved model's tokenizer, and its completions with and without the adapter.
 
-    `wanted` is auto, vllm, unsloth or transformers; auto is vLLM where it is installed and a GPU is
-    there, unless the recipe says otherwise or it is a `conversation`, then Unsloth, then
-    transformers. Raises RecipeError for a backend that cannot be had here.
+    `backend` is auto, vllm, unsloth, transformers or None (auto). auto takes vLLM if it is
+    installed and a GPU is visible, else Unsloth, else transformers. A recipe can rule out vLLM with
+    `model.backend: transformers` or `model.fast_inference: false`. A `conversation` never uses it.
+
+    Raises RecipeError for a backend that cannot be used on this machine.
     """
 
     def __init__(
         self,
         saved: Saved,
-        wanted: str | None,
+        backend: str | None,
         chat_template: str | None = None,
         *,
         conversation: bool = False,
     ):
         from gtpo.models import backends
 
-        self.saved, self.keys = saved, {"fast_inference": False}  # vLLM inside Unsloth, that is
+        self.saved = saved
+        # Keys that replace those of the run's model section. fast_inference is vLLM in Unsloth.
+        self.overrides = {"fast_inference": False}
         if chat_template:
-            self.keys["chat_template"] = chat_template
-        if saved.section.load_in_4bit and not _cuda():
+            self.overrides["chat_template"] = chat_template
+        if saved.section.load_in_4bit and not _gpu_is_visible():
             logger.warning(
-                "[GTPO] model.load_in_4bit: true needs an NVIDIA GPU; going on with false"
+                "[GTPO] model.load_in_4bit: true needs an NVIDIA GPU; continuing with false"
             )
-            self.keys["load_in_4bit"] = False
-        if not conversation and _takes_vllm(wanted, saved.section):
+            self.overrides["load_in_4bit"] = False
+        if not conversation and _uses_vllm(backend, saved.section):
             self.backend = "vllm"
             logger.info("[GTPO] Backend: vLLM")
         else:
-            if wanted in ("unsloth", "transformers"):
-                self.keys["backend"] = wanted
-            self.backend = backends.choose_backend(saved.section_with(**self.keys))
+            if backend in ("unsloth", "transformers"):
+                self.overrides["backend"] = backend
+            self.backend = backends.choose_backend(saved.section_with(**self.overrides))
         self.tokenizer = saved_tokenizer(
-            saved, saved.section_with(**self.keys), self.backend, chat_template
+            saved, saved.section_with(**self.overrides), self.backend, chat_template
         )
 
     @functools.cached_property
     def context(self) -> int | None:
-        """The tokens that the model was made for; None where it does not say."""
+        """The most tokens that the base model was made for; None if its config does not say."""
         from transformers import AutoConfig
 
         try:
@@ -67,38 +74,37 @@ class Engine:
         return getattr(config.get_text_config(), "max_position_embeddings", None)
 
     def policy(self, length: int):
-        """The model, by Unsloth or transformers, for sequences of `length` tokens."""
+        """Loads the model with Unsloth or transformers, for sequences of `length` tokens."""
         return load_saved(
             self.saved,
             ready=(self.backend, self.tokenizer),
-            **self.keys,
+            **self.overrides,
             max_seq_length=length,
             max_prompt_length=length,
         )
 
-    def samplers(self, sampling: Sampling, max_prompt_length: int):
-        """A function that returns the sampler with the adapter (True) or without it (False); they
-        share one model.
+    def samplers(self, sampling: Sampling, max_prompt_length: int) -> Callable[[bool], Sampler]:
+        """Returns a function from "with the adapter?" to a sampler; both samplers share one model.
 
-        Raises RecipeError for sequences longer than the model's context.
+        Raises RecipeError if prompt and completion can be longer than the model's context.
         """
         completion, context = sampling.max_completion_length, self.context
         length = max_prompt_length + completion
         if context is not None and length > context:
             raise RecipeError(
                 "--max-completion-length",
-                f"prompts of {max_prompt_length} and completions of {completion} tokens are more"
-                f" than the {context} of context that {self.saved.base!r} was made for; use at most"
-                f" {max(0, context - max_prompt_length)}, or a smaller --max-prompt-length",
+                f"prompts of {max_prompt_length} and completions of {completion} tokens are longer"
+                f" than the context of {context} tokens that {self.saved.base!r} was made for; use"
+                f" at most {max(0, context - max_prompt_length)}, or a smaller --max-prompt-length",
             )
         if self.backend == "vllm":
-            return self._vllm(sampling, length)
+            return self._vllm_samplers(sampling, length)
         policy = functools.cache(lambda: self.policy(length))
         return lambda adapter: policy_sampler(
             policy(), sampling, adapter=adapter or self.saved.adapter is None
         )
 
-    def _vllm(self, sampling: Sampling, length: int):
+    def _vllm_samplers(self, sampling: Sampling, length: int) -> Callable[[bool], Sampler]:
         adapter, section = self.saved.adapter, self.saved.section
         load = functools.cache(
             lambda: vllm_samplers(
@@ -115,24 +121,25 @@ class Engine:
         return lambda use_adapter: load()(use_adapter and adapter is not None)
 
 
-def _takes_vllm(wanted: str | None, section) -> bool:
-    installed = importlib.util.find_spec("vllm") is not None
-    missing = (
-        "no NVIDIA GPU is visible"
-        if not _cuda()
-        else "the package vllm is not installed"
-        if not installed
-        else None
-    )
-    if wanted == "vllm" and missing:
-        raise RecipeError(
-            "--backend", f"vllm cannot be used here, {missing}; use auto or transformers"
-        )
+def _uses_vllm(backend: str | None, section: ModelSection) -> bool:
+    """Whether vLLM draws the completions; raises RecipeError if it must and cannot."""
+    if not _gpu_is_visible():
+        obstacle = "no NVIDIA GPU is visible"
+    elif importlib.util.find_spec("vllm") is None:
+        obstacle = "the package vllm is not installed"
+    else:
+        obstacle = None
+    if backend == "vllm":
+        if obstacle:
+            raise RecipeError(
+                "--backend", f"vllm cannot be used here, {obstacle}; use auto or transformers"
+            )
+        return True
     recipe_allows = section.backend != "transformers" and section.fast_inference is not False
-    return wanted == "vllm" or wanted in (None, "auto") and not missing and recipe_allows
+    return backend in (None, "auto") and obstacle is None and recipe_allows
 
 
-def _cuda() -> bool:
+def _gpu_is_visible() -> bool:
     import torch
 
     return torch.cuda.is_available()

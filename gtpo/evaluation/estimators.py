@@ -1,5 +1,6 @@
-"""What evaluations report, as pure functions of verdicts and answers: pass@k, maj@k, and bootstrap
-intervals.
+"""The estimators of evaluations, as pure functions of values: pass@k, maj@k, bootstrap intervals.
+
+They stand apart from scores.py, which takes the values from an evaluation's rows.
 """
 
 import math
@@ -17,11 +18,10 @@ NUMERAL = re.compile(r"[+-]?\d{1,100}(\.\d{1,100})?", re.ASCII)
 
 
 def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> list[float]:
-    """Per problem, the probability that k of its n samples, drawn without replacement, hold a
-    correct one.
+    """Returns, per problem, the probability that k of its n samples include a correct one.
 
-    1 - C(n - c, k) / C(n, k) for c correct of n samples, the unbiased estimator (arXiv 2107.03374);
-    k is at most n.
+    The k samples are drawn without replacement. With c correct samples of n this is
+    1 - C(n - c, k) / C(n, k), the unbiased estimator of arXiv 2107.03374. k is at most n.
     """
     return [1 - math.comb(len(row) - sum(row), k) / math.comb(len(row), k) for row in correct]
 
@@ -29,39 +29,40 @@ def pass_at_k(correct: Sequence[Sequence[bool]], k: int) -> list[float]:
 def maj_at_k(
     answers: Sequence[Sequence[str | None]], correct: Sequence[Sequence[bool]], k: int
 ) -> list[float]:
-    """Per problem, 1.0 where most of its first k samples give the correct answer, else 0.0.
+    """Returns, per problem, 1.0 if the answer with most votes of the first k samples is correct.
 
-    Answers that say the same (1/2 and 0.5) are one, so all correct ones are; of equally many votes
-    the earliest answer wins; None and "" do not vote. `correct` are the verdicts on the same
-    samples.
+    Otherwise it is 0.0. `correct` says of each sample whether its answer is correct. Equal answers
+    (1/2 and 0.5) are one answer, so all correct ones are. Of several answers with equally many
+    votes the earliest wins. None and "" do not vote.
     """
     return [
-        float(_correct_wins(row[:k], verdicts[:k]))
-        for row, verdicts in zip(answers, correct, strict=True)
+        float(_correct_answer_wins(row[:k], correct_row[:k]))
+        for row, correct_row in zip(answers, correct, strict=True)
     ]
 
 
-def _correct_wins(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
-    """Whether the correct answer has most votes, with as few comparisons as decide it: math-verify
-    takes 20 ms for one.
+def _correct_answer_wins(answers: Sequence[str | None], correct: Sequence[bool]) -> bool:
+    """Whether the correct answer has most votes.
+
+    Compares as few answers as decide it: math-verify takes 20 ms for one comparison.
     """
-    # places of the correct answer, and of each wrong one by its text or value
+    # The places of the correct answer, and of each wrong answer by its value or its text.
     right, wrong = [], defaultdict(list)
     for place, answer in enumerate(answers):
         if answer:
             (right if correct[place] else wrong[_value_or_text(answer)]).append(place)
     if not right:
         return False
-    # wrong answers that say something else than all before
+    # The places of wrong answers that differ from each other.
     rivals: dict[Fraction | str, list[int]] = {}
-    waiting = sum(map(len, wrong.values()))
-    # the strongest first: it often decides
+    uncounted = sum(map(len, wrong.values()))
+    # The most frequent answers first: they often decide.
     for answer, places in sorted(wrong.items(), key=lambda item: -len(item[1])):
-        strongest = max(map(len, rivals.values()), default=0)
-        if strongest > len(right) or strongest + waiting < len(right):
+        most_votes = max(map(len, rivals.values()), default=0)
+        if most_votes > len(right) or most_votes + uncounted < len(right):
             break
-        waiting -= len(places)
-        same = next((rival for rival in rivals if _say_the_same(answer, rival)), answer)
+        uncounted -= len(places)
+        same = next((rival for rival in rivals if _are_equal(answer, rival)), answer)
         rivals[same] = rivals.get(same, []) + places
     return max([right, *rivals.values()], key=lambda places: (len(places), -min(places))) is right
 
@@ -70,29 +71,25 @@ def _value_or_text(answer: str) -> Fraction | str:
     return Fraction(answer) if NUMERAL.fullmatch(answer) else answer
 
 
-def _say_the_same(one: Fraction | str, other: Fraction | str) -> bool:
-    """Two distinct values never do; the rest is for `same_answer`."""
-    return not (isinstance(one, Fraction) and isinstance(other, Fraction)) and same_answer(
-        str(one), str(other)
-    )
+def _are_equal(one: Fraction | str, other: Fraction | str) -> bool:
+    """Whether two different keys are the same answer; two different values never are."""
+    both_are_values = isinstance(one, Fraction) and isinstance(other, Fraction)
+    return not both_are_values and same_answer(str(one), str(other))
 
 
 def intervals(values: numpy.ndarray, seed: int = 0) -> numpy.ndarray:
-    """95 % bootstrap intervals (m, 2) of the means of `values` (problems, m), by resampling
-    problems.
+    """Returns 95 % bootstrap intervals, (m, 2), of the means of `values`, (problems, m).
 
-    The percentiles of RESAMPLES resampled means; all m share the resamples. For the interval of a
-    difference on the same problems, hand in the differences.
+    They are percentiles of the means of RESAMPLES samples of the problems, drawn with replacement.
+    All m columns share the samples. For the interval of a difference on the same problems, give the
+    differences.
     """
     problems = len(values)
     generator = numpy.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // problems)  # resamples at a time: 16 MB of counts
-    means = [
-        generator.multinomial(
-            problems, [1 / problems] * problems, size=min(chunk, RESAMPLES - start)
-        )
-        @ values
-        / problems
-        for start in range(0, RESAMPLES, chunk)
-    ]
+    chunk = max(1, 2_000_000 // problems)  # samples at a time: 16 MB of counts
+    means = []
+    for start in range(0, RESAMPLES, chunk):
+        size = min(chunk, RESAMPLES - start)
+        counts = generator.multinomial(problems, [1 / problems] * problems, size=size)
+        means.append(counts @ values / problems)
     return numpy.quantile(numpy.concatenate(means), [0.025, 0.975], axis=0).T

@@ -1,142 +1,155 @@
-"""An evaluation on disk: a header with its settings, then one line per completion, appended as they
-come.
+"""An evaluation on disk: a header with its settings, then one line per completion.
 
-Whoever evaluates again goes on where the file stops, and whoever only wants the numbers needs no
-model.
+Completions are appended as they are drawn. An interrupted evaluation continues from its file, and
+scores are computed from it without a model.
 """
 
 import hashlib
 import json
 import os
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 from gtpo.errors import RecipeError
 from gtpo.models.generation import Sampling
 from gtpo.system.whole_files import write_whole
 
-ROW = {  # of every completion
-    "problem": int,
-    "sample": int,
-    "prompt": list,
+
+class Setting(NamedTuple):
+    """A key that every header has: its type, and how an error describes another value of it.
+
+    An evaluation continues only in a file whose header has the same value. `difference` is None
+    for a key that differs only if another one does.
+    """
+
+    type: type | UnionType
+    difference: str | None = None
+
+
+SETTINGS = {
+    "problems": Setting(int),  # `prompts` differs too if their number does
+    "weights": Setting(str, "other weights"),
+    "prompts": Setting(str, "other problems, prompts or references"),
+    "samples": Setting(int, "samples {}"),
+    "temperature": Setting(int | float, "temperature {}"),
+    "top_p": Setting(int | float, "top_p {}"),
+    "seed": Setting(int, "seed {}"),
+    "max_completion_length": Setting(int, "max_completion_length {}"),
+}
+ROW = {  # the keys of a completion's line, and their types
+    "problem": int,  # from 0
+    "sample": int,  # from 0
+    "prompt": list,  # messages
     "reference": str,
-    "completion": str,
+    "completion": str,  # decoded without special tokens
     "answer": str | None,
     "correct": bool,
     "well_formed": bool,
     "truncated": bool,
     "tokens": int,
 }
-# of the header: those that must be the same to go on with a file, and how they are told
-SETTINGS = {
-    "weights": "other weights",
-    "prompts": "other problems, prompts or references",
-    "samples": "samples {}",
-    "temperature": "temperature {}",
-    "top_p": "top_p {}",
-    "seed": "seed {}",
-    "max_completion_length": "max_completion_length {}",
-}
-HEADER = {
-    "problems": int,
-    "samples": int,
-    "weights": str,
-    "prompts": str,
-    "temperature": int | float,
-    "top_p": int | float,
-    "seed": int,
-    "max_completion_length": int,
-}
+
+
+class Evaluation(NamedTuple):
+    """The content of an evaluation file."""
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]]  # one per completion, with the keys of ROW
+    cut: bool = False  # the last line is incomplete after a crash or a full disk; `rows` lacks it
+    complete_bytes: int = 0  # size of the header and `rows` in the file
 
 
 def make_header(
-    problems, prompts: list[str], sampling: Sampling, samples: int, weights: str, **told: Any
+    problems,
+    prompts: list[str],
+    sampling: Sampling,
+    samples: int,
+    weights: str,
+    **notes: Any,
 ) -> dict[str, Any]:
-    """A file's header: what must be the same to go on with it, and `told`, which only tells."""
-    asked = hashlib.blake2b(
-        repr((prompts, list(problems["answer"]))).encode(), digest_size=8
-    ).hexdigest()
+    """Returns a file's header: the values of SETTINGS, and `notes` for people who read the file."""
+    content = repr((prompts, list(problems["answer"])))
     return {
-        **told,
+        **notes,
         "problems": len(prompts),
         "samples": samples,
         **sampling._asdict(),
         "weights": weights,
-        "prompts": asked,
+        "prompts": hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
     }
 
 
-class Evaluation(NamedTuple):
-    """What a file holds."""
-
-    header: dict[str, Any]
-    rows: list[dict[str, Any]]
-    cut: bool  # its last line was cut, by a crash or a full disk, and is left out
-    whole: int  # bytes up to there
-
-
 def read_evaluation(path: Path) -> Evaluation:
-    """The evaluation in `path`; raises RecipeError for what is no evaluation, or a damaged one. A
-    cut last line is left out.
+    """Returns the evaluation in `path`, without an incomplete last line.
+
+    Raises RecipeError if the file cannot be read, is not an evaluation or is damaged.
     """
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except OSError as error:
         raise RecipeError(
             path,
-            f"cannot be read ({error.strerror}); give an evaluation file such as "
-            "RUN/evaluation/after.jsonl",
+            f"cannot be read ({error.strerror}); give an evaluation file such as"
+            " RUN/evaluation/after.jsonl",
         ) from None
-    found = [_parsed(line) for line in lines]
-    cut = len(found) > 1 and found[-1] is None
+    values = [_parsed(line) for line in lines]
+    cut = len(values) > 1 and values[-1] is None
     if cut:
-        lines, found = lines[:-1], found[:-1]
-    header = found[0].get("header") if found and isinstance(found[0], dict) else None
-    if not isinstance(header, dict) or not all(
-        isinstance(header.get(name), kind) for name, kind in HEADER.items()
-    ):
-        raise RecipeError(
-            path,
-            f"{'the first line is no header of an evaluation' if found else 'the file is empty'};"
-            " give a file that evaluate_model.py or train_model.py wrote",
+        lines, values = lines[:-1], values[:-1]
+    header = values[0].get("header") if values and isinstance(values[0], dict) else None
+    if not _is_header(header):
+        problem = (
+            "the first line is not the header of an evaluation" if values else "the file is empty"
         )
-    seen = set()
-    for number, row in enumerate(found[1:], 2):
-        if problem := _what_is_wrong(row, header, seen):
+        raise RecipeError(
+            path, f"{problem}; give a file that evaluate_model.py or train_model.py wrote"
+        )
+    rows, seen = values[1:], set()
+    for number, row in enumerate(rows, 2):
+        if damage := _damage(row, header, seen):
             raise RecipeError(
                 f"{path}, line {number}",
-                f"{problem}; the file is damaged: restore it, or move it away and evaluate again",
+                f"{damage}; the file is damaged: restore it, or move it away and evaluate again",
             )
         seen.add((row["problem"], row["sample"]))
-    return Evaluation(header, found[1:], cut, sum(map(len, lines)))
+    return Evaluation(header, rows, cut, sum(map(len, lines)))
 
 
 def _parsed(line: bytes) -> Any:
-    """What a line says; None where it is no JSON."""
+    """The JSON value of a line; None if it is not JSON or is nested too deeply."""
     try:
         return json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, or nested without end
+    except (ValueError, RecursionError):
         return None
 
 
-def _what_is_wrong(row: Any, header: dict, seen: set) -> str | None:
+def _is_header(header: Any) -> bool:
+    return isinstance(header, dict) and all(
+        isinstance(header.get(name), setting.type) for name, setting in SETTINGS.items()
+    )
+
+
+def _damage(row: Any, header: dict, seen: set[tuple[int, int]]) -> str | None:
+    """What is wrong with a row; None if nothing is. `seen` holds (problem, sample) of the rows
+    before it.
+    """
     if not isinstance(row, dict):
-        return "this is no completion"
+        return "this is not a completion"
     for name, kind in ROW.items():
-        if (
-            name not in row
-            or not isinstance(row[name], kind)
-            or kind is int
-            and isinstance(row[name], bool)
-        ):
-            return f"{name!r} is missing, or not what it should be"
-    place = f"problem {row['problem']}, sample {row['sample']}"
-    if not (0 <= row["problem"] < header["problems"] and 0 <= row["sample"] < header["samples"]):
+        value = row.get(name)
+        bool_for_int = kind is int and isinstance(value, bool)  # bool is a subclass of int
+        if name not in row or not isinstance(value, kind) or bool_for_int:
+            return f"{name!r} is missing or has the wrong type"
+    problem, sample = row["problem"], row["sample"]
+    place = f"problem {problem}, sample {sample}"
+    if not (0 <= problem < header["problems"] and 0 <= sample < header["samples"]):
         return f"{place} is beyond the {header['problems']} x {header['samples']} of the header"
-    return f"{place} is there twice" if (row["problem"], row["sample"]) in seen else None
+    return f"{place} appears twice" if (problem, sample) in seen else None
 
 
 def begins_as_evaluation(path: Path) -> bool:
+    """Whether the file's first line is a header, whatever its values."""
     with path.open("rb") as lines:
         first = _parsed(next(lines, b""))
     return isinstance(first, dict) and isinstance(first.get("header"), dict)
@@ -147,98 +160,112 @@ def _line(values: dict[str, Any]) -> str:
 
 
 class EvaluationFile:
-    """The one place of an evaluation with the settings of `header`; entered, it is open to append
-    to.
+    """An evaluation to append completions to: `with file: file.append(row)`.
 
-    Raises RecipeError where `path` holds an evaluation with other settings, or a damaged one: it
-    stays as it is, unless it is to be replaced with `overwrite`, which takes evaluations alone.
+    Takes up the completions that `path` already has, if its header has the same SETTINGS. With
+    `overwrite`, an evaluation in `path` is replaced as soon as the file is opened; a file that is
+    not an evaluation never is.
+
+    Raises RecipeError, and leaves `path` as it is, if it holds an evaluation with other settings,
+    is damaged, is not an evaluation, or cannot be written.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], *, overwrite: bool = False):
-        self.path, self.header, self.rows, self.cut, self._whole, self._size = (
-            path,
-            header,
-            [],
-            False,
-            0,
-            0,
-        )
-        if path.exists():
-            self._size = path.stat().st_size
-            if overwrite and begins_as_evaluation(path):
-                return
-            _, self.rows, self.cut, self._whole = held = read_evaluation(path)
-            if other := [
-                text.format(held.header[name])
-                for name, text in SETTINGS.items()
-                if held.header[name] != header[name]
-            ]:
-                raise RecipeError(
-                    path,
-                    f"holds an evaluation with {', '.join(other)}; name another file with --to, or "
-                    "replace this one with --overwrite",
-                )
-        elif not os.access(
-            next(folder for folder in path.absolute().parents if folder.exists()), os.W_OK
-        ):
-            raise RecipeError(
-                path, "cannot be written (Permission denied); name another file with --to"
-            )
+        self.path, self.header = path, header
+        self.rows: list[dict[str, Any]] = []
+        self.cut = False  # the last line was incomplete: its completion is missing
+        self._complete_bytes = 0  # of the lines to keep; 0 for a file to begin
+        self._known_size = 0  # bytes; another size means that another program writes to the file
+        if not path.exists():
+            _check_writable(path)
+            return
+        self._known_size = path.stat().st_size
+        if overwrite and begins_as_evaluation(path):
+            return
+        existing = read_evaluation(path)
+        _check_settings(path, existing.header, header)
+        self.rows, self.cut = existing.rows, existing.cut
+        self._complete_bytes = existing.complete_bytes
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """(problem, sample) of the completions still to be drawn."""
-        there = {(row["problem"], row["sample"]) for row in self.rows}
+        """(problem, sample) of the completions that are not drawn yet."""
+        present = {(row["problem"], row["sample"]) for row in self.rows}
         return [
             pair
             for problem in range(self.header["problems"])
             for sample in range(self.header["samples"])
-            if (pair := (problem, sample)) not in there
+            if (pair := (problem, sample)) not in present
         ]
 
     def __enter__(self):
         self._check_alone()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._whole:  # a new file, or one to be replaced
+            if not self._complete_bytes:
                 write_whole(self.path, _line({"header": self.header}))
-                self._size = self._whole = self.path.stat().st_size
+                self._complete_bytes = self.path.stat().st_size
             self._file = self.path.open("a+b")
         except OSError as error:
             raise RecipeError(
                 self.path, f"cannot be written ({error.strerror}); name another file with --to"
             ) from None
-        self._file.truncate(self._whole)
-        self._size = self._whole
+        self._file.truncate(self._complete_bytes)
+        self._known_size = self._complete_bytes
         if not self.path.read_bytes().endswith(b"\n"):
-            self._write_bytes(b"\n")
+            self._write(b"\n")
         return self
 
     def __exit__(self, *_):
         self._file.close()
 
     def append(self, row: dict[str, Any]) -> None:
-        self._write(row)
+        """Writes a completion to the file; raises RecipeError if the disk is full or another
+        program has written to it.
+        """
+        self._check_alone()
+        self._write(_line(row).encode())
         self.rows.append(row)
 
-    def _write(self, line: dict) -> None:
-        self._check_alone()
-        self._write_bytes(_line(line).encode())
-
-    def _write_bytes(self, content: bytes) -> None:
+    def _write(self, content: bytes) -> None:
         try:
-            self._size += self._file.write(content)
+            self._known_size += self._file.write(content)
             self._file.flush()
-        except OSError as error:  # a full disk
+        except OSError as error:
             raise RecipeError(
                 self.path,
-                f"cannot be written ({error.strerror}); make room, and evaluate again to go on",
+                f"cannot be written ({error.strerror}); free some space, then evaluate again to"
+                " continue",
             ) from None
 
     def _check_alone(self) -> None:
+        # With two writers, completions would be drawn and counted twice.
         size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self._size:  # or completions would be drawn, and counted, twice
+        if size != self._known_size:
             raise RecipeError(
-                self.path,
-                "another evaluation writes to it at the same time; wait until that is done",
+                self.path, "another evaluation writes to it at the same time; wait until it is done"
             )
+
+
+def _check_settings(path: Path, existing: dict[str, Any], header: dict[str, Any]) -> None:
+    """Raises RecipeError if the header in `path` has other settings than `header`."""
+    differences = [
+        setting.difference.format(existing[name])
+        for name, setting in SETTINGS.items()
+        if setting.difference and existing[name] != header[name]
+    ]
+    if differences:
+        raise RecipeError(
+            path,
+            f"holds an evaluation with {', '.join(differences)}; name another file with --to, or"
+            " replace this one with --overwrite",
+        )
+
+
+def _check_writable(path: Path) -> None:
+    """Raises RecipeError if the folder that would get `path` cannot be written to."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK):
+        raise RecipeError(
+            path, "cannot be written (Permission denied); name another file with --to"
+        )

@@ -1,4 +1,4 @@
-"""The recipe's held-out problems, evaluated before, while and after a run trains."""
+"""Evaluate the recipe's held-out problems before, during and after training."""
 
 import logging
 from pathlib import Path
@@ -8,34 +8,31 @@ from transformers import Trainer, TrainerCallback
 
 from gtpo.evaluation.draw import evaluate, rendered_prompts
 from gtpo.evaluation.file import EvaluationFile, make_header
-from gtpo.evaluation.scores import Scores, means
+from gtpo.evaluation.scores import Scores, mean_scores
 from gtpo.models.generation import Sampling, policy_sampler
 from gtpo.recipe import Recipe
 from gtpo.system.console import LOG_FILE_ONLY
 from gtpo.system.signals import Interrupted, Interruption
 
-# Its lines are on the terminal already.
-logger = logging.getLogger(LOG_FILE_ONLY)
+logger = logging.getLogger(LOG_FILE_ONLY)  # tqdm.write shows its lines on the terminal
 
-METRICS = {
-    "accuracy": "accuracy",
-    "format rate": "format_rate",
-    "truncated": "truncation_rate",
-    "mean length": "mean_length",
+METRICS = {  # score -> metric
+    "accuracy": "evaluation/accuracy",
+    "format rate": "evaluation/format_rate",
+    "truncated": "evaluation/truncation_rate",
+    "mean length": "evaluation/mean_length",  # tokens
 }
 
 
 class HeldOut(TrainerCallback):
-    """Evaluates a policy on held-out problems into `run_dir`/evaluation; as a callback, every
-    `evaluation.every` steps.
+    """Evaluates a policy on held-out problems into `run_dir`/evaluation.
 
-    Training goes on as if nothing had been: completions are drawn with generators of their own, the
-    model gets its mode back, and no metric of the trainer is touched. Logs evaluation/accuracy,
-    evaluation/format_rate, evaluation/truncation_rate and evaluation/mean_length (tokens).
+    As a callback it does so every `evaluation.every` steps and logs METRICS. Training is not
+    changed: completions have their own random generators, the model gets its mode back, and the
+    trainer's metrics are not touched.
     """
 
-    # in checkpoints
-    state_key, earlier_state_keys = "held_out", ("HeldOut",)
+    state_key, earlier_state_keys = "held_out", ("HeldOut",)  # in checkpoints
 
     def __init__(
         self,
@@ -46,105 +43,98 @@ class HeldOut(TrainerCallback):
         trainer: Trainer,
         interruption: Interruption | None = None,
     ):
-        self.section, self.problems, self.folder, self.trainer = (
-            recipe.evaluation,
-            problems,
-            run_dir / "evaluation",
-            trainer,
-        )
+        self.section, self.policy, self.problems = recipe.evaluation, policy, problems
+        self.folder, self.trainer = run_dir / "evaluation", trainer
+        self.interruption = interruption or Interruption()
         self.sampling = Sampling(
-            recipe.evaluation.temperature, 1.0, recipe.seed, recipe.max_completion_length
+            temperature=recipe.evaluation.temperature,
+            top_p=1.0,
+            seed=recipe.seed,
+            max_completion_length=recipe.max_completion_length,
         )
         self.prompts = rendered_prompts(
             problems, policy.tokenizer, recipe.training.chat_template_kwargs
         )
-        self.told = {
+        self.notes = {
             "model": recipe.model.model_name,
             "run": run_dir.name,
             "backend": policy.backend,
             "split": recipe.evaluation.split,
             "dataset": recipe.evaluation.path or recipe.dataset.name or recipe.dataset.path,
         }
-        self.policy, self.interruption = policy, interruption or Interruption()
-        # the step whose evaluation was cut short, because somebody asked to stop
+        # The step whose evaluation was interrupted; None if none was.
         self.pending: int | None = None
 
     def evaluate(self, name: str) -> Scores:
-        """The mean scores of the policy as it is now; its completions go to
-        evaluation/`name`.jsonl.
-        """
-        told = {**self.told, "step": self.trainer.state.global_step}
-        file = EvaluationFile(
-            self.folder / f"{name}.jsonl",
-            make_header(
-                self.problems,
-                self.prompts,
-                self.sampling,
-                self.section.samples,
-                weights=f"step {told['step']}",
-                **told,
-            ),
+        """Returns the policy's mean scores; its completions go to evaluation/`name`.jsonl."""
+        step = self.trainer.state.global_step
+        header = make_header(
+            self.problems,
+            self.prompts,
+            self.sampling,
+            self.section.samples,
+            weights=f"step {step}",
+            **self.notes,
+            step=step,
         )
-        draw = policy_sampler(self.policy, self.sampling)
+        sampler = policy_sampler(self.policy, self.sampling)
 
-        def draw_unless_asked_to_stop(prompts, seeds):
-            self.interruption.raise_if_requested("the evaluation goes on with --resume")
-            return draw(prompts, seeds)
+        def sampler_that_can_stop(prompts, seeds):
+            self.interruption.raise_if_requested("the evaluation continues with --resume")
+            return sampler(prompts, seeds)
 
         rows = evaluate(
-            file,
-            draw_unless_asked_to_stop,
+            EvaluationFile(self.folder / f"{name}.jsonl", header),
+            sampler_that_can_stop,
             self.problems,
             self.prompts,
             batch_size=self.section.batch_size,
             keep_bar=name in ("before", "after"),
         )
-        return means(rows, self.section.samples)
+        return mean_scores(rows, self.section.samples)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if (
-            not self.section.every
-            or state.global_step % self.section.every
-            or state.global_step >= state.max_steps
-        ):
-            return  # after the last step comes the evaluation after training
+        if not self.section.every or state.global_step % self.section.every:
+            return
+        if state.global_step >= state.max_steps:
+            return  # the evaluation after training follows
         try:
             self._evaluate_step(state, control)
-        except Interrupted:  # the checkpoint comes first
+        except Interrupted:  # the checkpoint comes first; `restore` evaluates later
             self.pending = state.global_step
 
     def _evaluate_step(self, state, control):
         should_log = control.should_log
-        found = self.evaluate(f"step-{state.global_step}")
-        # Not trainer.log, which would log, and forget, TRL's metrics of a step that is not logged
-        # yet.
+        scores = self.evaluate(f"step-{state.global_step}")
+        # trainer.log would also log TRL's metrics of the current step, which is not complete, and
+        # then forget them.
         Trainer.log(
             self.trainer,
-            {f"evaluation/{name}": found.scores[score].mean for score, name in METRICS.items()},
+            {metric: scores.by_name[score].mean for score, metric in METRICS.items()},
         )
-        control.should_log = should_log  # which logging switches off
-        self.say(
-            f"step {state.global_step:>4}  held-out {found}, {found.scores['mean length'].mean:.0f}"
-            " tokens"
-        )
+        control.should_log = should_log  # logging sets it to False
+        length = scores.by_name["mean length"].mean
+        self.say(f"step {state.global_step:>4}  held-out {scores}, {length:.0f} tokens")
 
     def resume_state(self) -> dict:
+        """Returns what a checkpoint keeps: the step whose evaluation was interrupted."""
         return {"pending": self.pending}
 
-    def restore(self, kept: dict) -> None:
-        """Make up for an evaluation that was cut short; its line comes before those of the same
-        step.
+    def restore(self, state: dict) -> None:
+        """Repeats an evaluation that was interrupted.
+
+        Its line comes before the other lines of its step, as if it had not been interrupted.
         """
-        if kept["pending"] is None:
+        if state["pending"] is None:
             return
         history = self.trainer.state.log_history
-        place = next(
-            (i for i, line in enumerate(history) if line["step"] == kept["pending"]), len(history)
-        )
+        steps = [line["step"] for line in history]
+        place = steps.index(state["pending"]) if state["pending"] in steps else len(steps)
         self._evaluate_step(self.trainer.state, self.trainer.control)
         history.insert(place, history.pop())
 
     @staticmethod
     def say(line: str) -> None:
+        """Shows a line above the progress bar and writes it to the log file."""
         tqdm.write(line)
         logger.info(line)

@@ -13,7 +13,7 @@ from pathlib import Path
 from gtpo.data import DATASETS
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import read_evaluation
-from gtpo.evaluation.scores import means
+from gtpo.evaluation.scores import mean_scores
 from gtpo.models.base_model import is_hub_name
 from gtpo.recipe import Recipe
 from gtpo.system.whole_files import write_whole
@@ -280,11 +280,11 @@ def _evaluations(run_dir: Path, step: int, of: Path | None) -> list[tuple]:
                 and header["weights"] != f"step {step}"
             ):
                 continue
-            found = means(completions, header["samples"])
+            found = mean_scores(completions, header["samples"])
         except (RecipeError, ValueError) as error:
             logger.warning("[GTPO] Left out of the model card: %s", error)
             continue
-        accuracy, form = (f"{found.scores[name].mean:.1%}" for name in ("accuracy", "format rate"))
+        accuracy, form = (f"{found.by_name[name].mean:.1%}" for name in ("accuracy", "format rate"))
         rows.append(
             (file.stem, found.problems, header["samples"], header["temperature"], accuracy, form)
         )

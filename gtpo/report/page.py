@@ -123,7 +123,7 @@ def _score_names(runs: list[RunRecord]) -> list[str]:
             name
             for run in runs
             for found in run.evaluations.values()
-            for name in found.scores.scores
+            for name in found.scores.by_name
         )
     )
 

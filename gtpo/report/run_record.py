@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import read_evaluation
-from gtpo.evaluation.scores import Scores, scores
+from gtpo.evaluation.scores import Scores, scores_with_intervals
 from gtpo.models.adapters import checkpoint_folders
 from gtpo.recipe import Recipe
 from gtpo.recipe.yaml_text import YamlError, parse_yaml
@@ -224,7 +224,9 @@ def _evaluations(folder: Path) -> tuple[dict[str, Evaluated], list[str]]:
             if cut:
                 notes.append(f"{file}: its last line was cut, and is left out")
             ks = [k for k in (2, 4, 8, 16, 32, 64, 128) if k <= header["samples"]]
-            found[file.stem] = Evaluated(header, rows, scores(rows, header["samples"], ks))
+            found[file.stem] = Evaluated(
+                header, rows, scores_with_intervals(rows, header["samples"], ks)
+            )
         except RecipeError as error:
             notes.append(str(error))
         except ValueError as error:

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from typing import NamedTuple
 
-from gtpo.evaluation.scores import differences
+from gtpo.evaluation.scores import score_differences
 from gtpo.report.comparison import Configuration, best_window, windows
 from gtpo.report.curves import PANELS, panel_series
 
@@ -80,7 +80,10 @@ def _held_out(configuration: Configuration) -> tuple[float, str] | None:
     if not pairs:
         return None
     accuracy, format_rate = (
-        [statistics.fmean(pair[when].scores.scores[name].mean for pair in pairs) for when in (0, 1)]
+        [
+            statistics.fmean(pair[when].scores.by_name[name].mean for pair in pairs)
+            for when in (0, 1)
+        ]
         for name in ("accuracy", "format rate")
     )
     after = pairs[0][1]
@@ -92,7 +95,7 @@ def _held_out(configuration: Configuration) -> tuple[float, str] | None:
     among = f", means of {len(pairs)} runs" if len(pairs) > 1 else ""
     sure = ""
     if len(pairs) == 1 and pairs[0][0].header["samples"] == after.header["samples"]:
-        change = differences(after.rows, pairs[0][0].rows, after.header["samples"]).scores[
+        change = score_differences(after.rows, pairs[0][0].rows, after.header["samples"]).by_name[
             "accuracy"
         ]
         sure = (
