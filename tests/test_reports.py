@@ -578,7 +578,7 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
     assert (record.evaluations["cut"].scores.problems, list(record.evaluations)) == (1, ["cut"])
     assert len(record.notes) == 2
     assert "cut.jsonl: its last line was cut, and is left out" in record.notes[0]
-    assert "other.jsonl: the first line is no header of an evaluation" in record.notes[1]
+    assert "other.jsonl: the first line is not the header of an evaluation" in record.notes[1]
 
 
 def test_what_was_evaluated_on_fewer_problems_after_is_no_change_of_accuracy(tmp_path):
