@@ -1,6 +1,7 @@
 """README and docs are a promise: commands parse, examples run, and every name exists."""
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -143,22 +144,33 @@ def test_every_python_example_runs(page, monkeypatch, tmp_path, tiny_policy):
 def test_the_readmes_rewards_are_what_they_say():
     own, readme = {}, blocks("README.md", "python")
     exec(compile(readme[1], "README.md", "exec"), own)
-    texts = [[{"role": "assistant", "content": text}] for text in ("42", "43")]
-    assert own["correct"](texts, ["<reasoning>\n\n</reasoning>\n<answer>42</answer>"] * 2) == [1, 0]
+    right, wrong = (
+        f"<reasoning>\n\n</reasoning>\n<answer>{answer}</answer>" for answer in ("42", "43")
+    )
+    completions = [[{"role": "assistant", "content": text}] for text in (right, wrong, "42")]
+    assert own["correct"](completions, [right] * 3) == [1, 0, 0]
 
 
 @pytest.mark.slow
-def test_the_readmes_recipe_trains_with_its_data_and_reward(tmp_path, monkeypatch):
+def test_the_readmes_recipe_passes_its_check_and_trains(tmp_path, monkeypatch, capsys):
     import train_model
 
     lay_out("README.md", tmp_path, monkeypatch)
     (tmp_path / "data").mkdir()
     problem = re.search(r"`(\{\"question.*?\})`", TEXTS["README.md"])[1]
-    (tmp_path / "data/mine.jsonl").write_text(f"{problem}\n" * 8)
-    small = "--model.model_name demo/model --model.backend transformers --model.load_in_4bit false "
-    small += "--model.max_seq_length 96 --training.max_prompt_length 60 --training.max_steps 1 "
-    small += "--training.optimizer adamw_torch --output_root out"
-    assert train_model.main(["mine.yaml", *small.split()]) == 0
+    other = problem.replace("30", "31").replace("42", "43")
+    for name in ("mine", "held_out"):
+        (tmp_path / f"data/{name}.jsonl").write_text(f"{problem}\n{other}\n" * 4)
+    flags = "--model.model_name demo/model --model.backend transformers --model.load_in_4bit false "
+    flags += "--model.max_seq_length 96 --training.max_prompt_length 60 --training.max_steps 1 "
+    flags += "--training.optimizer adamw_torch --output_root out"
+    # The tiny model has a short context, and was taught with this sentence.
+    system = ["--dataset.system_instruction", "Reason, then answer."]
+    arguments = ["mine.yaml", *flags.split(), *system]
+    assert train_model.main([*arguments, "--check", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert [check["verdict"] for check in checks if check["check"] == "reward"] == ["ok"]
+    assert train_model.main(arguments) == 0
     assert list(tmp_path.glob("out/MINE*/adapter_model.safetensors"))
 
 
