@@ -226,7 +226,7 @@ def test_a_column_of_any_kind_reaches_the_reward_or_is_told(said):
 def test_none_is_no_verdict_and_leaves_the_completion_out(said):
     source = "def pay(completions, **kwargs): return [None] * len(completions)"
     assert said("mine.pay", source=source)[0][1].startswith(
-        "mine.pay cannot judge the reference answers: reference None, empty None"
+        "mine.pay does not score the reference answers: reference None, empty None"
     )
     assert [v for v, _ in said("mine.pay", "reward_math.final_reward", source=source)] == [
         "warn",

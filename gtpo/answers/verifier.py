@@ -1,143 +1,105 @@
-"""Ask math-verify whether two expressions are equal, in a child process that can be killed.
+"""Asks math-verify whether two expressions are equal, in a child process that can be killed.
 
-A few characters are enough to make math-verify (sympy, that is) run for ever or eat all memory, and
-it wants the main thread for itself. So this file is also a program: run as a script, it reads
-questions and writes verdicts, a line each. The child starts at the first question, serves all
-threads in turn, and is replaced when a question kills it. It is no multiprocessing pool, for the
-children of those import the caller's main module, which a script without a `__main__` guard does
-not survive.
+A few characters are enough to make sympy, and so math-verify, run for ever or use up all memory.
+math-verify also wants the main thread for itself. So it runs in a child. The child starts at the
+first question, serves all threads in turn, and is replaced when a question kills it.
 """
 
-import atexit
-import contextlib
 import functools
 import json
 import os
-import subprocess
+import signal
 import sys
 import threading
+from collections.abc import Callable
 
-# for one question: a limit in processor time gives the same verdict on a busy machine
+from gtpo.system.child_process import ChildEnded, ChildProcess
+
+# Limits for one question. A limit in processor time gives the same result on a busy machine.
 CPU_SECONDS = 3.0
 MEMORY_BYTES = 2 << 30
-# backstops for a machine, or a disk, that hardly moves
+# Limits of the clock, for a machine or a disk that hardly moves.
 WALL_SECONDS, START_SECONDS = 60.0, 180.0
 
-_lock, _child = threading.Lock(), None
+_child = ChildProcess("gtpo.answers.verifier", limits={"RLIMIT_AS": MEMORY_BYTES}, quiet=True)
+_lock = threading.Lock()  # the child takes one question at a time
 
 
 @functools.lru_cache(maxsize=4096)
 def equal_expressions(answer: str, reference: str) -> bool:
-    r"""Whether math-verify takes two expressions (TeX, no \boxed, no $) for equal; False where they
-    are too much.
+    r"""Whether math-verify finds two expressions equal. They are TeX without \boxed and without $.
 
-    Too much is what exceeds CPU_SECONDS or MEMORY_BYTES, or crashes the child. RuntimeError if that
-    does not start.
+    False where the question exceeds CPU_SECONDS or MEMORY_BYTES, or crashes the child. Raises
+    RuntimeError where math-verify does not start.
     """
     with _lock:
-        if _child is None or _child.poll() is not None:
+        if not _child.running:
             _start()
-        return _exchange(json.dumps([answer, reference]).encode() + b"\n", WALL_SECONDS) == b"1"
+        try:
+            reply = _child.ask(json.dumps([answer, reference]).encode(), WALL_SECONDS)
+        except ChildEnded:
+            return False
+        return json.loads(reply)
 
 
-def _start():
-    global _child
-    _stop()
-    _child = subprocess.Popen(
-        # -P: or modules of this folder would hide others of the same name
-        [sys.executable, "-P", __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-        start_new_session=True,  # Ctrl-C is for the parent
-    )
-    if _exchange(b"", START_SECONDS) != b"ready":
-        raise RuntimeError(
-            f"gtpo.answers.verifier: math-verify does not start; try `{sys.executable} -c 'import"
-            " math_verify'`"
-        )
-
-
-def _exchange(question: bytes, seconds: float) -> bytes:
-    """The child's next line; b"" where it died, or was killed after so many seconds."""
-    timer = threading.Timer(seconds, _child.kill)
-    timer.daemon = True
-    timer.start()
-    reply = b""
+def _start() -> None:
+    _child.start({})
     try:
-        _child.stdin.write(question)
-        reply = _child.stdout.readline().strip()
-    except BrokenPipeError:
-        pass
-    finally:
-        timer.cancel()
-        # after Ctrl-C, too: the reply to this question must not be taken for that to the next
-        if not reply:
-            _stop()
-    return reply
+        _child.ask(b"null", START_SECONDS)
+    except ChildEnded:
+        raise RuntimeError(
+            "gtpo.answers.verifier: math-verify does not start; "
+            f"try `{sys.executable} -c 'import math_verify'`"
+        ) from None
 
 
-def _stop():
-    global _child
-    if _child is not None:
-        _child.kill()
-        _child.communicate()
-        _child = None
+def _renew_lock() -> None:
+    """After a fork: the lock may belong to a thread that the fork does not have."""
+    global _lock
+    _lock = threading.Lock()
 
 
-def _forget():
-    """After a fork: the child is the parent's, and the lock may be held by a thread that is not
-    there any more.
-    """
-    global _lock, _child
-    _lock, _child = threading.Lock(), None
-
-
-atexit.register(_stop)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _serve():
-    import signal
+# ---- the child
+
+
+def start(settings: dict, replies) -> Callable[[bytes], bytes]:
+    """Import math-verify. Returns the function that answers a question in the child.
+
+    A question is a JSON list of answer and reference. Its reply is true or false.
+    """
     from dataclasses import replace
-
-    # sent to all of a job, whose run has a step to finish: no verdict may be lost
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: None)
-    posix = os.name == "posix"  # elsewhere only WALL_SECONDS limits
-    if posix:
-        import resource
-
-        with contextlib.suppress(ValueError, OSError):  # macOS refuses
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints is no reply
 
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # Not math-verify's units, which take 3c for 3; gtpo.answers has been there before.
+    # without math-verify's units, which take 3c for 3; gtpo.answers.same has compared the units
     config = LatexExtractionConfig()
-    config = [
-        replace(config, normalization_config=replace(config.normalization_config, units=False))
-    ]
-    read = functools.lru_cache(256)(
-        lambda text: parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
-    )
-    print("ready", file=replies, flush=True)
-    for line in sys.stdin:
-        answer, reference = json.loads(line)
-        if posix:
-            # unhandled, it ends the process, whatever that is doing
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    normalization = replace(config.normalization_config, units=False)
+    config = [replace(config, normalization_config=normalization)]
+
+    @functools.lru_cache(256)
+    def parsed(text: str):
+        return parse(f"\\boxed{{{text}}}", config, parsing_timeout=None)
+
+    def answer(question: bytes) -> bytes:
+        texts = json.loads(question)
+        if texts is None:  # the parent asks whether this process has started
+            return b"null"
+        answer, reference = texts
+        _limit_cpu(CPU_SECONDS)
         equal = verify(
-            read(reference), read(answer), allow_set_relation_comp=True, timeout_seconds=None
+            parsed(reference), parsed(answer), allow_set_relation_comp=True, timeout_seconds=None
         )
-        if posix:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        print(int(equal), file=replies, flush=True)
+        _limit_cpu(0)
+        return json.dumps(bool(equal)).encode()
+
+    return answer
 
 
-if __name__ == "__main__":
-    _serve()
+def _limit_cpu(seconds: float) -> None:
+    """End this process, whatever it is doing, after so many seconds of processor time; 0: never."""
+    if os.name == "posix":  # elsewhere there is only WALL_SECONDS
+        signal.setitimer(signal.ITIMER_PROF, seconds)

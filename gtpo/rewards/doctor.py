@@ -1,9 +1,8 @@
-"""The reward doctor: what the rewards pay for the right answer, and for what is wrong and looks
-like it.
+"""The reward doctor: what the rewards pay for right answers, and for wrong ones that look right.
 
-Every reward function is tried on a few problems of the data, called as a run calls it: in a process
-that can be killed, with the recipe's limits. A wrong answer that is paid like a right one is what
-training will learn.
+Every reward function is tried on a few problems of the data. It is called as a run calls it: in a
+process that can be killed, with the recipe's limits. Where a wrong answer is paid like a right one,
+training will learn the wrong answer.
 """
 
 import math
@@ -16,26 +15,32 @@ from typing import NamedTuple
 from gtpo.answers import format_reference, reference_answer, same_answer
 from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.sections import RewardsSection
-from gtpo.rewards.failures import Verdict, accept
+from gtpo.rewards import worker
+from gtpo.rewards.failures import RolloutRewards
 from gtpo.rewards.pool import CannotHandOver, RewardPool
-from gtpo.rewards.worker import call_reward
 from gtpo.system.console import Finding
 
 PROBLEMS = 8
 IMPORT_SECONDS = 60.0  # for the module of a reward function
 TRAINER_STATE = SimpleNamespace(global_step=0, max_steps=1, epoch=0.0, log_history=[])
-PROBES = ("reference", "empty", "truncated", "wrong but containing", "another row's")
+
+# Each probe is a completion for every problem. The names are those of --check --json.
+PROBES = {
+    "reference": "the reference answer",
+    "empty": "an empty completion",
+    "truncated": "a truncated completion",
+    "wrong but containing": "a wrong answer that contains the right one",
+    "another row's": "another row's answer",
+}
 
 
 class Trial(NamedTuple):
-    """What one reward function did: for each probe the rewards of the problems, None where it could
-    not judge.
-    """
+    """What one reward function paid: by probe a reward per problem, None where not scored."""
 
     path: str
     paid: dict[str, list[float | None]]
     milliseconds: float  # per completion
-    problem: str | None = None
+    problem: str | None = None  # why the trial ended early
 
 
 def diagnose(
@@ -51,41 +56,36 @@ def diagnose(
     trials = [_try(path, problems, probes, tokenizer, section, import_seconds) for path in rewards]
     broken = any(trial.problem for trial in trials)
     together = None if broken else _together(trials, weights or [1.0] * len(rewards))
-    findings = [
-        _finding(trial, others=len(trials) > 1 and not broken and not _overpaid(together))
-        for trial in trials
-    ]
+    # Where the rewards together tell right from wrong, one of them may look at the format alone.
+    format_suffices = len(trials) > 1 and not broken and not _overpaid(together)
+    findings = [_finding(trial, format_suffices) for trial in trials]
     if together and len(trials) > 1:
         findings.append(_finding(together))
     return findings
 
 
 def probe_completions(problems: list[dict]) -> dict[str, list[str | None]]:
-    """For each probe a completion per problem; None where the data has none that is surely
-    wrong.
-    """
+    """By probe, a completion per problem; None where the data has none that is surely wrong."""
     references = [problem["answer"] for problem in problems]
     finals = [reference_answer(reference) for reference in references]
-    made: dict[str, list[str | None]] = {name: [] for name in PROBES}
-    for i, (reference, final) in enumerate(zip(references, finals)):
-        other = next(
-            (j for j in range(len(finals)) if not same_answer(finals[j], final) and finals[j]), None
-        )
+    probes: dict[str, list[str | None]] = {name: [] for name in PROBES}
+    for reference, final in zip(references, finals, strict=True):
+        others = (text for text in finals if text and not same_answer(text, final))
+        other = next(others, None)
         reasoning = reference.partition("<reasoning>\n")[2].rpartition("\n</reasoning>")[0]
-        candidates = (
-            [f"1{final}", f"{final}1"]
-            if other is None
-            else [f"1{final}", f"{final} or {finals[other]}", f"{final}1"]
+        candidates = [f"1{final}", f"{final}1"]
+        if other is not None:
+            candidates.insert(1, f"{final} or {other}")
+        wrong = (text for text in candidates if final and not same_answer(text, final))
+        containing = next(wrong, None)
+        probes["reference"].append(reference)
+        probes["empty"].append("")
+        probes["truncated"].append(reference.rpartition("<answer>")[0] + "<answer>")
+        probes["wrong but containing"].append(
+            containing and format_reference(reasoning, containing)
         )
-        containing = next(
-            (wrong for wrong in candidates if final and not same_answer(wrong, final)), None
-        )
-        made["reference"].append(reference)
-        made["empty"].append("")
-        made["truncated"].append(reference.rpartition("<answer>")[0] + "<answer>")
-        made["wrong but containing"].append(containing and format_reference(reasoning, containing))
-        made["another row's"].append(None if other is None else references[other])
-    return made
+        probes["another row's"].append(other and references[finals.index(other)])
+    return probes
 
 
 def _try(
@@ -96,6 +96,7 @@ def _try(
     section: RewardsSection,
     import_seconds: float,
 ) -> Trial:
+    """Call one reward function with each probe; the first that goes wrong ends the trial."""
     pool = RewardPool(
         1, seconds=section.seconds, memory=section.memory, load_seconds=import_seconds, quiet=True
     )
@@ -105,39 +106,20 @@ def _try(
             rows = [i for i, completion in enumerate(completions) if completion is not None]
             if not rows:
                 continue
-            reply = _ask(
-                pool,
-                path,
-                section.isolated,
-                {
-                    "prompts": [problems[i]["prompt"] for i in rows],
-                    "completions": [
-                        [{"role": "assistant", "content": completions[i]}] for i in rows
-                    ],
-                    "completion_ids": [
-                        tokenizer(completions[i], add_special_tokens=False)["input_ids"]
-                        for i in rows
-                    ],
-                    **{
-                        column: [problems[i][column] for i in rows]
-                        for column in problems[0]
-                        if column != "prompt"
-                    },
-                },
-            )
-            verdict = Verdict(len(rows))
+            arguments = _arguments([problems[i] for i in rows], [completions[i] for i in rows])
+            arguments["completion_ids"] = [
+                tokenizer(completions[i], add_special_tokens=False)["input_ids"] for i in rows
+            ]
+            reply = _call(pool, path, section.isolated, arguments)
+            scored = RolloutRewards(len(rows))
             if "rewards" in reply:
-                accept(verdict, range(len(rows)), reply)
-            if problem := _what_is_wrong(reply, verdict):
-                # before any call
-                return Trial(
-                    path,
-                    paid,
-                    0.0,
-                    problem if "import" in problem else f"{problem}, on {_on(name)}",
-                )
+                scored.accept(range(len(rows)), reply)
+            if problem := _what_is_wrong(reply, scored):
+                if "import" not in problem:  # a failed import came before any probe
+                    problem = f"{problem}, on {PROBES[name]}"
+                return Trial(path, paid, 0.0, problem)
             paid[name] = [None] * len(problems)
-            for row, reward in zip(rows, verdict.rewards):
+            for row, reward in zip(rows, scored.rewards, strict=True):
                 paid[name][row] = reward
             seconds, count = seconds + reply["seconds"], count + len(rows)
     finally:
@@ -145,119 +127,108 @@ def _try(
     return Trial(path, paid, 1000 * seconds / max(count, 1))
 
 
-def _ask(pool: RewardPool, path: str, isolated: bool, arguments: dict) -> dict:
-    """What `judge_call.judge` says of a call, and its `seconds`."""
-    arguments["trainer_state"] = TRAINER_STATE
+def _arguments(problems: list[dict], completions: list[str]) -> dict:
+    """What TRL hands to a reward function for one completion of each problem."""
+    columns = [column for column in problems[0] if column != "prompt"]
+    return {
+        "prompts": [problem["prompt"] for problem in problems],
+        "completions": [[{"role": "assistant", "content": text}] for text in completions],
+        "trainer_state": TRAINER_STATE,
+        **{column: [problem[column] for problem in problems] for column in columns},
+    }
+
+
+def _call(pool: RewardPool, path: str, isolated: bool, arguments: dict) -> dict:
+    """The reply of one reward call, with its `seconds`."""
     try:
         (reply,) = pool.map(lambda call: pool.call(path, call, seed="check"), [arguments])
     except CannotHandOver as error:
         if isolated:
-            return {
-                "failure": (
-                    "cannot be called in a process of its own, the dataset has a column that"
-                    f" cannot be handed over ({error}); set rewards.isolated to false"
-                ),
-                "traceback": "",
-            }
+            failure = (
+                "cannot be called in a process of its own, the dataset has a column that"
+                f" cannot be handed over ({error}); set rewards.isolated to false"
+            )
+            return {"failure": failure, "traceback": ""}
         began = time.perf_counter()
-        reply = call_reward(load_object(path), arguments, len(arguments["completions"])) | {
-            "seconds": time.perf_counter() - began
-        }
+        function, count = load_object(path), len(arguments["completions"])
+        reply = worker.call_reward(function, arguments, count)
+        reply["seconds"] = time.perf_counter() - began
     return reply
 
 
-def _what_is_wrong(reply: dict, verdict: Verdict) -> str | None:
-    """A clause on what a run would call a failure, or a bug."""
+def _what_is_wrong(reply: dict, scored: RolloutRewards) -> str | None:
+    """A clause on what a run would call a failure or a broken contract, None if there is none."""
     if "bug" in reply:
         return f"{reply['bug']}; return a list with a number or None for each completion"
-    failed = reply if "failure" in reply else next(iter(verdict.failures.values()), None)
+    failed = reply if "failure" in reply else next(iter(scored.failures.values()), None)
     if failed is None:
         return None
     frames = re.findall(r'File "([^"<]+)", line (\d+), in', failed["traceback"])
     theirs = [
         f", {os.path.basename(file)} line {line}"
         for file, line in frames
-        if os.path.basename(file) != "judge_call.py"
+        if file != worker.__file__
     ]
     return failed["failure"] + (theirs[-1] if theirs else "")
 
 
-def _on(name: str) -> str:
-    return {
-        "reference": "the reference answer",
-        "empty": "an empty completion",
-        "truncated": "a truncated completion",
-        "wrong but containing": "a wrong answer that contains the right one",
-        "another row's": "another row's answer",
-    }[name]
-
-
 def _together(trials: list[Trial], weights: list[float]) -> Trial:
-    """The weighted sum; a completion that one reward cannot judge is left out, as TRL leaves it."""
+    """The weighted sum. A completion that one function does not score is left out, as by TRL."""
     paid = {}
     for name in trials[0].paid:
-        rows = zip(*(trial.paid[name] for trial in trials))
-        paid[name] = [
-            None if None in row else math.fsum(w * r for w, r in zip(weights, row)) for row in rows
-        ]
+        rows = zip(*(trial.paid[name] for trial in trials), strict=True)
+        paid[name] = [None if None in row else _weighted_sum(weights, row) for row in rows]
     return Trial("all rewards", paid, sum(trial.milliseconds for trial in trials))
 
 
+def _weighted_sum(weights: list[float], rewards: tuple[float, ...]) -> float:
+    return math.fsum(w * reward for w, reward in zip(weights, rewards, strict=False))
+
+
 def _overpaid(trial: Trial) -> dict[str, tuple[int, int]]:
-    """The wrong probes that were paid like the reference, or better: in how many of how many
-    problems.
+    """The wrong probes that were paid like the reference or better: (in how many problems, of how
+    many).
     """
-    found = {}
+    overpaid = {}
     for name, rewards in trial.paid.items():
-        pairs = [pair for pair in zip(rewards, trial.paid["reference"]) if None not in pair]
+        pairs = zip(rewards, trial.paid["reference"], strict=True)
+        pairs = [pair for pair in pairs if None not in pair]
         count = sum(wrong >= right - 1e-9 for wrong, right in pairs)
         if name != "reference" and count:
-            found[name] = count, len(pairs)
-    return found
+            overpaid[name] = count, len(pairs)
+    return overpaid
 
 
-def _finding(trial: Trial, others: bool = False) -> Finding:
-    """`others`: the rewards together tell right from wrong, so one that looks at the format alone
-    is fine.
-    """
+def _finding(trial: Trial, format_suffices: bool = False) -> Finding:
+    """The finding of a trial. `format_suffices`: it is fine to pay for the format alone."""
     details = {
         "reward": trial.path,
         "paid": trial.paid,
         "milliseconds": round(trial.milliseconds, 3),
     }
+
+    def finding(verdict: str, clause: str) -> Finding:
+        return Finding(verdict, "reward", f"{trial.path} {clause}", details)
+
     if trial.problem:
-        return Finding("fail", "reward", f"{trial.path} {trial.problem}", details)
-    pays = (
-        ", ".join(f"{name} {_summary(rewards)}" for name, rewards in trial.paid.items())
-        + f"; {trial.milliseconds:.1f} ms each"
-    )
+        return finding("fail", trial.problem)
+    summaries = [f"{name} {_summary(rewards)}" for name, rewards in trial.paid.items()]
+    pays = f"{', '.join(summaries)}; {trial.milliseconds:.1f} ms each"
     if all(reward is None for reward in trial.paid["reference"]):
-        return Finding(
-            "warn", "reward", f"{trial.path} cannot judge the reference answers: {pays}", details
-        )
-    overpaid = _overpaid(trial)
-    if others and _looks_at_the_format_alone(trial):
-        return Finding(
-            "ok",
-            "reward",
-            f"{trial.path} pays for the format alone, and the others for the answer: {pays}",
-            details,
-        )
-    if overpaid:
-        told = "; ".join(
-            f"{_on(name)} in {count} of {total} problems"
+        return finding("warn", f"does not score the reference answers: {pays}")
+    if format_suffices and _looks_at_the_format_alone(trial):
+        return finding("ok", f"pays for the format alone, and the others for the answer: {pays}")
+    if overpaid := _overpaid(trial):
+        probes = "; ".join(
+            f"{PROBES[name]} in {count} of {total} problems"
             for name, (count, total) in overpaid.items()
         )
-        return Finding(
-            "warn",
-            "reward",
-            f"{trial.path} pays what is wrong like the right answer ({told}): {pays}",
-            details,
-        )
-    return Finding("ok", "reward", f"{trial.path} pays: {pays}", details)
+        return finding("warn", f"pays what is wrong like the right answer ({probes}): {pays}")
+    return finding("ok", f"pays: {pays}")
 
 
 def _looks_at_the_format_alone(trial: Trial) -> bool:
+    """Whether every wrong answer in the right format was paid like the reference."""
     wrong = [name for name in ("wrong but containing", "another row's") if name in trial.paid]
     return all(
         trial.paid[name][i] in (None, right)

@@ -1,9 +1,9 @@
-"""Reward functions that cannot hurt: a completion that one of them fails on is one that it cannot
-judge, TRL's None.
+"""Reward functions made harmless, attached to any `trl.GRPOTrainer`.
 
-To fail is to raise, to take too long, to end the process, or to return NaN, infinity or what
-float32 statistics cannot hold. gtpo.rewards.failures has the rules, gtpo.rewards.pool the processes,
-gtpo.rewards.failure_file what is kept of it. Reward models (torch modules) are TRL's own.
+A completion that a reward function fails on is not scored: its reward is None, as where a function
+returns None. A function fails when it raises, takes too long or ends its process. It also fails
+when it returns NaN, infinity or a number too large for float32 statistics. gtpo.rewards.failures
+says what happens then. Reward models (torch modules) are left to TRL.
 """
 
 import asyncio
@@ -22,24 +22,25 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name
 
 from gtpo.errors import RecipeError
+from gtpo.hooks.seams import wrap
 from gtpo.recipe.sections import RewardsSection
-from gtpo.rewards.failure_file import Failures
-from gtpo.rewards.failures import ContractBroken, Settling
+from gtpo.rewards.failures import Failures, RewardCalls, RolloutRewards
 from gtpo.rewards.pool import CannotHandOver, RewardPool
-from gtpo.rewards.worker import call_reward
+from gtpo.rewards.worker import ContractBroken, call_reward
 
 
 class GuardedRewards(TrainerCallback):
-    """Reward functions made harmless, as `functions` for a trainer, which they are to be `attach`ed
-    to afterwards.
+    """Harmless `functions` for a trainer, to which this callback is then attached by `attach`.
 
-    Logs `reward/cannot_judge`, the completions so far that a function failed on. `stopped_by` is
-    the sentence of what stopped the run. Functions that break TRL's contract stop it at once: with
-    a RecipeError in the first step (also where they fail on everything), later saved. Asynchronous
-    ones stay asynchronous; not isolated, they are left as they are.
+    It logs `reward/cannot_judge`: how many completions a function has failed on so far.
+    `stopped_by` is a sentence that says why it stopped the run, None if it did not.
+
+    A function that breaks TRL's contract stops the run at once. In the first step it raises
+    RecipeError, as does a function that fails on everything; later the run is saved. Asynchronous
+    functions stay asynchronous. Those that are not isolated are left as they are.
     """
 
-    # What checkpoints call its state; earlier ones used the name that the class had.
+    # The key of the state in a checkpoint. Earlier checkpoints have the name that the class had.
     state_key, earlier_state_keys = "rewards", ("Judges",)
 
     def __init__(
@@ -50,29 +51,26 @@ class GuardedRewards(TrainerCallback):
         seed: int,
         file: Path,
     ):
-        """`functions` with their dotted paths; failures are appended to `file`."""
+        """`functions` come with their dotted paths; failures are appended to `file`."""
         self.section, self.seed = section, seed
         self.failures = Failures(file, section.max_failures)
         self.pool = RewardPool(section.workers, seconds=section.seconds, memory=section.memory)
         self.functions = [self._guarded(path, function) for path, function in functions]
         self.trainer: GRPOTrainer | None = None
         self.stopped_by: str | None = None
-        self._failed: set[int] = set()  # rows of the rollout under way that a function failed on
-        self._unjudged: set[int] = set()  # these, or all of them once they are too many
+        self._failed: set[int] = set()  # rows of this rollout that a function failed on
+        self._not_scored: set[int] = set()  # the same rows, or all once they are too many
         self._broken: str | None = None  # how a function broke the contract
-        self._logs: dict[str, set[str]] = {}  # the metrics that each function has logged
-        self._lock = threading.Lock()  # asynchronous functions judge in threads
+        self._metrics: dict[str, set[str]] = {}  # by function: the metrics that it has logged
+        self._lock = threading.Lock()  # asynchronous functions are called in threads
 
     def attach(self, trainer: GRPOTrainer) -> None:
-        """Before anything else that looks at the trainer's table of rewards."""
+        """Guard the table of rewards of `trainer`. Hooks that read the table come after this."""
         self.trainer = trainer
-        calculate = trainer._calculate_rewards
-        trainer._calculate_rewards = lambda inputs, *arguments: self._calculate(
-            calculate, inputs, *arguments
-        )
+        wrap(trainer, "_calculate_rewards", self._calculate)
         trainer.add_callback(self)
 
-    # ---- one function on this process's part of a rollout
+    # ---- one function, on this process's part of a rollout
 
     def _guarded(self, path: str, function: Callable) -> Callable:
         asynchronous = inspect.iscoroutinefunction(function)
@@ -80,48 +78,26 @@ class GuardedRewards(TrainerCallback):
             return function
         if asynchronous:
 
-            async def guarded(**handed):
-                return await asyncio.to_thread(self._judge, path, function, handed)
+            async def guarded(**arguments):
+                return await asyncio.to_thread(self._score, path, function, arguments)
 
         else:
 
-            def guarded(**handed):
-                return self._judge(path, function, handed)
+            def guarded(**arguments):
+                return self._score(path, function, arguments)
 
-        guarded.__name__ = get_callable_name(function)  # which TRL puts into names of metrics
+        guarded.__name__ = get_callable_name(function)  # TRL puts it into names of metrics
         return guarded
 
-    def _judge(self, path: str, function: Callable, handed: dict) -> list[float | None]:
-        log_metric, log_extra = handed.pop("log_metric"), handed.pop("log_extra")
+    def _score(self, path: str, function: Callable, arguments: dict) -> list[float | None]:
+        """What `function` returns for TRL's `arguments`, with None where it fails."""
+        log_metric, log_extra = arguments.pop("log_metric"), arguments.pop("log_extra")
         if self.section.isolated:
-            handed["trainer_state"] = _plain(handed["trainer_state"])
-        _check_signature(path, function, handed)
-        step, count = self.trainer.state.global_step, len(handed["completions"])
-        everywhere = count * self.trainer.accelerator.num_processes
-
-        def ask(rows: list[int]) -> dict:
-            arguments = {
-                name: (
-                    [value[row] for row in rows]
-                    if isinstance(value, list) and len(value) == count
-                    else value
-                )
-                for name, value in handed.items()
-            }
-            if not self.section.isolated:
-                return call_reward(function, arguments, len(rows))
-            return self.pool.call(
-                path, arguments, seed=f"{self.seed} {step} {path} {arguments['completions']!r}"
-            )
-
-        settling = Settling(
-            _groups(handed["prompts"]),
-            ask,
-            self.pool.map if self.section.isolated else _in_turn,
-            give_up=lambda failures: self.failures.too_many(failures, everywhere),
-        )
+            arguments["trainer_state"] = _small_state(arguments["trainer_state"])
+        _check_signature(path, function, arguments)
+        step, count = self.trainer.state.global_step, len(arguments["completions"])
         try:
-            verdict = settling.verdict(self.section.per)
+            scored = self._calls(path, function, arguments).score(self.section.per)
         except CannotHandOver as error:
             raise RecipeError(
                 "trainer.reward_funcs",
@@ -131,67 +107,99 @@ class GuardedRewards(TrainerCallback):
         except ContractBroken as broken:
             sentence = f"{path!r} {broken}; return a list with a number or None for each completion"
             if step == 0:
-                raise RecipeError("trainer.reward_funcs", f"{sentence}") from None
+                raise RecipeError("trainer.reward_funcs", sentence) from None
             self._broken = sentence
             return [None] * count
         with self._lock:
-            self.failures.keep(path, verdict, handed, step + 1)
-            if step == 0 and verdict.nothing_judged:
+            self.failures.keep(path, scored, arguments, step + 1)
+            if step == 0 and scored.failed_on_everything:
+                first = min(scored.failures.items())[1]["failure"]
                 raise RecipeError(
                     "trainer.reward_funcs",
-                    f"{path!r} failed on every completion of the first rollout, it"
-                    f" {min(verdict.failures.items())[1]['failure']}; the tracebacks are in"
-                    f" {self.failures.file}",
+                    f"{path!r} failed on every completion of the first rollout, it {first}; "
+                    f"the tracebacks are in {self.failures.file}",
                 )
-            self._failed |= verdict.failures.keys()
-            self._unjudged |= set(range(count)) if verdict.abandoned else verdict.failures.keys()
-            metrics = verdict.metrics()
-            known = self._logs[path] = self._logs.get(path, set()) | metrics.keys()
-            for name in sorted(known):
-                log_metric(name, metrics.get(name, math.nan))
-            for name, values in verdict.columns().items():
-                log_extra(name, values)
-        return verdict.rewards
+            self._failed |= scored.failures.keys()
+            self._not_scored |= set(range(count)) if scored.abandoned else scored.failures.keys()
+            self._log(path, scored, log_metric, log_extra)
+        return scored.rewards
+
+    def _calls(self, path: str, function: Callable, arguments: dict) -> RewardCalls:
+        """The reward calls of `function` for a rollout with these `arguments`."""
+        step, count = self.trainer.state.global_step, len(arguments["completions"])
+        in_all_processes = count * self.trainer.accelerator.num_processes
+
+        def call(rows: list[int]) -> dict:
+            part = {
+                name: (
+                    [value[row] for row in rows]
+                    if isinstance(value, list) and len(value) == count
+                    else value
+                )
+                for name, value in arguments.items()
+            }
+            if not self.section.isolated:
+                return call_reward(function, part, len(rows))
+            seed = f"{self.seed} {step} {path} {part['completions']!r}"
+            return self.pool.call(path, part, seed=seed)
+
+        return RewardCalls(
+            _groups(arguments["prompts"]),
+            call,
+            self.pool.map if self.section.isolated else _in_turn,
+            too_many=lambda failures: self.failures.too_many(failures, in_all_processes),
+        )
+
+    def _log(
+        self, path: str, scored: RolloutRewards, log_metric: Callable, log_extra: Callable
+    ) -> None:
+        """Hand what a function logged to TRL, NaN for metrics that it logged only earlier."""
+        metrics = scored.metrics()
+        names = self._metrics[path] = self._metrics.get(path, set()) | metrics.keys()
+        for name in sorted(names):
+            log_metric(name, metrics.get(name, math.nan))
+        for name, values in scored.columns().items():
+            log_extra(name, values)
 
     # ---- all functions, in all processes
 
     def _calculate(self, calculate: Callable, inputs: list, *arguments) -> torch.Tensor:
-        """TRL's rewards (N, functions) of all processes; a completion that one function failed on
-        has none of any.
+        """TRL's table of rewards (N, functions) of all processes.
+
+        The rewards of a completion that one function failed on are all NaN.
         """
-        self._failed, self._unjudged, self._broken = set(), set(), None
+        self._failed, self._not_scored, self._broken = set(), set(), None
         table, metrics = calculate(inputs, *arguments), self.trainer._pending_metrics
-        told = gather_object(
-            [
-                {
-                    "count": len(inputs),
-                    "failed": len(self._failed),
-                    "unjudged": sorted(self._unjudged),
-                    "broken": self._broken,
-                    "last": self.failures.last if self._failed else None,
-                    "metrics": list(metrics),
-                }
-            ]
-        )  # one of each process
-        for name in {name for one in told for name in one["metrics"]} - metrics.keys():
-            # TRL gathers: what one process logs, all must
+        here = {
+            "count": len(inputs),
+            "failed": len(self._failed),
+            "not_scored": sorted(self._not_scored),
+            "broken": self._broken,
+            "last": self.failures.last if self._failed else None,
+            "metrics": list(metrics),
+        }
+        processes = gather_object([here])
+        names = {name for process in processes for name in process["metrics"]}
+        for name in names - metrics.keys():
+            # TRL gathers metrics, so every process must log what one process logs.
             self.trainer._log_metric(name, math.nan)
         first = 0
-        for one in told:
-            table[[first + row for row in one["unjudged"]]] = torch.nan
-            first += one["count"]
-        self.failures.count(sum(one["failed"] for one in told), first)
-        self.failures.last = next((one["last"] for one in told if one["last"]), self.failures.last)
-        if broken := next((one["broken"] for one in told if one["broken"]), None):
+        for process in processes:
+            table[[first + row for row in process["not_scored"]]] = torch.nan
+            first += process["count"]
+        self.failures.count(sum(process["failed"] for process in processes), first)
+        lasts = [process["last"] for process in processes if process["last"]]
+        self.failures.last = lasts[0] if lasts else self.failures.last
+        if broken := [process["broken"] for process in processes if process["broken"]]:
             table[:] = torch.nan
-            self.stopped_by = (
-                f"Step {self.trainer.state.global_step + 1}: the reward function {broken}"
-            )
+            step = self.trainer.state.global_step + 1
+            self.stopped_by = f"Step {step}: the reward function {broken[0]}"
         return table
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Log the count of failures, and stop the run where there are too many."""
         failures = self.failures
-        # the mean of one value: exact
+        # TRL logs the mean of the list, which is exact for one value.
         self.trainer._metrics["train"]["reward/cannot_judge"] = [float(failures.total)]
         if self.stopped_by is None and failures.too_many():
             failed, completions = failures.window()
@@ -205,12 +213,15 @@ class GuardedRewards(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
 
     def resume_state(self) -> dict:
+        """What a checkpoint keeps for `restore`."""
         return self.failures.state()
 
-    def restore(self, kept: dict) -> None:
-        self.failures.restore(kept, cut=self.trainer.accelerator.is_main_process)
+    def restore(self, state: dict) -> None:
+        """Go on from the `resume_state` of a checkpoint."""
+        self.failures.restore(state, cut=self.trainer.accelerator.is_main_process)
 
     def on_train_end(self, args, state, control, **kwargs):
+        """End the processes of the pool."""
         self.pool.close()
 
 
@@ -220,26 +231,26 @@ def _in_turn(task: Callable, items: list) -> list:
 
 def _groups(prompts: list) -> list[list[int]]:
     """The rows of each group: the completions of a prompt stand together."""
-    return [
-        list(rows)
-        for _, rows in itertools.groupby(range(len(prompts)), key=lambda row: repr(prompts[row]))
-    ]
+    rows = range(len(prompts))
+    return [list(group) for _, group in itertools.groupby(rows, key=lambda row: repr(prompts[row]))]
 
 
-def _plain(state: TrainerState) -> SimpleNamespace:
-    """`state` for another process: without transformers, which that would import, and not longer
-    with every step.
+def _small_state(state: TrainerState) -> SimpleNamespace:
+    """`state` for another process, which need not import transformers for it.
+
+    It has the last 100 log lines only, so that calls do not grow with every step.
     """
     return SimpleNamespace(**{**vars(state), "log_history": state.log_history[-100:]})
 
 
-def _check_signature(path: str, function: Callable, handed: dict) -> None:
+def _check_signature(path: str, function: Callable, arguments: dict) -> None:
+    """Raises RecipeError where `function` does not take TRL's `arguments`."""
     try:
-        inspect.signature(function).bind(**handed, log_metric=None, log_extra=None)
+        inspect.signature(function).bind(**arguments, log_metric=None, log_extra=None)
     except TypeError as error:
         raise RecipeError(
             "trainer.reward_funcs",
-            f"{path!r} does not take what TRL hands over, {', '.join(handed)} ({error}); "
+            f"{path!r} does not take what TRL hands over, {', '.join(arguments)} ({error}); "
             "take what you need by name, and the rest as **kwargs",
         ) from None
     except ValueError:  # some functions in C have no signature

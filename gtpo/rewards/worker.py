@@ -1,8 +1,12 @@
-"""One call of a reward function, and what it says of its completions.
+"""One reward call, and the process that makes reward calls for a run.
 
-This file is also a program: run as a script, it imports reward functions by their dotted paths and
-answers calls, one pickle each way. A call that takes too long ends the process, from a thread that
-needs no GIL, so that a loop in C is no refuge; its traceback is what the process leaves.
+`call_reward` calls a function and checks what it returns. The rest of this file runs in a child
+process (gtpo.system.child_process). There it imports functions by their dotted paths and makes the
+calls that the parent asks for. A call comes as a pickle; its reply goes back as JSON, so the parent
+never unpickles what a reward function made.
+
+A call that takes too long ends the process, from a thread of faulthandler that needs no GIL. So a
+loop in C is stopped as well, and the traceback is what the process leaves.
 """
 
 import collections
@@ -11,38 +15,38 @@ import faulthandler
 import functools
 import inspect
 import itertools
+import json
 import logging
 import logging.handlers
 import math
-import os
 import pickle
 import pkgutil
 import random
-import signal
-import struct
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
+from typing import BinaryIO
 
 LOAD_SECONDS = 600.0  # to import the module of a function
-# a mark that no traceback begins with, and the length of what follows
-HEAD = struct.Struct("!cQ")
-MARK = b"\x80"
 
 
-class Bug(Exception):
-    """A clause that says how a function breaks TRL's contract: one number or None per
-    completion.
+class ContractBroken(Exception):
+    """A function returned something else than one number or None per completion.
+
+    The message is a clause that says what it returned.
     """
 
 
 def call_reward(function: Callable, arguments: dict, count: int) -> dict:
-    """What one call says: its `rewards`, `count` floats or Nones, and the `metrics` and `columns`
-    that it logged.
+    """The reply of one reward call on `count` completions: `rewards`, `metrics` and `columns`.
 
-    Otherwise its `failure` and `traceback` if it raises, or its `bug`, a clause.
+    `rewards` are `count` floats or Nones. `metrics` are pairs of a name and a float, `columns` are
+    pairs of a name and a list: what the function logged.
+
+    Where the function raises, the reply is its `failure`, a clause, and the `traceback`. Where it
+    breaks TRL's contract, the reply is the `bug`, a clause.
     """
     metrics: list[tuple[str, float]] = []
     columns: list[tuple[str, list]] = []
@@ -55,35 +59,35 @@ def call_reward(function: Callable, arguments: dict, count: int) -> dict:
         if inspect.isawaitable(returned):
             returned = _event_loop().run_until_complete(returned)
         return {"rewards": _rewards(returned, count), "metrics": metrics, "columns": columns}
-    except Bug as bug:
-        return {"bug": str(bug)}
+    except ContractBroken as error:
+        return {"bug": str(error)}
     except (Exception, SystemExit) as error:
-        return failure("raised ", error)
+        return _failure("raised ", error)
 
 
-def failure(what: str, error: BaseException) -> dict:
-    said = " ".join("".join(traceback.format_exception_only(error)).split())[:500]
+def _failure(what: str, error: BaseException) -> dict:
+    message = " ".join("".join(traceback.format_exception_only(error)).split())[:500]
     trace = "".join(traceback.format_exception(error))[-20_000:]
-    if isinstance(error, MemoryError):  # what it still holds would be missing in the next call
-        return {"failure": f"{what}{said} (rewards.memory)", "traceback": trace, "spent": True}
-    return {"failure": what + said, "traceback": trace}
+    if isinstance(error, MemoryError):
+        # The process is not used again: the next call would lack the memory that is still in use.
+        return {"failure": f"{what}{message} (rewards.memory)", "traceback": trace, "spent": True}
+    return {"failure": what + message, "traceback": trace}
 
 
 def _rewards(returned: object, count: int) -> list[float | None]:
     if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
-        raise Bug(f"returned {_described(returned)}, not a list with one reward per completion")
-    # it may never end
-    rewards = [_reward(value) for value in itertools.islice(returned, count + 1)]
-    if len(rewards) != count:
-        many = (
-            len(returned)
-            if hasattr(returned, "__len__")
-            else "more"
-            if len(rewards) > count
-            else len(rewards)
+        raise ContractBroken(
+            f"returned {_described(returned)}, not a list with one reward per completion"
         )
-        raise Bug(f"returned {many} rewards for {count} completions, not one for each")
-    return rewards
+    # no more than one too many, as an iterator may never end
+    rewards = [_reward(value) for value in itertools.islice(returned, count + 1)]
+    if len(rewards) == count:
+        return rewards
+    if hasattr(returned, "__len__"):
+        number = len(returned)
+    else:
+        number = "more" if len(rewards) > count else len(rewards)
+    raise ContractBroken(f"returned {number} rewards for {count} completions, not one for each")
 
 
 def _reward(value: object) -> float | None:
@@ -93,105 +97,90 @@ def _reward(value: object) -> float | None:
         return None if value is None else float(value)
     except OverflowError:
         return math.inf
-    # the last is what a tensor of several numbers raises
-    except (TypeError, ValueError, RuntimeError):
-        raise Bug(f"returned {_described(value)} as a reward, not a number or None") from None
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
+        raise ContractBroken(
+            f"returned {_described(value)} as a reward, not a number or None"
+        ) from None
 
 
 def _described(value: object) -> str:
     if value is None:
         return "None"
-    return (
-        f"the {type(value).__name__} {value[:60]!r}"
-        if isinstance(value, str | bytes)
-        else f"a {type(value).__name__}"
-    )
+    if isinstance(value, str | bytes):
+        return f"the {type(value).__name__} {value[:60]!r}"
+    return f"a {type(value).__name__}"
 
 
 @functools.cache
 def _event_loop():
-    """One for all calls of this process: clients of an asynchronous function are bound to it."""
+    """One loop for all calls of this process: the clients of an asynchronous function need it."""
     import asyncio
 
     return asyncio.new_event_loop()
 
 
-# ---- the pipe
+# ---- the child process
 
 
-def send(stream, data: bytes) -> None:
-    stream.write(HEAD.pack(MARK, len(data)) + data)
-    stream.flush()
+def start(settings: dict, replies: BinaryIO) -> Callable[[bytes], bytes]:
+    """Prepare this process for reward calls. Returns the function that makes one.
 
-
-def receive(stream) -> tuple[bytes | None, str]:
-    """What was sent; or None, and the text in its place: a traceback, or nothing where the stream
-    has ended.
+    `settings` are the parent's `sys_path`, its `log_levels` by logger, and `load_seconds`, the time
+    to import a function. Tracebacks of a crash go to `replies`.
     """
-    head = stream.read(HEAD.size)
-    if len(head) < HEAD.size or head[:1] != MARK:
-        return None, (head + stream.read()).decode("utf-8", "replace")
-    size = HEAD.unpack(head)[1]
-    data = stream.read(size)
-    return (data, "") if len(data) == size else (None, "")
-
-
-# ---- the program
-
-
-def _serve() -> None:
-    calls, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    if hasattr(os, "register_at_fork"):
-        # or the parent would wait for these children too
-        os.register_at_fork(after_in_child=replies.close)
-    os.dup2(2, 1)  # what a function prints is neither a reply nor a result of the run
-    sys.stdout.reconfigure(line_buffering=True)
-    path, parent, memory, levels, load_seconds = pickle.loads(receive(calls)[0])
-    # sent to all of a job: the run has a step to finish; handlers end with exec
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: None)
-    _bind_to(parent)
-    _limit_memory(memory)
-    sys.path[:] = path
+    # Linux: where the machine runs out of memory all the same, this process is killed first.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    sys.path[:] = settings["sys_path"]
     log = _Log(collections.deque(maxlen=1000))
     logging.getLogger().addHandler(log)
-    for name, level in levels.items():
+    for name, level in settings["log_levels"].items():
         logging.getLogger(name).setLevel(level)
     faulthandler.enable(replies)  # a crash leaves its traceback
-    while (request := receive(calls)[0]) is not None:
-        faulthandler.dump_traceback_later(load_seconds, exit=True, file=replies)
-        reply = _answer(request, replies, log)
-        faulthandler.cancel_dump_traceback_later()
-        send(replies, reply)
-    os._exit(0)  # without waiting for threads that a function has left
+
+    def reply(request: bytes) -> bytes:
+        faulthandler.dump_traceback_later(settings["load_seconds"], exit=True, file=replies)
+        try:
+            return _reply(request, replies, log)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    return reply
 
 
 class _Log(logging.handlers.QueueHandler):
-    """Keeps what is logged, so that it gets into the run's log."""
+    """Collects what a function logs, for the log of the run."""
 
     def enqueue(self, record: logging.LogRecord) -> None:
         self.queue.append(record)
 
 
-def _answer(request: bytes, replies, log: _Log) -> bytes:
+def _reply(request: bytes, replies: BinaryIO, log: _Log) -> bytes:
     try:
-        name, arguments, count, seconds, seed = pickle.loads(request)
-        function = pkgutil.resolve_name(name)
+        path, arguments, count, seconds, seed = pickle.loads(request)
+        function = pkgutil.resolve_name(path)
     except (Exception, SystemExit) as error:
-        return pickle.dumps(failure("cannot be imported in its own process: ", error))
+        return _encoded(_failure("cannot be imported in its own process: ", error))
     _seed(seed)
     faulthandler.dump_traceback_later(seconds, exit=True, file=replies)
     began = time.perf_counter()
-    reply = call_reward(function, arguments, count) | {
-        "seconds": time.perf_counter() - began,
-        "log": list(log.queue),
-    }
+    reply = call_reward(function, arguments, count)
+    reply |= {"seconds": time.perf_counter() - began, "log": [vars(record) for record in log.queue]}
     log.queue.clear()
     try:
-        return pickle.dumps(reply)
-    except Exception as error:  # of somebody's objects
-        return pickle.dumps(failure("logged what cannot be handed to another process: ", error))
+        return _encoded(reply)
+    except Exception as error:  # anything that the methods of logged objects raise
+        return _encoded(_failure("logged what cannot be handed to another process: ", error))
+
+
+def _encoded(reply: dict) -> bytes:
+    """A reply as JSON. Python's JSON keeps every bit of a float, and NaN and infinity."""
+    return json.dumps(reply, default=_as_data).encode()
+
+
+def _as_data(value: object) -> object:
+    """Python's numbers and lists for those of numpy and torch, a text for any other object."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _seed(seed: str) -> None:
@@ -202,30 +191,3 @@ def _seed(seed: str) -> None:
         numpy.random.seed(number)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(number)
-
-
-def _bind_to(parent: int) -> None:
-    """End with the parent even if that is killed, and whatever we are doing then (Linux; elsewhere
-    at the next call).
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def _limit_memory(gib: float | None) -> None:
-    # Linux: where memory runs out all the same, this process goes first
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    if gib is not None and os.name == "posix":
-        import resource
-
-        with contextlib.suppress(ValueError, OSError):  # macOS refuses
-            resource.setrlimit(resource.RLIMIT_DATA, (int(gib * 2**30),) * 2)
-
-
-if __name__ == "__main__":
-    _serve()
