@@ -13,11 +13,9 @@ import collections
 import contextlib
 import faulthandler
 import functools
-import inspect
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import pickle
 import pkgutil
@@ -25,7 +23,7 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import BinaryIO
 
@@ -56,7 +54,7 @@ def call_reward(function: Callable, arguments: dict, count: int) -> dict:
             log_metric=lambda name, value: metrics.append((name, float(value))),
             log_extra=lambda column, values: columns.append((column, list(values))),
         )
-        if inspect.isawaitable(returned):
+        if isinstance(returned, Awaitable):
             returned = _event_loop().run_until_complete(returned)
         return {"rewards": _rewards(returned, count), "metrics": metrics, "columns": columns}
     except ContractBroken as error:
@@ -132,7 +130,7 @@ def start(settings: dict, replies: BinaryIO) -> Callable[[bytes], bytes]:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     sys.path[:] = settings["sys_path"]
-    log = _Log(collections.deque(maxlen=1000))
+    log = _Log()
     logging.getLogger().addHandler(log)
     for name, level in settings["log_levels"].items():
         logging.getLogger(name).setLevel(level)
@@ -148,11 +146,21 @@ def start(settings: dict, replies: BinaryIO) -> Callable[[bytes], bytes]:
     return reply
 
 
-class _Log(logging.handlers.QueueHandler):
-    """Collects what a function logs, for the log of the run."""
+class _Log(logging.Handler):
+    """Collects what a function logs, as plain data for the log of the run."""
 
-    def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.append(record)
+    def __init__(self):
+        super().__init__()
+        self.records: collections.deque[dict] = collections.deque(maxlen=1000)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            # The message contains its arguments and the traceback, which need not cross as well.
+            message = {"msg": self.format(record), "args": None}
+            traces = dict.fromkeys(("exc_info", "exc_text", "stack_info"))
+            self.records.append(vars(record) | message | traces)
+        except Exception:
+            self.handleError(record)
 
 
 def _reply(request: bytes, replies: BinaryIO, log: _Log) -> bytes:
@@ -165,8 +173,8 @@ def _reply(request: bytes, replies: BinaryIO, log: _Log) -> bytes:
     faulthandler.dump_traceback_later(seconds, exit=True, file=replies)
     began = time.perf_counter()
     reply = call_reward(function, arguments, count)
-    reply |= {"seconds": time.perf_counter() - began, "log": [vars(record) for record in log.queue]}
-    log.queue.clear()
+    reply |= {"seconds": time.perf_counter() - began, "log": list(log.records)}
+    log.records.clear()
     try:
         return _encoded(reply)
     except Exception as error:  # anything that the methods of logged objects raise
