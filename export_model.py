@@ -68,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     from gtpo.models.export import check_free, export
+    from gtpo.models.fidelity import Fidelity
     from gtpo.models.saved import find_saved
+    from gtpo.report import model_card
     from gtpo.system import hub
 
     check_free(options.out)
@@ -77,7 +79,12 @@ def _run(options: argparse.Namespace) -> None:
     set_environment(saved.recipe.env if saved.recipe else {})
     if options.push:
         hub.check_push(options.push)
-    print(f"Compared: {export(saved, options.out, dtype=options.dtype)}")
+
+    def write_card(folder: Path, comparison: Fidelity) -> None:
+        model_card.write(folder, model_card.merged_card(saved, options.dtype, str(comparison)))
+
+    comparison = export(saved, options.out, dtype=options.dtype, write_card=write_card)
+    print(f"Compared: {comparison}")
     print(f"Merged model: {options.out}")
     if options.push:
         print(f"Pushed to: {hub.push(options.out, options.push)}")

@@ -185,6 +185,6 @@ def test_the_same_settings_may_be_given_and_another_base_is_said(first, here, ti
     assert not caplog.records
     flags = second_flags(here, "--model.adapter", str(first), "--model-name", tiny_policy)
     resolve_adapter(cli.read_recipe(flags))
-    assert f"and goes on with {tiny_policy}" in caplog.text
+    assert f"its training goes on with {tiny_policy}" in caplog.text
     assert train_model.main(flags) == 2  # its layers do not fit
     assert not list((here / "runs").glob("second*"))

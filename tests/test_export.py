@@ -155,7 +155,7 @@ def test_texts_are_the_runs_own_completions_where_there_are_any(run_dir, caplog)
 
 
 def test_a_merge_without_the_adapter_is_refused(run_dir, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "merged", lambda model: model.unload())
+    monkeypatch.setattr(export, "merge_adapter", lambda model: model.unload())
     assert "the merge is wrong, so use the adapter itself; nothing was kept" in refusal(
         capsys, run_dir, tmp_path / "merged"
     )
@@ -173,7 +173,7 @@ def test_a_merge_that_leaves_one_layer_out_is_refused(
         )
         return model.merge_and_unload()
 
-    monkeypatch.setattr(export, "merged", all_but_one)
+    monkeypatch.setattr(export, "merge_adapter", all_but_one)
     assert "before any rounding, " in refusal(
         capsys, run_dir, tmp_path / "merged", "--dtype", dtype
     )
@@ -205,7 +205,7 @@ def test_an_adapter_on_tied_embeddings_which_peft_adds_to_the_output_too_is_refu
 def test_what_gets_lost_between_saving_and_loading_is_refused(
     run_dir, tmp_path, capsys, monkeypatch
 ):
-    save = export.save
+    save = export.save_model
 
     def save_without_a_norm(model, folder, dtype):
         save(model, folder, dtype)
@@ -220,16 +220,16 @@ def test_what_gets_lost_between_saving_and_loading_is_refused(
             metadata={"format": "pt"},
         )
 
-    monkeypatch.setattr(export, "save", save_without_a_norm)
+    monkeypatch.setattr(export, "save_model", save_without_a_norm)
     assert "the merge is wrong" in refusal(capsys, run_dir, tmp_path / "merged")
 
 
 def test_a_layer_that_is_lost_on_the_way_is_found_without_the_room_for_float32_too(
     run_dir, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(export, "make_plan", lambda *_: export.Plan("bfloat16", "cpu"))
+    monkeypatch.setattr(export, "choose_placement", lambda *_: export.Placement("bfloat16", "cpu"))
     assert run(capsys, run_dir, tmp_path / "a")[0] == 0
-    monkeypatch.setattr(export, "merged", lambda model: model.unload())
+    monkeypatch.setattr(export, "merge_adapter", lambda model: model.unload())
     assert "rounding to bfloat16 explains" in refusal(capsys, run_dir, tmp_path / "b")
 
 
@@ -260,7 +260,7 @@ def test_moving_weights_does_to_the_logits_what_rounding_them_does(dtype):
         for text in ("one and two", "three, four and five", TEXT)
     ]
     for seed in range(3):
-        expected = fidelity.reference(
+        expected = fidelity.reference_logits(
             tiny.with_lora(tiny.tiny_model(tokenizer, seed), seed=seed), texts, dtype
         )
         merged = (
@@ -271,7 +271,7 @@ def test_moving_weights_does_to_the_logits_what_rounding_them_does(dtype):
         )
         found = fidelity.compare(expected, merged, texts)
         assert 1 / 3 < found.difference / found.rounding < 2
-        assert found.kept == pytest.approx(1, abs=0.02) and found.problem("any") is None
+        assert found.kept == pytest.approx(1, abs=0.02) and found.defect("any") is None
 
 
 # ---- refused before anything is loaded
@@ -320,9 +320,9 @@ def test_a_machine_without_room_is_told_how_much_is_missing(
             "virtual_memory",
             lambda share=share: room._replace(available=int(share * needed)),
         )
-        assert export.make_plan(
+        assert export.choose_placement(
             find_saved(str(run_dir)), tmp_path / "merged", "bfloat16"
-        ) == export.Plan(computing, "cpu")
+        ) == export.Placement(computing, "cpu")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: room._replace(available=1_000))
     assert "billion parameters in bfloat16 need" in refusal(capsys, run_dir, tmp_path / "merged")
     monkeypatch.undo()

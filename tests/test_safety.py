@@ -266,8 +266,8 @@ def test_weights_that_could_run_code_are_refused(tmp_path):
     with pytest.raises(
         RecipeError,
         match=(
-            "there is no adapter_model.safetensors, and adapter_model.bin, which could run code"
-            " when it is loaded, is not taken"
+            "there is no adapter_model.safetensors; adapter_model.bin is not read, because it"
+            " could run code"
         ),
     ):
         adapters.read_config(tmp_path)

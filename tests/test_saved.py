@@ -248,7 +248,7 @@ def test_a_damaged_recipe_or_adapter_is_refused(run_dir):
     weights.rename(weights.with_suffix(".bin"))
     assert "there is no adapter_model.safetensors" in refusal(run_dir / "checkpoint-5")
     (run_dir / "checkpoint-10/adapter_config.json").write_text('{"peft_type": "IA3"}')
-    assert "no LoRA adapter's" in refusal(run_dir / "checkpoint-10")
+    assert "is not that of a LoRA adapter" in refusal(run_dir / "checkpoint-10")
     (run_dir / "recipe.yaml").write_text("model: {model_nam: x}\n")
     with pytest.raises(RecipeError, match="recipe.yaml; did you mean model.model_name"):
         find_saved(str(run_dir))

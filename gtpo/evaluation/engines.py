@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 
 from gtpo.errors import RecipeError
-from gtpo.models import adapters
+from gtpo.models import adapters, base_model
 from gtpo.models.generation import Sampler, Sampling, policy_sampler, vllm_samplers
 from gtpo.models.saved import Saved, load_saved, saved_tokenizer
 from gtpo.recipe.sections import ModelSection
@@ -61,23 +61,16 @@ class Engine:
     @functools.cached_property
     def context(self) -> int | None:
         """The most tokens that the base model was made for; None if its config does not say."""
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(
-                self.saved.base, trust_remote_code=self.saved.section.trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                self.saved.base, f"its config.json cannot be used ({str(error).splitlines()[0]})"
-            ) from error
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
+        config = base_model.read_config(
+            self.saved.base, trust_remote_code=self.saved.section.trust_remote_code
+        )
+        return base_model.context_length(config)
 
     def policy(self, length: int):
         """Loads the model with Unsloth or transformers, for sequences of `length` tokens."""
         return load_saved(
             self.saved,
-            ready=(self.backend, self.tokenizer),
+            backend_and_tokenizer=(self.backend, self.tokenizer),
             **self.overrides,
             max_seq_length=length,
             max_prompt_length=length,

@@ -1,5 +1,6 @@
-"""A LoRA adapter on disk: what its files say, and its weights in a model's own adapter. Safetensors
-only.
+"""A LoRA adapter on disk: its configuration, and its weights put into a model.
+
+Adapters are read as safetensors only, because other formats can hold code that runs.
 """
 
 import json
@@ -24,29 +25,24 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> dict:
-    """What the adapter says of itself; raises RecipeError where its files are missing, damaged, or
-    no LoRA adapter's.
+    """The adapter's configuration, as peft has written it.
+
+    Raises RecipeError if a file of the adapter is missing or damaged, or if it is no LoRA adapter.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            raise RecipeError(
-                folder,
-                f"its {CONFIG} is no LoRA adapter's; give an adapter that GTPO or peft has saved",
-            )
-        # reads the header, and that the file is whole
+        # This reads the header, and checks that the file is as long as the header says.
         with safe_open(folder / WEIGHTS, framework="np"):
-            return config
+            pass
     except FileNotFoundError as error:
         name = CONFIG if CONFIG in str(error) else WEIGHTS
         if (folder / "adapter_model.bin").is_file():
             raise RecipeError(
                 folder,
-                f"there is no {WEIGHTS}, and adapter_model.bin, which could run code when it is"
-                " loaded, is not taken; give an adapter in safetensors (peft's save_pretrained"
-                " writes it)",
+                f"there is no {WEIGHTS}; adapter_model.bin is not read, because it could run code;"
+                " give an adapter in safetensors (peft's save_pretrained writes it)",
             ) from None
         raise RecipeError(
             folder, f"there is no {name}; give a folder with an adapter in safetensors"
@@ -56,20 +52,26 @@ def read_config(folder: Path) -> dict:
             folder,
             f"the adapter is damaged ({' '.join(str(error).split())}); use another checkpoint",
         ) from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise RecipeError(
+            folder,
+            f"its {CONFIG} is not that of a LoRA adapter; give an adapter that GTPO or peft saved",
+        )
+    return config
 
 
 def lora_config(folder: Path):
-    """The adapter's peft.LoraConfig, to make a fresh adapter of its shape."""
+    """The adapter's peft.LoraConfig, from which a fresh adapter of the same shape can be made."""
     from peft import LoraConfig
 
     config = LoraConfig.from_pretrained(str(folder))
-    # peft fills in the model that it is laid on
+    # peft sets the name to that of the model to which the adapter is added.
     config.inference_mode, config.base_model_name_or_path = False, None
     return config
 
 
 def attach(model, folder: Path, base: str):
-    """`model` as a PeftModel with the adapter; raises RecipeError where it does not fit."""
+    """The model `base` as a PeftModel with the adapter; raises RecipeError if they do not fit."""
     from peft import get_peft_model
 
     try:
@@ -81,14 +83,15 @@ def attach(model, folder: Path, base: str):
 
 
 def load_weights(model, folder: Path, base: str) -> None:
-    """Put the adapter's weights into `model`, which has a fresh one; raises RecipeError unless each
-    has its place.
+    """Put the adapter's weights into `model`, a PeftModel with a fresh adapter on the model `base`.
+
+    Raises RecipeError unless each weight has its place, and each place its weight.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
 
     weights = load_file(folder / WEIGHTS)
-    # peft adds them where they are adapted
+    # peft saves the embeddings with an adapter that changes them.
     with_embeddings = any(".base_layer." in name for name in weights)
     places = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
     for name in sorted(weights.keys() | places.keys()):
@@ -99,10 +102,10 @@ def load_weights(model, folder: Path, base: str) -> None:
             )
         if name not in weights:
             raise _misfit(folder, base, f"the adapter has no weights for {layer}")
-        found, expected = tuple(weights[name].shape), tuple(places[name].shape)
-        if found != expected:
+        given, expected = tuple(weights[name].shape), tuple(places[name].shape)
+        if given != expected:
             raise _misfit(
-                folder, base, f"{layer} is {found} in the adapter and {expected} in the model"
+                folder, base, f"{layer} is {given} in the adapter and {expected} in the model"
             )
     set_peft_model_state_dict(model, weights)
 

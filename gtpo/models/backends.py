@@ -1,4 +1,4 @@
-"""Load a LoRA policy with Unsloth, or with transformers + peft; save the adapter."""
+"""Load a LoRA policy with Unsloth or with transformers + peft, and save its adapter."""
 
 import contextlib
 import importlib.util
@@ -23,21 +23,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Policy:
-    """A model with a LoRA adapter, its tokenizer, and which backend loaded it."""
+    """A model with a LoRA adapter, its tokenizer, and the backend that loaded it."""
 
-    model: Any
+    model: Any  # a PeftModel, or the base model alone
     tokenizer: Any
-    backend: str
-    uses_vllm: bool = False
+    backend: str  # unsloth or transformers
+    uses_vllm: bool = False  # to generate, inside Unsloth
 
     @contextlib.contextmanager
     def generating(self):
-        """The model ready to generate inside, ready to train again afterwards; Unsloth has modes of
-        its own.
-        """
+        """Inside, the model is ready to generate. Afterwards it is in its earlier mode again."""
         was_training = self.model.training
         self.model.eval()
-        if self.backend == "unsloth":
+        if self.backend == "unsloth":  # which has modes of its own
             from unsloth import FastLanguageModel
 
             FastLanguageModel.for_inference(self.model)
@@ -50,8 +48,9 @@ class Policy:
             self.model.train(was_training)
 
     def save_adapter(self, folder: str | Path, state: dict[str, Any] | None = None) -> None:
-        """Adapter and tokenizer, loadable by plain peft and transformers; from `state` where the
-        model itself holds but a part.
+        """Save adapter and tokenizer to `folder`, as plain peft and transformers load them.
+
+        `state` is the state dict of the whole model, for processes that hold only a part of it.
         """
         with files_written_aside(Path(folder)) as aside:
             self.model.save_pretrained(str(aside), safe_serialization=True, state_dict=state)
@@ -60,21 +59,18 @@ class Policy:
 
 @garbage_collection_off()
 def choose_backend(section: ModelSection) -> str:
-    """Choose the backend and say which; Unsloth, if it is, is imported: it must be before trl and
-    transformers are.
+    """The backend that loads the model here: unsloth or transformers.
 
-    Raises RecipeError if `model.backend: unsloth` cannot be had on this machine.
+    It is logged, and its library is imported. Unsloth must be imported before trl and transformers.
+    Raises RecipeError if `model.backend: unsloth` is not possible on this machine.
     """
     import torch
 
-    cuda, installed = torch.cuda.is_available(), importlib.util.find_spec("unsloth") is not None
-    missing = (
-        "no NVIDIA GPU is visible"
-        if not cuda
-        else "the package unsloth is not installed"
-        if not installed
-        else None
-    )
+    cuda, missing = torch.cuda.is_available(), None
+    if not cuda:
+        missing = "no NVIDIA GPU is visible"
+    elif importlib.util.find_spec("unsloth") is None:
+        missing = "the package unsloth is not installed"
     if section.backend == "unsloth" and missing:
         raise RecipeError(
             "model.backend", f"unsloth cannot be used here, {missing}; use transformers or auto"
@@ -88,14 +84,17 @@ def choose_backend(section: ModelSection) -> str:
         device,
         why,
     )
-    # which imports transformers
+    # peft imports transformers, which is expensive
     importlib.import_module("unsloth" if backend == "unsloth" else "peft")
     return backend
 
 
 def prepare_backend(section: ModelSection, options: dict) -> str:
-    """Choose the backend for training: Unsloth also patches TRL, which nothing may have imported
-    yet.
+    """The backend for training, as `choose_backend` returns it.
+
+    Unsloth also patches TRL, which nothing may have imported before. `options` are those of
+    torch.compile for its trainer. Raises RecipeError if Unsloth cannot patch TRL, and for what
+    `choose_backend` refuses.
     """
     backend = choose_backend(section)
     if backend == "unsloth":
@@ -105,7 +104,7 @@ def prepare_backend(section: ModelSection, options: dict) -> str:
             unsloth.PatchFastRL("GRPO", unsloth.FastLanguageModel)
         import trl
 
-        # it warns and goes on with TRL's where patching fails
+        # unsloth 2026.10.7: if patching fails, it warns and leaves TRL's trainer in place.
         if trl.GRPOTrainer.__module__ != "UnslothGRPOTrainer":
             raise RecipeError(
                 "model.backend",
@@ -116,11 +115,11 @@ def prepare_backend(section: ModelSection, options: dict) -> str:
 
 @contextlib.contextmanager
 def compile_options(options: dict):
-    """Lay `options` over those that Unsloth's generated trainer compiles with.
+    """Inside, the trainer that Unsloth generates compiles with `options` over its own options.
 
-    unsloth 2026.10.7 writes its options into the source that `create_new_function` turns into a
-    module, and torch.compile reads them when that module is imported; so the source is where they
-    can be set.
+    unsloth 2026.10.7, models.rl.create_new_function, turns a source into a module. The source holds
+    the options, and torch.compile reads them while the module is imported. So they must be set in
+    the source.
     """
     import unsloth.models.rl as rl
 
@@ -144,11 +143,10 @@ def compile_options(options: dict):
 
 
 def precision(training: DocumentedTraining) -> str:
-    """bf16, fp16 or float32: the best this device has, unless training.bf16 or training.fp16
-    decides.
+    """The precision to train in: bf16, fp16 or float32, the first that this device has.
 
-    A true asks for that precision, a false rules it out. On a CPU it is float32 unless asked
-    otherwise.
+    `training.bf16` and `training.fp16` choose a precision if true, and exclude it if false. On a
+    CPU it is float32, unless one of them is true.
     """
     import torch
 
@@ -158,10 +156,9 @@ def precision(training: DocumentedTraining) -> str:
             return name
     if not torch.cuda.is_available():
         return "float32"
-    has = {"bf16": torch.cuda.is_bf16_supported(including_emulation=False), "fp16": True}
-    return next(
-        (name for name in ("bf16", "fp16") if has[name] and given.get(name) is not False), "float32"
-    )
+    if torch.cuda.is_bf16_supported(including_emulation=False) and given.get("bf16") is not False:
+        return "bf16"
+    return "fp16" if given.get("fp16") is not False else "float32"
 
 
 def load_policy(
@@ -175,12 +172,12 @@ def load_policy(
     adapter: Path | None = None,
     lora: bool = True,
 ) -> Policy:
-    """The base model with a LoRA adapter, fresh or that of the folder `adapter`, by `backend` (what
-    `choose_backend` returned).
+    """The base model with a LoRA adapter: a fresh one, or that of the folder `adapter`.
 
-    `precision` is bf16, fp16 or float32 (which a CPU holds whatever is asked). `lora=False`: the
-    base model as it is. Raises RecipeError for weights that cannot be loaded, options this machine
-    lacks, and layers the model lacks.
+    `backend` is what `choose_backend` has returned. `precision` is bf16, fp16 or float32; on a CPU
+    the weights are in float32 in any case. `lora=False` loads the base model without an adapter.
+    Raises RecipeError for weights that cannot be loaded, for options that this machine cannot do,
+    and for an adapter on layers that the model does not have.
     """
     import torch
     from safetensors import SafetensorError
@@ -196,7 +193,7 @@ def load_policy(
             policy = _load_with_transformers(section, tokenizer, dtype, config)
     except RecipeError:
         raise
-    # no weights, damaged ones, a missing quantizer
+    # missing weights, damaged weights, a quantizer that is not installed
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise loading_error(
             "model", f"{section.model_name!r} cannot be loaded", section, error
@@ -207,9 +204,7 @@ def load_policy(
 
 
 def lora_config(section: ModelSection, adapter: Path | None):
-    """The peft.LoraConfig of the adapter to train: that of the folder `adapter`, else the
-    recipe's.
-    """
+    """The peft.LoraConfig of the adapter: the recipe's, or that of the folder `adapter`."""
     from peft import LoraConfig
 
     if adapter:
@@ -229,7 +224,7 @@ def _load_with_unsloth(
 
     vllm = unsloth_uses_vllm(section)
     logger.info("[GTPO] Generation: %s", "vLLM" if vllm else "Unsloth, without vLLM")
-    model, theirs = FastLanguageModel.from_pretrained(
+    model, unsloth_tokenizer = FastLanguageModel.from_pretrained(
         model_name=section.model_name,
         dtype=dtype,
         max_seq_length=section.max_seq_length,
@@ -246,16 +241,12 @@ def _load_with_unsloth(
                 "model.backend",
                 "unsloth gives all layers one rank, and this adapter has several; use transformers",
             )
-        targets = (
-            lora.target_modules
-            if isinstance(lora.target_modules, str)
-            else sorted(lora.target_modules)
-        )
+        layers = lora.target_modules  # a set, or a text such as all-linear
         model = FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
             lora_alpha=lora.lora_alpha,
-            target_modules=targets,
+            target_modules=layers if isinstance(layers, str) else sorted(layers),
             lora_dropout=lora.lora_dropout,
             bias=lora.bias,
             use_rslora=lora.use_rslora,
@@ -264,13 +255,15 @@ def _load_with_unsloth(
             random_state=seed,
             use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
         )
-    theirs.chat_template = tokenizer.chat_template  # the one that the prompts were filtered with
-    return Policy(model, prepare_tokenizer(theirs, section, "unsloth"), "unsloth", uses_vllm=vllm)
+    # The prompts were filtered by their length with this template.
+    unsloth_tokenizer.chat_template = tokenizer.chat_template
+    ready = prepare_tokenizer(unsloth_tokenizer, section, "unsloth")
+    return Policy(model, ready, "unsloth", uses_vllm=vllm)
 
 
 def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Policy:
     import torch
-    from peft import get_peft_model, prepare_model_for_kbit_training
+    from peft import prepare_model_for_kbit_training
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     cuda = torch.cuda.is_available()
@@ -285,37 +278,45 @@ def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Po
     check_context(section, config)
     if not cuda:
         check_memory(section, config)
+    four_bits = None
+    if quantized:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     model = AutoModelForCausalLM.from_pretrained(
         section.model_name,
         dtype=dtype if cuda else torch.float32,
         trust_remote_code=section.trust_remote_code,
         use_safetensors=True,
         device_map={"": int(os.environ.get("LOCAL_RANK", 0))} if cuda else None,
-        quantization_config=(
-            BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-            if quantized
-            else None
-        ),
+        quantization_config=four_bits,
     )
-    if quantized:  # gradient checkpointing is the trainer's to switch on
+    if quantized:  # the trainer switches gradient checkpointing on
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return Policy(add_lora(model, lora) if lora else model, tokenizer, "transformers")
+
+
+def add_lora(model, lora):
+    """`model` as a PeftModel with a fresh adapter; raises RecipeError for layers it does not have.
+
+    `lora` is the peft.LoraConfig of the adapter.
+    """
+    from peft import get_peft_model
+
     try:
-        model = get_peft_model(model, lora) if lora else model
+        return get_peft_model(model, lora)
     except ValueError as error:
         raise RecipeError(
             "model.target_modules",
             f"{sorted(lora.target_modules)} does not fit this model ({str(error).splitlines()[0]})",
         ) from error
-    return Policy(model, tokenizer, "transformers")
 
 
 def _fall_back(section: ModelSection, key: str, problem: str, remedy: str) -> None:
-    """With `backend: auto`, go on without and say so; otherwise refuse."""
+    """Warn that the option `key` is replaced, with `backend: auto`; else raise RecipeError."""
     if section.backend != "auto":
         raise RecipeError(key, f"{problem}; use {remedy}")
     logger.warning("[GTPO] %s: %s; going on with %s", key, problem, remedy)

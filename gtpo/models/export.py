@@ -1,8 +1,7 @@
-"""Merge an adapter into its 16-bit base model, and keep the result only if it computes what the two
-compute.
+"""Merge an adapter into its 16-bit base model, and keep the result only if it computes the same.
 
-The merged model is written beside its place, loaded again from there and compared; only then it
-gets its name.
+The merged model is written to a hidden folder beside its place and loaded again from there. Its
+logits are compared with those of base model and adapter. Only then does the folder get its name.
 """
 
 import contextlib
@@ -12,19 +11,20 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from gtpo.errors import RecipeError
 from gtpo.models import adapters, base_model, fidelity
 from gtpo.models.saved import Saved, check_vocabulary
-from gtpo.report import model_card
+from gtpo.models.tokenizer import tokenizer_source
 from gtpo.system.whole_files import flush, flush_entries
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
-TEXTS, TOKENS = 8, 512  # how many texts are compared, and at most how much of each
+TEXTS, TOKENS = 8, 512  # how many texts are compared, and at most how many tokens of each
 QUESTIONS = (
     "What is 12 + 30?",
     "A train leaves at nine and arrives at noon. How long does it take?",
@@ -35,35 +35,25 @@ QUESTIONS = (
 )
 
 
-class Plan(NamedTuple):
-    """How an export is done on this machine."""
+class Placement(NamedTuple):
+    """Where and how precisely the models are merged and compared."""
 
-    # in which the models are added up and compared: float32 where there is room for it, else that
-    # of the result
-    computing: str
+    dtype: str  # float32 if it fits into the memory, else that of the merged model
     device: str
 
 
-def check_free(out: Path) -> None:
-    """Raises RecipeError if something is at `out`, or nothing can be written there."""
-    if os.path.lexists(out):
-        raise RecipeError(
-            out,
-            "it exists already and is not overwritten; give another folder for the merged model",
-        )
-    parent = _existing(out)
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise RecipeError(
-            out, f"{parent} cannot be written to; give another folder for the merged model"
-        )
+def export(
+    saved: Saved,
+    out: Path,
+    *,
+    dtype: str = "bfloat16",
+    write_card: Callable[[Path, fidelity.Fidelity], None] | None = None,
+) -> fidelity.Fidelity:
+    """Write the merged model of `saved` to the folder `out`; returns how faithful it is.
 
-
-def export(saved: Saved, out: Path, *, dtype: str = "bfloat16") -> fidelity.Fidelity:
-    """Write the merged model of `saved` to the folder `out`, and return how far it is from base
-    model and adapter.
-
-    Raises RecipeError, and leaves nothing at `out`, where it is not the same model within rounding
-    to `dtype`.
+    `write_card` writes a model card into the folder before the folder gets its name. Raises
+    RecipeError, and leaves nothing at `out`, if the merged model differs by more than rounding to
+    `dtype`.
     """
     from transformers import AutoTokenizer
 
@@ -73,155 +63,144 @@ def export(saved: Saved, out: Path, *, dtype: str = "bfloat16") -> fidelity.Fide
             saved.base,
             "it is a base model, with nothing to merge; give a run, a checkpoint or an adapter",
         )
-    plan = make_plan(saved, out, dtype)
-    own = (saved.adapter / "tokenizer_config.json").is_file()
+    placement = choose_placement(saved, out, dtype)
     tokenizer = AutoTokenizer.from_pretrained(
-        saved.adapter if own else saved.base, trust_remote_code=saved.section.trust_remote_code
+        tokenizer_source(saved.base, saved.adapter),
+        trust_remote_code=saved.section.trust_remote_code,
     )
-    check_vocabulary(saved, saved.section, tokenizer)
-    texts, whence = sample_texts(saved, tokenizer)
-    logger.info("[GTPO] Comparing on %s, in %s on %s", whence, plan.computing, plan.device)
-    expected = fidelity.reference(load(saved, plan.computing, plan.device), texts, _dtype(dtype))
-    model = merged(load(saved, plan.computing, plan.device))
-    problem = fidelity.sum_problem(expected, model, texts) if plan.computing == "float32" else None
-    if problem:
-        raise RecipeError(out, f"{problem}; nothing was kept")
+    check_vocabulary(tokenizer, saved.section, saved.adapter)
+    texts, description = sample_texts(saved, tokenizer)
+    logger.info("[GTPO] Comparing on %s, in %s on %s", description, *placement)
+    expected = fidelity.reference_logits(
+        load_with_adapter(saved, placement), texts, _torch_dtype(dtype)
+    )
+    model = merge_adapter(load_with_adapter(saved, placement))
+    if placement.dtype == "float32":
+        _refuse(out, fidelity.defect_before_rounding(expected, model, texts))
     with _beside(out) as folder:
-        save(model, folder, dtype)
+        save_model(model, folder, dtype)
         tokenizer.save_pretrained(folder)
         del model
-        found = fidelity.compare(
-            expected, _load_base(str(folder), plan.computing, plan.device, saved), texts
-        )
-        if problem := found.problem(dtype):
-            raise RecipeError(out, f"{problem}; nothing was kept")
-        model_card.write(folder, model_card.merged_card(saved, dtype, str(found)))
-        if saved.run_dir:  # so that evaluate_model.py asks it what training asked
+        merged = _load_base(str(folder), placement, saved)
+        comparison = fidelity.compare(expected, merged, texts)
+        _refuse(out, comparison.defect(dtype))
+        if write_card:
+            write_card(folder, comparison)
+        if saved.run_dir:  # evaluate_model.py then asks the merged model what training asked
             shutil.copy(saved.run_dir / "recipe.yaml", folder)
-    return found
+    return comparison
 
 
-def make_plan(saved: Saved, out: Path, dtype: str) -> Plan:
-    """Where there is room for what, by the size of the base model; raises RecipeError where there
-    is none, on the disk too.
+def _refuse(out: Path, defect: str | None) -> None:
+    if defect:
+        raise RecipeError(out, f"{defect}; nothing was kept")
+
+
+# ---- the machine
+
+
+def check_free(out: Path) -> None:
+    """Raises RecipeError if `out` exists, or if nothing can be written there."""
+    if os.path.lexists(out):
+        raise RecipeError(
+            out,
+            "it exists already and is not overwritten; give another folder for the merged model",
+        )
+    parent = _existing_parent(out)
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RecipeError(
+            out, f"{parent} cannot be written to; give another folder for the merged model"
+        )
+
+
+def choose_placement(saved: Saved, out: Path, dtype: str) -> Placement:
+    """The most precise placement for which the memory suffices; a GPU comes before the CPU.
+
+    Raises RecipeError if the memory suffices for none, if the disk is too small for the merged
+    model, and if the base model is quantised.
     """
     import psutil
     import torch
-    from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(
-            saved.base, trust_remote_code=saved.section.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            saved.base, f"its config.json cannot be used ({str(error).splitlines()[0]})"
-        ) from error
+    trusted = saved.section.trust_remote_code
+    config = base_model.read_config(saved.base, trust_remote_code=trusted)
     if getattr(config, "quantization_config", None) is not None:
         raise RecipeError(
             saved.base,
             "this base model is quantised, and the adapter is merged into 16-bit weights; name the "
             "model it was made from with --model-name",
         )
-    parameters = base_model.parameters(config, trust_remote_code=saved.section.trust_remote_code)
-    needed, free = parameters * _dtype(dtype).itemsize, shutil.disk_usage(_existing(out)).free
-    if needed > free:
+    parameters = base_model.count_parameters(config, trust_remote_code=trusted)
+    merged_bytes = parameters * _torch_dtype(dtype).itemsize
+    free_disk = shutil.disk_usage(_existing_parent(out)).free
+    if merged_bytes > free_disk:
         raise RecipeError(
             out,
-            f"the merged model takes {needed / 2**30:.1f} GiB and the disk has {free / 2**30:.1f}"
-            " GiB free; give a folder on another one",
+            f"the merged model takes {merged_bytes / 2**30:.1f} GiB and the disk has"
+            f" {free_disk / 2**30:.1f} GiB free; give a folder on another one",
         )
-    rooms = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
-    rooms["cpu"] = psutil.virtual_memory().available
+    free_memory = {"cuda": torch.cuda.mem_get_info()[0]} if torch.cuda.is_available() else {}
+    free_memory["cpu"] = psutil.virtual_memory().available
     for computing in dict.fromkeys(("float32", dtype)):
-        for device, room in rooms.items():
-            if parameters * _dtype(computing).itemsize < 0.8 * room:
-                return Plan(computing, device)
+        for device, free in free_memory.items():
+            if parameters * _torch_dtype(computing).itemsize < 0.8 * free:
+                return Placement(computing, device)
     raise RecipeError(
         saved.base,
         f"{parameters / 1e9:.1f} billion parameters in {dtype} need "
-        f"{parameters * _dtype(dtype).itemsize / 0.8 / 2**30:.0f} GiB, and this machine has "
-        f"{max(rooms.values()) / 2**30:.0f} GiB free; export on a larger one",
+        f"{merged_bytes / 0.8 / 2**30:.0f} GiB, and this machine has "
+        f"{max(free_memory.values()) / 2**30:.0f} GiB free; export on a larger one",
     )
 
 
-def load(saved: Saved, dtype: str, device: str):
+def _existing_parent(out: Path) -> Path:
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
+# ---- models
+
+
+def load_with_adapter(saved: Saved, placement: Placement):
     """Base model and adapter as a PeftModel."""
-    return adapters.attach(_load_base(saved.base, dtype, device, saved), saved.adapter, saved.base)
+    return adapters.attach(_load_base(saved.base, placement, saved), saved.adapter, saved.base)
 
 
-def merged(model):
-    """The base model with the adapter added to its weights; raises RecipeError for weights that are
-    no numbers.
+def merge_adapter(model):
+    """The base model of the PeftModel `model`, with the adapter added to its weights.
+
+    Raises RecipeError if a weight is not a finite number.
     """
     try:
         return model.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise RecipeError(
-            "adapter", f"it cannot be merged ({str(error).splitlines()[0]})"
-        ) from error
+        raise RecipeError(f"the adapter cannot be merged ({str(error).splitlines()[0]})") from error
 
 
-def save(model, folder: Path, dtype: str) -> None:
-    """The model in `dtype` as safetensors, with its configuration for generation."""
+def save_model(model, folder: Path, dtype: str) -> None:
+    """Save the model in `dtype` as safetensors, with its generation configuration."""
     generation = model.generation_config
-    # transformers 5.17.0 saves none with settings that have no use
+    # transformers 5.17.0 refuses to save settings of sampling where nothing is sampled.
     if generation is not None and not generation.do_sample:
         generation.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
     try:
-        model.to(_dtype(dtype)).save_pretrained(folder)
+        model.to(_torch_dtype(dtype)).save_pretrained(folder)
     except (OSError, ValueError) as error:
         raise RecipeError(
             folder.parent, f"the merged model cannot be saved ({' '.join(str(error).split())})"
         ) from error
 
 
-def sample_texts(saved: Saved, tokenizer) -> tuple[list, str]:
-    """Token ids of some texts, each (1, T), and what they are: completions of the run's records,
-    else fixed questions.
-    """
-    rows = []
-    for name in ("evaluation/after.jsonl", "completions.jsonl"):
-        rows = rows or _records(saved.run_dir / name if saved.run_dir else None)
-    whence = f"{len(rows)} of the run's completions" if rows else f"{len(QUESTIONS)} fixed texts"
-    rows = rows or [
-        {"prompt": [{"role": "user", "content": question}], "completion": ""}
-        for question in QUESTIONS
-    ]
-    texts = [_rendered(row["prompt"], tokenizer) + row["completion"] for row in rows]
-    return [
-        tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :TOKENS]
-        for text in texts
-    ], whence
-
-
-@contextlib.contextmanager
-def _beside(out: Path):
-    """A folder beside `out` that takes its name when all went well, and is removed when not."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
-    try:
-        yield folder
-        check_free(out)  # somebody may have been faster
-        folder.chmod(0o755)
-        flush(folder)
-        folder.rename(out)
-        flush_entries(out.parent)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _load_base(name: str, dtype: str, device: str, saved: Saved):
+def _load_base(name: str, placement: Placement, saved: Saved):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    gc.collect()  # a PeftModel that went before holds its memory until then
+    gc.collect()  # an earlier PeftModel holds its memory until then
     try:
         return AutoModelForCausalLM.from_pretrained(
             name,
-            dtype=_dtype(dtype),
+            dtype=_torch_dtype(placement.dtype),
             use_safetensors=True,
-            device_map={"": device},
+            device_map={"": placement.device},
             trust_remote_code=saved.section.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -230,9 +209,56 @@ def _load_base(name: str, dtype: str, device: str, saved: Saved):
         ) from error
 
 
+def _torch_dtype(name: str):
+    import torch
+
+    return getattr(torch, name)
+
+
+@contextlib.contextmanager
+def _beside(out: Path):
+    """A folder beside `out`. It gets the name `out` at the end, or is removed after an error."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))
+    try:
+        yield folder
+        check_free(out)  # another process may have been faster
+        folder.chmod(0o755)
+        flush(folder)
+        folder.rename(out)
+        flush_entries(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- texts to compare on
+
+
+def sample_texts(saved: Saved, tokenizer) -> tuple[list, str]:
+    """Token ids of some texts, each (1, T), and a description of the texts.
+
+    They are completions that the run has recorded, or a few fixed questions if there are none.
+    """
+    rows = []
+    for name in ("evaluation/after.jsonl", "completions.jsonl"):
+        rows = rows or _records(saved.run_dir / name if saved.run_dir else None)
+    description = f"{len(rows)} of the run's completions"
+    if not rows:
+        description = f"{len(QUESTIONS)} fixed texts"
+        prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
+        rows = [{"prompt": prompt, "completion": ""} for prompt in prompts]
+    texts = [_rendered(row["prompt"], tokenizer) + row["completion"] for row in rows]
+    ids = [
+        tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :TOKENS]
+        for text in texts
+    ]
+    return ids, description
+
+
 def _records(file: Path | None) -> list[dict]:
-    """A file's first rows with a prompt and a completion, each of another prompt; headers and cut
-    lines are left out.
+    """The first rows of a file that have a completion, each with another prompt.
+
+    Headers and lines that were cut off are left out.
     """
     rows = {}
     if file is not None and file.is_file():
@@ -240,15 +266,15 @@ def _records(file: Path | None) -> list[dict]:
             for line in lines:
                 with contextlib.suppress(ValueError):
                     row = json.loads(line)
-                    if (
-                        isinstance(row, dict)
-                        and isinstance(row.get("completion"), str)
-                        and row.get("prompt")
-                    ):
+                    if _is_record(row):
                         rows.setdefault(str(row["prompt"]), row)
                 if len(rows) == TEXTS:
                     break
     return list(rows.values())
+
+
+def _is_record(row) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("completion"), str) and row.get("prompt")
 
 
 def _rendered(prompt: str | list[dict], tokenizer) -> str:
@@ -257,13 +283,3 @@ def _rendered(prompt: str | list[dict], tokenizer) -> str:
     if tokenizer.chat_template is None:
         return "\n".join(message["content"] for message in prompt)
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-
-
-def _dtype(name: str):
-    import torch
-
-    return getattr(torch, name)
-
-
-def _existing(out: Path) -> Path:
-    return next(p for p in out.absolute().parents if p.exists())

@@ -1,25 +1,29 @@
-"""Whether a merged model computes what its base model and adapter compute, as far as rounding its
-weights lets it.
+"""Whether a merged model computes what its base model and adapter compute, up to rounding.
 
-Logits are compared with each row's mean taken off (softmax does not see it); distances are shares
-of the adapted model's spread. Before rounding, nothing but float32's arithmetic may tell the two
-apart. After it, how far rounding alone moves the logits is measured on the model itself: the
-weights that are rounded get moved at random by about as much as rounding moves them. What is left
-of the adapter is the projection of the merged model's change on the adapter's: that is what small
-updates lose in 16 bits, where they round back to the base.
+Logits are compared after the mean of each row has been subtracted, since softmax ignores it.
+Distances are shares of the spread of the adapted model's logits.
+
+Before the weights are rounded, only the order of float32's sums may make a difference. Afterwards,
+the rounding of the weights makes one too. How large that is, is measured on the model itself: the
+weights that get rounded are moved at random, by about as much as rounding moves them.
+
+How much of the adapter is left is the projection of the merged model's change on the adapter's
+change. Small updates are lost in 16 bits, where they round back to the base model's weights.
 """
 
 from typing import Any, NamedTuple
 
 POSITIONS = 64  # of each text, the last ones
-ROUNDINGS = 3  # more than three times what rounding does is not rounding
-KEPT = 0.8  # less of the adapter's change than this is not the adapter's model any more
-ARITHMETIC = 1e-4  # more than float32 sums in another order make; 2e-6 was seen on 24 layers
+ROUNDINGS = 3  # a distance of more than three times that of rounding is not rounding
+KEPT = 0.8  # the least share of the adapter's change that a merged model must have
+# The distance that float32's sums in another order make is smaller; 2e-6 was seen on 24 layers.
+ARITHMETIC = 1e-4
 
 
-class Reference(NamedTuple):
-    """Centred logits (positions, V) with and without the adapter, each also with weights moved as
-    by rounding.
+class ExpectedLogits(NamedTuple):
+    """Centred logits (positions, V) of a model with and without its adapter.
+
+    Each is there a second time, from weights that were moved as by rounding.
     """
 
     adapted: Any
@@ -29,15 +33,15 @@ class Reference(NamedTuple):
 
 
 class Fidelity(NamedTuple):
-    """Distances in shares of the spread of the adapted model's logits."""
+    """How far models are from the adapted model, in shares of the spread of its logits."""
 
-    effect: float  # of the adapter, from the base model
-    rounding: float  # what moving the weights as by rounding does
-    difference: float  # of the merged model, from base and adapter
+    effect: float  # the base model
+    rounding: float  # the adapted model, with weights moved as by rounding
+    difference: float  # the merged model
     kept: float  # share of the adapter's change that the merged model has
 
-    def problem(self, dtype: str) -> str | None:
-        """Why this is not a faithful merge, as a sentence; None where it is."""
+    def defect(self, dtype: str) -> str | None:
+        """Why the merge to `dtype` is not faithful, as a sentence; None if it is."""
         if not self.difference < float("inf"):
             return f"the merged model's logits are not finite in {dtype}; use --dtype float32"
         if self.difference > ROUNDINGS * self.rounding + ARITHMETIC:
@@ -47,10 +51,10 @@ class Fidelity(NamedTuple):
                 f" adapter makes {self.effect:.2%}): the merge is wrong, so use the adapter itself"
             )
         if self.effect and not self.kept > KEPT:
+            finer = "float16 or float32" if dtype == "bfloat16" else "float32"
             return (
                 f"{max(self.kept, 0):.0%} of what the adapter changes is left in {dtype}: its"
-                " weights are so small that they get lost in rounding; use --dtype"
-                f" {'float16 or float32' if dtype == 'bfloat16' else 'float32'}"
+                f" weights are so small that they get lost in rounding; use --dtype {finer}"
             )
         return None
 
@@ -66,41 +70,47 @@ class Fidelity(NamedTuple):
         )
 
 
-def reference(model, texts: list, dtype) -> Reference:
-    """What `model`, a PeftModel, computes for `texts` (each ids, (1, T)); its weights stay moved as
-    by rounding to `dtype`.
+def reference_logits(model, texts: list, dtype) -> ExpectedLogits:
+    """What the PeftModel `model` computes for `texts`, each token ids of shape (1, T).
+
+    Its weights stay moved afterwards, as by rounding to the torch dtype `dtype`.
     """
-    adapted = logits(model, texts)
+    adapted = centred_logits(model, texts)
     with model.disable_adapter():
-        base = logits(model, texts)
-    _move(model, dtype)
-    adapted_moved = logits(model, texts)
+        base = centred_logits(model, texts)
+    _move_weights(model, dtype)
+    adapted_moved = centred_logits(model, texts)
     with model.disable_adapter():
-        return Reference(adapted, base, adapted_moved, logits(model, texts))
+        base_moved = centred_logits(model, texts)
+    return ExpectedLogits(adapted, base, adapted_moved, base_moved)
 
 
-def compare(expected: Reference, model, texts: list) -> Fidelity:
-    """How `model`, the merged one, computes `texts`, held against `expected`."""
-    merged, spread = logits(model, texts), expected.adapted.norm()
+def compare(expected: ExpectedLogits, model, texts: list) -> Fidelity:
+    """How faithful the merged model `model` is, on `texts`."""
+    merged, spread = centred_logits(model, texts), expected.adapted.norm()
 
-    def distance(other) -> float:
-        return ((other - expected.adapted).norm() / spread).item()
+    def distance(logits) -> float:
+        return ((logits - expected.adapted).norm() / spread).item()
 
-    # The direction comes from the moved pair, whose arithmetic errors are not those of the other
-    # pair.
+    # The direction is that of the moved pair, because its arithmetic errors are other ones.
     direction = expected.adapted_moved - expected.base_moved
     whole = ((expected.adapted - expected.base) * direction).sum().item()
-    kept = ((merged - expected.base) * direction).sum().item() / whole if whole > 0 else 0.0
+    merged_part = ((merged - expected.base) * direction).sum().item()
     return Fidelity(
-        distance(expected.base), distance(expected.adapted_moved), distance(merged), kept
+        effect=distance(expected.base),
+        rounding=distance(expected.adapted_moved),
+        difference=distance(merged),
+        kept=merged_part / whole if whole > 0 else 0.0,
     )
 
 
-def sum_problem(expected: Reference, model, texts: list) -> str | None:
-    """Why `model`, merged and still in float32, is not base model and adapter; None where it is.
-    Finds one missing layer.
+def defect_before_rounding(expected: ExpectedLogits, model, texts: list) -> str | None:
+    """Why the merged model `model`, still in float32, is not faithful; None if it is.
+
+    One layer that was not merged is enough to be found.
     """
-    difference = ((logits(model, texts) - expected.adapted).norm() / expected.adapted.norm()).item()
+    logits = centred_logits(model, texts)
+    difference = ((logits - expected.adapted).norm() / expected.adapted.norm()).item()
     if difference <= ARITHMETIC:
         return None
     return (
@@ -110,8 +120,11 @@ def sum_problem(expected: Reference, model, texts: list) -> str | None:
     )
 
 
-def logits(model, texts: list):
-    """Centred logits of the last positions of every text, (positions, V), float32 on the CPU."""
+def centred_logits(model, texts: list):
+    """Logits of the last positions of every text, minus each row's mean.
+
+    A float32 tensor (positions, V) on the CPU.
+    """
     import torch
 
     model.eval()
@@ -122,9 +135,11 @@ def logits(model, texts: list):
     return rows - rows.mean(-1, keepdim=True)
 
 
-def _move(model, dtype) -> None:
-    """Move one in twelve weights by one part in the precision of `dtype`: the mean square error of
-    rounding.
+def _move_weights(model, dtype) -> None:
+    """Move one in twelve weights, up or down by one part in the precision of `dtype`.
+
+    That gives the mean square error of rounding to `dtype`. Weights that rounding does not change
+    stay as they are, unless an adapter is added to them.
     """
     import torch
 
@@ -138,8 +153,5 @@ def _move(model, dtype) -> None:
         draw = torch.randint(
             24, parameter.shape, generator=generator, device=parameter.device, dtype=torch.int8
         )
-        parameter.data.mul_(
-            1
-            + torch.finfo(dtype).eps
-            * ((draw == 0).to(parameter.dtype) - (draw == 1).to(parameter.dtype))
-        )
+        sign = (draw == 0).to(parameter.dtype) - (draw == 1).to(parameter.dtype)
+        parameter.data.mul_(1 + torch.finfo(dtype).eps * sign)

@@ -1,7 +1,7 @@
-"""Completions of prompts, by transformers, Unsloth or vLLM: one call, whichever it is.
+"""Completions of prompts, drawn with transformers, Unsloth or vLLM behind one signature.
 
-Every completion has a seed of its own, so what is drawn does not depend on what else is in its
-batch, and the random generators of a training are left alone.
+Each completion has a seed of its own. So it does not depend on the other prompts of its batch, and
+the random generators of a training are not touched.
 """
 
 import contextlib
@@ -15,42 +15,51 @@ from gtpo.errors import RecipeError
 from gtpo.recipe.sections import ModelSection
 from gtpo.system import processes
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vllm 0.31.0 takes for max_lora_rank
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vllm 0.31.0 allows
 
 
 class Sampling(NamedTuple):
-    """How completions are drawn; temperature 0 is greedy."""
+    """How completions are drawn."""
 
-    temperature: float
+    temperature: float  # 0 is greedy
     top_p: float
     seed: int
     max_completion_length: int  # tokens
 
 
 class SampledCompletion(NamedTuple):
-    """A completion as the reward sees it: decoded, without special tokens."""
+    """A completion as a reward function gets it: decoded, without special tokens."""
 
     text: str
     tokens: int  # with the end-of-sequence token
-    truncated: bool  # it has none
+    truncated: bool  # it has no end-of-sequence token
 
 
 Sampler = Callable[[list[str], list[int]], list[SampledCompletion]]
-"""Prompts, after the chat template, and their seeds -> completions."""
+"""A function from prompts (after the chat template) and their seeds to completions."""
 
 
 def completion_seed(seed: int, problem: int, sample: int) -> int:
-    """The seed of one completion, 0 to 2^63 - 1: no two of an evaluation, nor of two seeds, are
-    alike.
+    """The seed of one completion, from 0 to 2^63 - 1.
+
+    No two completions of an evaluation have the same, nor do those of evaluations with two seeds.
     """
     digest = hashlib.blake2b(f"{seed} {problem} {sample}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
+def decoded_completion(ids: list[int], tokenizer) -> SampledCompletion:
+    """The completion in `ids`, up to the first end-of-sequence token. What follows is padding."""
+    ended = tokenizer.eos_token_id in ids
+    ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if ended else ids
+    return SampledCompletion(tokenizer.decode(ids, skip_special_tokens=True), len(ids), not ended)
+
+
+# ---- transformers and Unsloth
+
+
 def policy_sampler(policy, sampling: Sampling, *, adapter: bool = True) -> Sampler:
-    """A sampler that asks `policy.model.generate`; `adapter=False` switches the LoRA weights
-    off.
-    """
+    """A sampler that draws from `policy.model`; `adapter=False` switches its LoRA weights off."""
     import torch
 
     tokenizer = policy.tokenizer
@@ -64,28 +73,21 @@ def policy_sampler(policy, sampling: Sampling, *, adapter: bool = True) -> Sampl
             padding_side="left",
             add_special_tokens=False,
         )
-        with (
-            contextlib.nullcontext() if adapter else policy.model.disable_adapter(),
-            policy.generating() as model,
-        ):
+        names = inputs.keys() & {"input_ids", "attention_mask"}
+        switch = contextlib.nullcontext() if adapter else policy.model.disable_adapter()
+        with switch, policy.generating() as model:
             ids = model.generate(
-                **{
-                    k: v.to(model.device)
-                    for k, v in inputs.items()
-                    if k in ("input_ids", "attention_mask")
-                },
+                **{name: inputs[name].to(model.device) for name in names},
                 **generate_options(tokenizer, sampling, seeds, model.device),
             )
-        return [
-            decoded_completion(row, tokenizer)
-            for row in ids[:, inputs["input_ids"].shape[1] :].tolist()
-        ]
+        drawn = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        return [decoded_completion(row, tokenizer) for row in drawn]
 
     return sample
 
 
 def generate_options(tokenizer, sampling: Sampling, seeds: list[int], device) -> dict[str, Any]:
-    """What transformers' `generate` needs to draw one completion per seed."""
+    """The arguments with which transformers' `generate` draws one completion per seed."""
     from transformers import (
         GenerationConfig,
         LogitsProcessorList,
@@ -93,7 +95,7 @@ def generate_options(tokenizer, sampling: Sampling, seeds: list[int], device) ->
         TopPLogitsWarper,
     )
 
-    # all that a model's own generation_config could bring in; training ignores that as well
+    # Everything is stated that a model's own generation_config could set. Training ignores it too.
     config = GenerationConfig(
         max_new_tokens=sampling.max_completion_length,
         do_sample=False,
@@ -120,7 +122,11 @@ def generate_options(tokenizer, sampling: Sampling, seeds: list[int], device) ->
 
 
 class _GumbelNoise:
-    """Noise that makes the most likely token a draw from the softmax, from a generator per row."""
+    """A logits processor that makes the most likely token a draw from the softmax.
+
+    The argmax of logits plus Gumbel noise is distributed as the softmax of the logits. Each row has
+    a random generator of its own.
+    """
 
     def __init__(self, seeds: list[int], device):
         import torch
@@ -134,6 +140,9 @@ class _GumbelNoise:
         return scores - noise.log()
 
 
+# ---- vLLM
+
+
 def vllm_samplers(
     base: str,
     tokenizer,
@@ -145,12 +154,17 @@ def vllm_samplers(
     load_in_4bit: bool = False,
     trust_remote_code: bool = False,
 ) -> Callable[[bool], Sampler]:
-    """Load `base` into vLLM; returns a function from `adapter` (use it or not) to a sampler. For
-    vllm 0.31.0.
+    """Load the model `base` into vLLM (0.31.0); returns a function that returns samplers.
+
+    Its argument says whether the adapter, of the given LoRA rank, is used. `max_length` is that of
+    prompt and completion together, in tokens.
     """
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    lora_options = {}
+    if adapter:
+        lora_options["max_lora_rank"] = next(size for size in VLLM_RANKS if size >= rank)
     llm = LLM(
         model=base,
         max_model_len=max_length,
@@ -158,53 +172,44 @@ def vllm_samplers(
         trust_remote_code=trust_remote_code,
         quantization="bitsandbytes" if load_in_4bit else None,
         enable_lora=adapter is not None,
-        **{"max_lora_rank": next(r for r in VLLM_RANKS if r >= rank)} if adapter else {},
+        **lora_options,
     )
     lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
+
+    def parameters(seed: int) -> SamplingParams:
+        # Only the tokenizer's end token ends a completion, as in training. A model's configuration
+        # may name more.
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=sampling.max_completion_length,
+            seed=seed,
+            ignore_eos=True,
+            stop_token_ids=[tokenizer.eos_token_id],
+            detokenize=False,
+        )
 
     def sampler(use_adapter: bool) -> Sampler:
         def sample(prompts: list[str], seeds: list[int]) -> list[SampledCompletion]:
             ids = tokenizer(prompts, add_special_tokens=False)["input_ids"]
-            parameters = [
-                SamplingParams(
-                    temperature=sampling.temperature,
-                    top_p=sampling.top_p,
-                    max_tokens=sampling.max_completion_length,
-                    seed=seed,
-                    ignore_eos=True,
-                    stop_token_ids=[tokenizer.eos_token_id],
-                    detokenize=False,
-                )
-                # the tokenizer's end alone ends a completion, as in training; a model's config may
-                # name more
-                for seed in seeds
-            ]
             outputs = llm.generate(
                 [{"prompt_token_ids": row} for row in ids],
-                parameters,
+                [parameters(seed) for seed in seeds],
                 use_tqdm=False,
                 lora_request=lora if use_adapter else None,
             )
-            return [
-                decoded_completion(list(output.outputs[0].token_ids), tokenizer)
-                for output in outputs
-            ]
+            drawn = [list(output.outputs[0].token_ids) for output in outputs]
+            return [decoded_completion(row, tokenizer) for row in drawn]
 
         return sample
 
     return sampler
 
 
-def decoded_completion(ids: list[int], tokenizer) -> SampledCompletion:
-    """What `ids` say up to the first end-of-sequence token; what follows is padding."""
-    ended = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if ended else ids
-    return SampledCompletion(tokenizer.decode(ids, skip_special_tokens=True), len(ids), not ended)
-
-
 def unsloth_uses_vllm(section: ModelSection) -> bool:
-    """Whether Unsloth samples with vLLM while it trains; raises RecipeError where that is asked for
-    and cannot be had.
+    """Whether Unsloth samples with vLLM while it trains.
+
+    Raises RecipeError if `model.fast_inference: true` asks for that and it is not possible.
     """
     wanted, installed = section.fast_inference, importlib.util.find_spec("vllm") is not None
     if wanted is True and not installed:
@@ -212,7 +217,7 @@ def unsloth_uses_vllm(section: ModelSection) -> bool:
             "model.fast_inference",
             "true needs vLLM, which is not installed; use auto, or: pip install vllm==0.31.0",
         )
-    # each would be a group of one process, and so a run of its own
+    # With several processes, each would train as a group of one process: a run of its own.
     if wanted is True and processes.count() > 1:
         raise RecipeError(
             "model.fast_inference",

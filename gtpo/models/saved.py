@@ -1,5 +1,6 @@
-"""What somebody names to use a trained model: a run, a checkpoint, an adapter or a base model;
-found and loaded.
+"""Find and load what has been trained: a run, a checkpoint, an adapter, or a base model.
+
+The last part is for `model.adapter`: a new run that goes on training an earlier adapter.
 """
 
 import logging
@@ -10,49 +11,51 @@ from typing import Any, Literal
 
 from gtpo.errors import RecipeError
 from gtpo.models import adapters, base_model
+from gtpo.models.tokenizer import load_tokenizer, tokenizer_source
 from gtpo.recipe import Recipe
-from gtpo.recipe.sections import ModelSection
+from gtpo.recipe.sections import ModelSection, TrainingSection
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model on disk or on the hub: its base model and, unless it is one itself, the adapter
-    trained on it.
-    """
+    """A model on disk or on the hub, which is not loaded yet."""
 
     kind: Literal["run", "checkpoint", "adapter", "base"]
-    base: str
-    adapter: Path | None = None
-    recipe: Recipe | None = None
+    base: str  # the base model: a folder or a hub name
+    adapter: Path | None = None  # the folder of the adapter that was trained on it
+    recipe: Recipe | None = None  # that of its run
     run_dir: Path | None = None
 
     @property
     def section(self) -> ModelSection:
-        """How to load it: as its run did; without a recipe, unquantised."""
+        """The model section with which to load it: its run's, or else one without quantisation."""
         if self.recipe is None:
             return ModelSection(model_name=self.base, load_in_4bit=False)
-        # here may be no GPU
+        # A run that was trained with Unsloth can be used on a machine without a GPU.
         backend = "auto" if self.recipe.model.backend == "unsloth" else self.recipe.model.backend
         return self.recipe.model.model_copy(update={"model_name": self.base, "backend": backend})
 
     def section_with(self, **keys) -> ModelSection:
+        """`section` with other values for some of its keys."""
         return ModelSection.model_validate({**self.section.model_dump(), **keys})
 
 
-def find_saved(target: str, *, base: str | None = None) -> Saved:
-    """What `target` names, looked up without loading anything; `base` replaces the base model that
-    its files name.
+# ---- find
 
-    Raises RecipeError for a folder that is not there or holds no model, and for an adapter whose
-    base model is not there.
+
+def find_saved(target: str, *, base: str | None = None) -> Saved:
+    """The model that `target` names: a folder, or a base model's hub name. Nothing is loaded.
+
+    `base` replaces the base model that an adapter's files name. Raises RecipeError if `target` does
+    not exist or holds no model, and if its base model does not exist.
     """
     folder = Path(target).expanduser()
     if (folder / "recipe.yaml").is_file():
-        saved = _run(folder)
+        saved = _saved_run(folder)
     elif (folder / adapters.CONFIG).is_file():
-        saved = _adapter(folder)
+        saved = _saved_adapter(folder)
     elif folder.is_dir() and not (folder / "config.json").is_file():
         raise RecipeError(
             target,
@@ -81,31 +84,87 @@ def find_saved(target: str, *, base: str | None = None) -> Saved:
     return saved
 
 
+def _saved_run(folder: Path) -> Saved:
+    """A run's merged model, its adapter, or the newest whole checkpoint of an unfinished run."""
+    from gtpo.recipe.command_line import read_saved
+
+    recipe = read_saved(folder / "recipe.yaml")
+    base = recipe.model.model_name
+    if (folder / "config.json").is_file():  # a merged model
+        section = recipe.model.model_copy(update={"load_in_4bit": False, "chat_template": None})
+        return Saved("base", str(folder), recipe=recipe.model_copy(update={"model": section}))
+    if (folder / adapters.CONFIG).is_file() and _is_whole(folder):
+        return Saved("run", base, adapter=folder, recipe=recipe, run_dir=folder)
+    for checkpoint in reversed(adapters.checkpoint_folders(folder)):
+        if _is_whole(checkpoint):
+            logger.warning(
+                "[GTPO] %s did not finish: its newest checkpoint, %s, is used",
+                folder,
+                checkpoint.name,
+            )
+            return Saved("run", base, adapter=checkpoint, recipe=recipe, run_dir=folder)
+    raise RecipeError(
+        folder,
+        "this run has no adapter, neither of its own nor in a checkpoint; let it reach "
+        "training.save_steps or its end, or give another run",
+    )
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the adapter in `folder` can be read; a warning says why if not."""
+    try:
+        adapters.read_config(folder)
+    except RecipeError as error:
+        logger.warning("[GTPO] %s", error)
+        return False
+    return True
+
+
+def _saved_adapter(folder: Path) -> Saved:
+    """A checkpoint with the recipe of its run, or an adapter that belongs to no run."""
+    from gtpo.recipe.command_line import read_saved
+
+    config = adapters.read_config(folder)
+    run_dir = Path(os.path.normpath(folder / ".."))
+    if adapters.checkpoint_step(folder) is not None and (run_dir / "recipe.yaml").is_file():
+        recipe = read_saved(run_dir / "recipe.yaml")
+        base = recipe.model.model_name
+        return Saved("checkpoint", base, adapter=folder, recipe=recipe, run_dir=run_dir)
+    return Saved("adapter", config.get("base_model_name_or_path") or "", adapter=folder)
+
+
+# ---- load
+
+
 def load_saved(
     saved: Saved,
     *,
     adapter: bool = True,
     trainable: bool = False,
     precision: str | None = None,
-    ready: tuple[str, Any] | None = None,
+    backend_and_tokenizer: tuple[str, Any] | None = None,
     **keys,
 ):
-    """The backends.Policy of `saved`, ready to generate or, if `trainable`, to train on;
-    `adapter=False`: its base model alone.
+    """The backends.Policy of `saved`, in inference mode, or in training mode if `trainable`.
 
-    `keys` replace those of `saved.section` (backend, load_in_4bit, max_seq_length, chat_template,
-    ...). `precision` (bf16, fp16, float32) is the training's by default. `ready` is a backend and a
-    `saved_tokenizer`, where they are there already. Raises RecipeError for what cannot be loaded,
-    and for a base model that does not fit the adapter.
+    `adapter=False` loads its base model alone. `precision` is bf16, fp16 or float32, by default
+    that of the training. `backend_and_tokenizer` are those that the caller has already. `keys`
+    replace keys of `saved.section`: backend, load_in_4bit, max_seq_length, chat_template and so on.
+    Raises RecipeError for what cannot be loaded, and for a base model that does not fit the
+    adapter.
     """
+    # Not above: verbs import this module before the environment is set, and backends imports hooks.
     from gtpo.models import backends
-    from gtpo.recipe.sections import TrainingSection
 
     section = saved.section_with(**keys)
-    backend, tokenizer = ready or (backends.choose_backend(section), None)
-    tokenizer = tokenizer or saved_tokenizer(saved, section, backend, keys.get("chat_template"))
+    if backend_and_tokenizer is None:
+        backend = backends.choose_backend(section)
+        tokenizer = saved_tokenizer(saved, section, backend, keys.get("chat_template"))
+    else:
+        backend, tokenizer = backend_and_tokenizer
     if saved.recipe is None and "max_seq_length" not in keys:
-        section = _fit_context(section)
+        section = _within_context(section)
+    training = saved.recipe.training if saved.recipe else TrainingSection()
     policy = backends.load_policy(
         section,
         tokenizer,
@@ -113,8 +172,7 @@ def load_saved(
         seed=section.random_seed,
         gradient_checkpointing=trainable,
         adapter=saved.adapter,
-        precision=precision
-        or backends.precision(saved.recipe.training if saved.recipe else TrainingSection()),
+        precision=precision or backends.precision(training),
         lora=adapter and saved.adapter is not None,
     )
     policy.model.train(trainable)
@@ -124,109 +182,38 @@ def load_saved(
 def saved_tokenizer(
     saved: Saved, section: ModelSection, backend: str, chat_template: str | None = None
 ):
-    """The adapter's own tokenizer, with its chat template unless another is given; else the base
-    model's.
-    """
-    from gtpo.models.tokenizer import load_tokenizer
+    """The adapter's own tokenizer, or the base model's if none was saved with the adapter.
 
-    if saved.adapter is None or not (saved.adapter / "tokenizer_config.json").is_file():
+    The adapter's own keeps its chat template unless `chat_template` gives another one. Raises
+    RecipeError if its vocabulary is not that of the base model.
+    """
+    source = tokenizer_source(section.model_name, saved.adapter)
+    if source == section.model_name:
         return load_tokenizer(section, backend)
-    own = section.model_copy(
-        update={"model_name": str(saved.adapter), "chat_template": chat_template}
-    )
+    own = section.model_copy(update={"model_name": source, "chat_template": chat_template})
     tokenizer = load_tokenizer(own, backend)
-    check_vocabulary(saved, section, tokenizer)
+    check_vocabulary(tokenizer, section, saved.adapter)
     return tokenizer
 
 
-def _run(folder: Path) -> Saved:
-    """A run with its adapter or, where it did not finish, its newest checkpoint that is whole; or a
-    run's merged model.
-    """
-    from gtpo.recipe.command_line import read_saved
+def check_vocabulary(tokenizer, section: ModelSection, adapter: Path) -> None:
+    """Raises RecipeError if `tokenizer` numbers tokens otherwise than the base model of `section`.
 
-    recipe = read_saved(folder / "recipe.yaml")
-    if (folder / "config.json").is_file():  # a merged model
-        recipe = recipe.model_copy(
-            update={
-                "model": recipe.model.model_copy(
-                    update={"load_in_4bit": False, "chat_template": None}
-                )
-            }
-        )
-        return Saved("base", str(folder), recipe=recipe)
-    if (folder / adapters.CONFIG).is_file():
-        try:
-            adapters.read_config(folder)
-            return Saved("run", recipe.model.model_name, folder, recipe, folder)
-        except RecipeError as error:
-            logger.warning("[GTPO] %s", error)
-    for checkpoint in reversed(adapters.checkpoint_folders(folder)):
-        try:
-            adapters.read_config(checkpoint)
-        except RecipeError as error:
-            logger.warning("[GTPO] %s", error)
-            continue
-        logger.warning(
-            "[GTPO] %s did not finish: its newest checkpoint, %s, is used", folder, checkpoint.name
-        )
-        return Saved("run", recipe.model.model_name, checkpoint, recipe, folder)
-    raise RecipeError(
-        folder,
-        "this run has no adapter, neither of its own nor in a checkpoint; let it reach "
-        "training.save_steps or its end, or give another run",
-    )
-
-
-def _adapter(folder: Path) -> Saved:
-    from gtpo.recipe.command_line import read_saved
-
-    config = adapters.read_config(folder)
-    run_dir = Path(os.path.normpath(folder / ".."))
-    if adapters.checkpoint_step(folder) is not None and (run_dir / "recipe.yaml").is_file():
-        recipe = read_saved(run_dir / "recipe.yaml")
-        return Saved("checkpoint", recipe.model.model_name, folder, recipe, run_dir)
-    return Saved("adapter", config.get("base_model_name_or_path") or "", folder)
-
-
-def _fit_context(section: ModelSection) -> ModelSection:
-    """`section` with a sequence length that nobody chose: the default, or the model's context where
-    that is shorter.
-    """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(
-            section.model_name, trust_remote_code=section.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            section.model_name, f"its config.json cannot be used ({str(error).splitlines()[0]})"
-        ) from error
-    context = (
-        getattr(config.get_text_config(), "max_position_embeddings", None) or section.max_seq_length
-    )
-    length = min(section.max_seq_length, context)
-    return section.model_copy(update={"max_seq_length": length, "max_prompt_length": length})
-
-
-def check_vocabulary(saved: Saved, section: ModelSection, tokenizer) -> None:
-    """Raises RecipeError if the base model numbers ordinary tokens differently; special ones get
-    added and renamed.
+    Only ordinary tokens are compared, because training may add and rename special ones. `adapter`
+    is the folder with which `tokenizer` was saved.
     """
     from transformers import AutoTokenizer
 
-    if os.path.isdir(section.model_name) and not os.path.isfile(
-        os.path.join(section.model_name, "tokenizer_config.json")
-    ):
+    base = section.model_name
+    if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "tokenizer_config.json")):
         return
-    theirs = AutoTokenizer.from_pretrained(
-        section.model_name, trust_remote_code=section.trust_remote_code
+    base_tokenizer = AutoTokenizer.from_pretrained(
+        base, trust_remote_code=section.trust_remote_code
     )
-    if _ordinary_tokens(tokenizer) != _ordinary_tokens(theirs):
+    if _ordinary_tokens(tokenizer) != _ordinary_tokens(base_tokenizer):
         raise RecipeError(
-            saved.adapter,
-            f"this adapter does not fit the base model {saved.base!r}: its tokenizer has another "
+            adapter,
+            f"this adapter does not fit the base model {base!r}: its tokenizer has another "
             "vocabulary; give the model that it was trained on",
         )
 
@@ -236,15 +223,26 @@ def _ordinary_tokens(tokenizer) -> dict[str, int]:
     return {token: i for token, i in tokenizer.get_vocab().items() if token not in added}
 
 
-# ---- model.adapter: a new run that goes on training an earlier adapter's weights
+def _within_context(section: ModelSection) -> ModelSection:
+    """`section` with a sequence length of at most the model's context.
+
+    It is for a model without a recipe, whose length is the default, which nobody has chosen.
+    """
+    config = base_model.read_config(section.model_name, trust_remote_code=section.trust_remote_code)
+    context = base_model.context_length(config) or section.max_seq_length
+    length = min(section.max_seq_length, context)
+    return section.model_copy(update={"max_seq_length": length, "max_prompt_length": length})
+
+
+# ---- model.adapter: a new run that goes on training an earlier adapter
 
 
 def resolve_adapter(recipe: Recipe) -> Recipe:
-    """`recipe` with `model.adapter` as a folder, and that adapter's rank, alpha and layers;
-    unchanged where it names none.
+    """`recipe` with `model.adapter` as a folder, and with that adapter's rank, alpha and layers.
 
-    Raises RecipeError where there is no adapter, where the recipe asks for other LoRA settings, and
-    where training would overwrite what it starts from.
+    A recipe without `model.adapter` is returned as it is. Raises RecipeError if there is no such
+    adapter, if the recipe gives other LoRA settings, and if the new run would overwrite the
+    adapter.
     """
     section = recipe.model
     if section.adapter is None:
@@ -271,13 +269,13 @@ def resolve_adapter(recipe: Recipe) -> Recipe:
             "choose another with --run-name",
         )
     config = adapters.read_config(saved.adapter)
-    earlier = (
-        saved.recipe.model.model_name if saved.recipe else config.get("base_model_name_or_path")
-    )
-    if earlier and not _same_model(earlier, section.model_name):
+    earlier_base = config.get("base_model_name_or_path")
+    if saved.recipe:
+        earlier_base = saved.recipe.model.model_name
+    if earlier_base and not _same_model(earlier_base, section.model_name):
         logger.warning(
-            "[GTPO] model.adapter was trained on %s, and goes on with %s",
-            earlier,
+            "[GTPO] model.adapter was trained on %s; its training goes on with %s",
+            earlier_base,
             section.model_name,
         )
     settings = {**_lora_settings(section, config), "adapter": str(saved.adapter)}
@@ -285,58 +283,60 @@ def resolve_adapter(recipe: Recipe) -> Recipe:
 
 
 def training_tokenizer(section: ModelSection, backend: str):
-    """The tokenizer that `model.adapter` was trained with, where one is saved and no chat template
-    is given; else the base model's.
+    """The tokenizer to train with: that of `model.adapter` if one was saved with it.
 
-    Raises RecipeError where the adapter's numbers ordinary tokens differently from the base
-    model's.
+    It is the base model's if there is no such tokenizer, and if `model.chat_template` is given.
+    Raises RecipeError if the adapter's vocabulary is not that of the base model.
     """
-    from gtpo.models.tokenizer import load_tokenizer
-
-    if section.adapter is None or not os.path.isfile(
-        os.path.join(section.adapter, "tokenizer_config.json")
-    ):
+    adapter = Path(section.adapter) if section.adapter else None
+    source = tokenizer_source(section.model_name, adapter)
+    if source == section.model_name:
         return load_tokenizer(section, backend)
-    own = load_tokenizer(section.model_copy(update={"model_name": section.adapter}), backend)
+    own = load_tokenizer(section.model_copy(update={"model_name": source}), backend)
     try:
-        check_vocabulary(find_saved(section.adapter, base=section.model_name), section, own)
+        check_vocabulary(own, section, adapter)
     except RecipeError as error:
         raise error.with_key("model.adapter") from None
     return own if section.chat_template is None else load_tokenizer(section, backend)
 
 
 def _lora_settings(section: ModelSection, config: dict) -> dict:
-    """The adapter's rank, alpha and layers by the recipe's names; raises RecipeError where the
-    recipe gives others.
+    """The adapter's rank, alpha and layers by the recipe's names.
+
+    Raises RecipeError if the recipe gives others.
     """
-    targets = config["target_modules"]
-    targets = [targets] if isinstance(targets, str) else sorted(targets)
-    # so that recipes differ in nothing else
-    in_order = section.target_modules if sorted(section.target_modules) == targets else targets
+    layers = config["target_modules"]
+    layers = [layers] if isinstance(layers, str) else sorted(layers)
+    # The recipe's order is kept, so that recipes differ in nothing else.
+    in_order = section.target_modules if sorted(section.target_modules) == layers else layers
     settings = {
         "lora_rank": config["r"],
         "lora_alpha": config["lora_alpha"],
         "target_modules": in_order,
     }
     for name in settings.keys() & section.model_fields_set:
-        given, theirs = getattr(section, name), settings[name]
-        if given != theirs:
+        given, earlier = getattr(section, name), settings[name]
+        if given != earlier:
             raise RecipeError(
                 f"model.{name}",
                 f"{given} is not what the adapter {section.adapter} has; leave it out, or set "
-                f"{theirs}",
+                f"{earlier}",
             )
         settings[name] = given
     return settings
 
 
 def _same_model(one: str, other: str) -> bool:
-    """Whether two names mean one base model: a folder by two paths, or a hub name and Unsloth's
-    4-bit copy of it.
+    """Whether two names mean the same base model.
+
+    They may be two paths of a folder, or a hub name and that of Unsloth's 4-bit copy.
     """
     if os.path.isdir(one) and os.path.isdir(other):
         return os.path.samefile(one, other)
-    one, other = (name.rstrip("/").rpartition("/")[2].lower() for name in (one, other))
-    return one.removesuffix("-bnb-4bit").removesuffix("-unsloth") == other.removesuffix(
-        "-bnb-4bit"
-    ).removesuffix("-unsloth")
+    return _plain_name(one) == _plain_name(other)
+
+
+def _plain_name(name: str) -> str:
+    """The last part of a model's name, without Unsloth's suffixes for 4-bit copies."""
+    last = name.rstrip("/").rpartition("/")[2].lower()
+    return last.removesuffix("-bnb-4bit").removesuffix("-unsloth")

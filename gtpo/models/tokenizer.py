@@ -1,6 +1,4 @@
-"""The tokenizer alone, with what chatting and training need: a chat template, an end, and padding
-of its own.
-"""
+"""A tokenizer that can chat and train: it has a chat template, an end token and padding."""
 
 import logging
 from pathlib import Path
@@ -11,6 +9,7 @@ from gtpo.recipe.sections import ModelSection
 
 logger = logging.getLogger(__name__)
 
+# tokens that a vocabulary may have beside the end token, and that no text contains
 SPARE_PADS = (
     "<|finetune_right_pad_id|>",
     "<|endoftext|>",
@@ -21,9 +20,21 @@ SPARE_PADS = (
 )
 
 
+def tokenizer_source(base: str, adapter: Path | None) -> str:
+    """The folder or hub name from which a policy's tokenizer is loaded.
+
+    That is the adapter's folder if a tokenizer was saved there, else the base model. An adapter was
+    trained with the special tokens and the chat template that are saved with it.
+    """
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        return str(adapter)
+    return base
+
+
 def load_tokenizer(section: ModelSection, backend: str):
-    """The tokenizer alone, with a chat template and a padding token; raises RecipeError if it
-    cannot chat.
+    """The tokenizer of `section.model_name`, prepared by `prepare_tokenizer`.
+
+    Raises RecipeError if there is none, or if it cannot chat.
     """
     from transformers import AutoTokenizer
 
@@ -47,18 +58,12 @@ def load_tokenizer(section: ModelSection, backend: str):
 
 
 def prepare_tokenizer(tokenizer, section: ModelSection, backend: str):
-    """Give `tokenizer` what training needs: chat template, padding token, padding on the left."""
+    """`tokenizer` with the chat template of `section`, a padding token, and padding on the left.
+
+    Raises RecipeError if it has no chat template that works, or no end token.
+    """
     if section.chat_template:
-        path = Path(section.chat_template)
-        is_file = len(section.chat_template) < 1000 and path.is_file()
-        if not is_file and "{" not in section.chat_template:
-            raise RecipeError(
-                "model.chat_template",
-                f"there is no file {section.chat_template!r}, and it is no Jinja template",
-            )
-        tokenizer.chat_template = (
-            path.read_text(encoding="utf-8") if is_file else section.chat_template
-        )
+        tokenizer.chat_template = _given_template(section.chat_template)
     if not tokenizer.chat_template:
         raise RecipeError(
             "model.model_name",
@@ -72,24 +77,34 @@ def prepare_tokenizer(tokenizer, section: ModelSection, backend: str):
             f"the tokenizer of {section.model_name!r} has no end-of-sequence token, so no "
             "completion could end; set one in its tokenizer_config.json",
         )
-    # Unsloth takes every pad id for padding: with pad = end of sequence, nothing would teach the
-    # policy to stop.
-    if tokenizer.pad_token_id is None or (
-        backend == "unsloth" and tokenizer.pad_token_id == tokenizer.eos_token_id
-    ):
+    # unsloth 2026.10.7 takes every padding id for padding. If padding and end were one token,
+    # nothing would teach the policy to stop.
+    shares_end = tokenizer.pad_token_id == tokenizer.eos_token_id
+    if tokenizer.pad_token_id is None or (backend == "unsloth" and shares_end):
         vocabulary = tokenizer.get_vocab()
-        spare = next(
-            (t for t in SPARE_PADS if t in vocabulary and t != tokenizer.eos_token),
-            tokenizer.eos_token,
-        )
-        logger.warning("[GTPO] The tokenizer has no padding token of its own; %r is used", spare)
-        tokenizer.pad_token = spare
+        spare = [token for token in SPARE_PADS if token in vocabulary]
+        pad = next((t for t in spare if t != tokenizer.eos_token), tokenizer.eos_token)
+        logger.warning("[GTPO] The tokenizer has no padding token of its own; %r is used", pad)
+        tokenizer.pad_token = pad
     tokenizer.padding_side = "left"
     return tokenizer
 
 
+def _given_template(text_or_file: str) -> str:
+    path = Path(text_or_file)
+    # A template can be longer than the system allows for a path.
+    if len(text_or_file) < 1000 and path.is_file():
+        return path.read_text(encoding="utf-8")
+    if "{" not in text_or_file:
+        raise RecipeError(
+            "model.chat_template",
+            f"there is no file {text_or_file!r}, and it is no Jinja template",
+        )
+    return text_or_file
+
+
 def _try_template(tokenizer) -> None:
-    """Raises RecipeError for a chat template that fails, or leaves out what the user says."""
+    """Raises RecipeError if the chat template fails, or leaves out what the user says."""
     from jinja2 import TemplateError
 
     try:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gtpo.errors import RecipeError
 from gtpo.hooks.merged_generation import MOST_BYTES
-from gtpo.models.backends import precision
+from gtpo.models.backends import add_lora, precision
 from gtpo.models.generation import unsloth_uses_vllm
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import batch_plan, optimizer_steps
@@ -158,7 +158,6 @@ def shape(section: ModelSection, lora) -> Shape:
     RecipeError if they do not go together.
     """
     import torch
-    from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(
@@ -175,14 +174,7 @@ def shape(section: ModelSection, lora) -> Shape:
             for m in model.modules()
             if isinstance(m, torch.nn.Linear) and m is not head
         )
-        try:
-            model = get_peft_model(model, lora)
-        except ValueError as error:
-            raise RecipeError(
-                "model.target_modules",
-                f"{sorted(lora.target_modules)} does not fit this model "
-                f"({str(error).splitlines()[0]})",
-            ) from error
+        model = add_lora(model, lora)
     text = config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
