@@ -1,7 +1,7 @@
 """What a run takes of memory and disk at worst, by arithmetic from the model's configuration;
 nothing is loaded.
 
-docs/reliability.md explains each line. It is an estimate from above for one process: kernels that
+docs/small_cards.md explains each line. It is an estimate from above for one process: kernels that
 keep less are not credited, and memory that several processes share (FSDP, ZeRO) is not divided.
 """
 
