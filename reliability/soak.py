@@ -1,10 +1,10 @@
-"""Kill, stop, fill and damage runs, and see that nothing is lost: `python reliability/soak.py
-[--rounds 20] [--seed 0] [--faults ...]`.
+"""Injects faults into runs and checks that nothing is lost.
 
-Every fault is a real one, injected into a run of the embedded demo's model. Afterwards the run goes
-on with --resume, and must end with the bits of a run that nothing happened to. Prints a table; exit
-code 1 if anything was lost. Runs on Linux; the full disk is a small tmpfs where the user may mount
-one, else a limit on the size of files.
+Run `python reliability/soak.py [--rounds 20] [--seed 0] [--faults ...]`. Every fault is a real one,
+injected into a run of the embedded demo's model: a kill, a stop, a full disk, a damaged file.
+Afterwards --resume continues the run, which must equal a run without faults bit for bit. Prints a
+table, and exits with 1 if anything was lost. Needs Linux. The full disk is a small tmpfs where the
+user may mount one, and otherwise a limit on the size of files.
 """
 
 import argparse
@@ -24,388 +24,360 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from gtpo.models.adapters import checkpoint_folders, checkpoint_step  # noqa: E402
-from gtpo.recipe import RecipeError  # noqa: E402
-from gtpo.runs import checkpoints  # noqa: E402
-from reliability import training_processes  # noqa: E402
-from reliability.resume_proof import CASES, EVERY, differences, flags, outcome  # noqa: E402
+from gtpo.models.adapters import checkpoint_folders, checkpoint_step
+from gtpo.recipe import RecipeError
+from gtpo.runs import checkpoints
+from reliability import training_processes
+from reliability.resume_proof import CASES, EVERY, differences, flags, outcome
 
-VARIED = [  # what the rounds take turns with
-    ["--training.save_steps", "1", "--training.save_total_limit", "2"],
+TOTAL_LIMIT = "--training.save_total_limit"
+VARIANTS = [  # settings that the rounds alternate between
+    ["--training.save_steps", "1", TOTAL_LIMIT, "2"],
     [
-        "--training.save_steps",
-        "3",
-        *CASES["steps_per_generation_iterations"],
-        *EVERY,
-        "2",
-        "--training.save_total_limit",
-        "1",
+        *["--training.save_steps", "3", *CASES["steps_per_generation_iterations"]],
+        *[*EVERY, "2", TOTAL_LIMIT, "1"],
     ],
     [
-        "--training.save_steps",
-        "2",
-        *CASES["grpo_steps_per_generation"],
-        "--training.logging_steps",
-        "3",
+        *["--training.save_steps", "2", *CASES["grpo_steps_per_generation"]],
+        *["--training.logging_steps", "3"],
     ],
 ]
 
 
 @dataclass
-class Found:
-    """What became of the rounds of a fault."""
+class Result:
+    """What happened in the rounds of one fault."""
 
     rounds: int = 0
-    faults: int = 0  # that were injected: a run may end before one
-    steps_lost: list[int] = field(default_factory=list)  # trained, and not in a checkpoint
+    faults: int = 0  # injected; a run may end before one
+    steps_lost: list[int] = field(default_factory=list)  # steps trained but in no checkpoint
     losses: list[str] = field(default_factory=list)  # what should not have happened
 
 
 class Soak:
+    """Runs with faults: a method per fault takes a number of rounds and returns a Result."""
+
     def __init__(self, scratch: Path, dice: random.Random, steps: int):
         self.scratch, self.dice, self.steps, self.number = scratch, dice, steps, 0
-        self._straight: dict[int, tuple[dict, float]] = {}
+        self._whole_runs: dict[int, tuple[dict, float]] = {}
 
-    def straight(self, varied: int) -> tuple[dict, float]:
-        """The outcome of a run that nothing happens to, and the seconds it takes."""
-        if varied not in self._straight:
-            folder, began = self.scratch / f"straight{varied}", time.monotonic()
-            if training_processes.run(
-                flags(folder, self.steps, VARIED[varied]), self.scratch / "straight.txt"
-            ):
-                raise SystemExit((self.scratch / "straight.txt").read_text()[-3000:])
-            self._straight[varied] = outcome(folder), time.monotonic() - began
-        return self._straight[varied]
+    def whole_run(self, variant: int) -> tuple[dict, float]:
+        """The outcome of a run without faults, and the seconds it takes."""
+        if variant not in self._whole_runs:
+            folder, began = self.scratch / f"straight{variant}", time.monotonic()
+            log = self.scratch / "straight.txt"
+            if training_processes.run(flags(folder, self.steps, VARIANTS[variant]), log):
+                raise SystemExit(log.read_text()[-3000:])
+            self._whole_runs[variant] = outcome(folder), time.monotonic() - began
+        return self._whole_runs[variant]
 
-    def new(self, varied: int, more: list[str] = ()) -> tuple[list[str], Path, Path]:
-        """Words of a new run, its folder, and the file for what it says."""
+    def new(self, variant: int, more: list[str] = ()) -> tuple[list[str], Path, Path]:
+        """The arguments of a new run, its folder, and the file for its output."""
         self.number += 1
         folder = self.scratch / f"run{self.number}"
-        return (
-            [*flags(folder, self.steps, VARIED[varied]), *more],
-            folder,
-            self.scratch / f"run{self.number}.txt",
-        )
+        argv = [*flags(folder, self.steps, VARIANTS[variant]), *more]
+        return argv, folder, self.scratch / f"run{self.number}.txt"
 
-    def ends_well(
-        self, argv: list[str], folder: Path, said: Path, varied: int, found: Found
+    def finish(
+        self, argv: list[str], folder: Path, log: Path, variant: int, result: Result
     ) -> None:
-        """Let the run go on to its end, and compare."""
-        code = training_processes.run([*argv, "--resume"], said)
-        if code:
-            found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
+        """Resumes the run to its end, and adds what differs from a whole run to the losses."""
+        if code := training_processes.run([*argv, "--resume"], log):
+            result.losses.append(unexpected(log, code))
         else:
-            found.losses += [
-                f"{said}: {place}"
-                for place in differences(self.straight(varied)[0], outcome(folder))
-            ]
+            self.compare(folder, log, variant, result)
+
+    def compare(self, folder: Path, log: Path, variant: int, result: Result) -> None:
+        """Adds what differs between a finished run and a whole run to the losses."""
+        paths = differences(self.whole_run(variant)[0], outcome(folder))
+        result.losses += [f"{log}: {path}" for path in paths]
 
     def checkpoint_bytes(self) -> int:
-        self.straight(0)
+        """The size of a checkpoint."""
+        self.whole_run(0)
         (run_dir,) = (self.scratch / "straight0").glob("demo*")
         return sum(file.stat().st_size for file in checkpoint_folders(run_dir)[-1].iterdir())
 
-    # ---- the faults, each in a number of rounds
+    # ---- the faults
 
-    def sigkill(self, rounds: int) -> Found:
-        """SIGKILL at random moments, again and again within a run."""
-        found = Found(rounds)
-        while found.faults < rounds:
-            varied = found.faults % len(VARIED)
-            argv, folder, said = self.new(varied)
-            while found.faults < rounds:
-                worker = training_processes.Worker([*argv, "--resume"], said)
-                time.sleep(self.dice.uniform(0, self.straight(varied)[1]))
-                worker.kill(signal.SIGKILL)
-                if worker.wait() == 0:
+    def sigkill(self, rounds: int) -> Result:
+        """SIGKILL at random moments, repeatedly within a run."""
+        result = Result(rounds)
+        while result.faults < rounds:
+            variant = result.faults % len(VARIANTS)
+            argv, folder, log = self.new(variant)
+            while result.faults < rounds:
+                process = training_processes.TrainingProcess([*argv, "--resume"], log)
+                time.sleep(self.dice.uniform(0, self.whole_run(variant)[1]))
+                process.kill(signal.SIGKILL)
+                if process.wait() == 0:
                     break
-                found.faults += 1
-                found.steps_lost.append(steps_lost(folder))
-                if found.steps_lost[-1] > int(VARIED[varied][1]):
-                    found.losses.append(f"{said}: {found.steps_lost[-1]} steps lost")
-            self.ends_well(argv, folder, said, varied, found)
-        return found
+                result.faults += 1
+                result.steps_lost.append(steps_lost(folder))
+                if result.steps_lost[-1] > int(VARIANTS[variant][1]):
+                    result.losses.append(f"{log}: {result.steps_lost[-1]} steps lost")
+            self.finish(argv, folder, log, variant, result)
+        return result
 
-    def sigterm(self, rounds: int) -> Found:
-        """SIGTERM or Ctrl-C at random moments: a checkpoint of the step under way, and a documented
-        exit code.
+    def sigterm(self, rounds: int) -> Result:
+        """SIGTERM or Ctrl-C at random moments.
+
+        The run must save a checkpoint of the current step and exit with the documented code.
         """
-        found = Found(rounds)
-        while found.faults < rounds:
-            varied, signum = (
-                found.faults % len(VARIED),
-                (signal.SIGTERM, signal.SIGINT)[found.faults % 2],
-            )
-            argv, folder, said = self.new(varied)
-            for _ in range(3):  # within one run, if it does not end before
-                began = said.read_text().count("Backend") if said.is_file() else 0
-                worker = training_processes.Worker([*argv, "--resume"], said)
-                wait_for(lambda: worker.said.count("Backend") > began, worker)
-                time.sleep(self.dice.uniform(0, self.straight(varied)[1]))
-                worker.kill(signum)
-                code = worker.wait()
+        result = Result(rounds)
+        while result.faults < rounds:
+            variant = result.faults % len(VARIANTS)
+            signum = (signal.SIGTERM, signal.SIGINT)[result.faults % 2]
+            argv, folder, log = self.new(variant)
+            for _ in range(3):  # within one run, unless it ends before
+                began = log.read_text().count("Backend") if log.is_file() else 0
+                process = training_processes.TrainingProcess([*argv, "--resume"], log)
+                wait_until(lambda p=process, n=began: p.output.count("Backend") > n, process)
+                time.sleep(self.dice.uniform(0, self.whole_run(variant)[1]))
+                process.kill(signum)
+                code = process.wait()
                 if code == 0:
                     break
-                found.faults += 1
+                result.faults += 1
                 if code != 128 + signum:
-                    found.losses.append(
-                        f"{said}: exit code {code} after signal {signum}:"
-                        f" {said.read_text()[-1500:]}"
-                    )
-                found.steps_lost.append(steps_lost(folder))
-                if found.steps_lost[-1]:
-                    found.losses.append(f"{said}: {found.steps_lost[-1]} steps lost")
-            self.ends_well(argv, folder, said, varied, found)
-        return found
+                    result.losses.append(unexpected(log, f"{code} after signal {signum}"))
+                result.steps_lost.append(steps_lost(folder))
+                if result.steps_lost[-1]:
+                    result.losses.append(f"{log}: {result.steps_lost[-1]} steps lost")
+            self.finish(argv, folder, log, variant, result)
+        return result
 
-    def second_ctrl_c(self, rounds: int) -> Found:
-        """A second Ctrl-C ends the process at once."""
-        found = Found(rounds)
+    def second_ctrl_c(self, rounds: int) -> Result:
+        """A second Ctrl-C, which ends the process at once."""
+        result = Result(rounds)
         for i in range(rounds):
-            argv, folder, said = self.new(i % len(VARIED))
-            worker = training_processes.Worker(argv, said, before=slow_rewards)
-            wait_for(lambda: "Step 2 judges" in worker.said)
-            worker.kill(signal.SIGINT)
+            variant = i % len(VARIANTS)
+            argv, folder, log = self.new(variant)
+            process = training_processes.TrainingProcess(argv, log, before=slow_rewards)
+            wait_until(lambda p=process: SLOW_REWARDS_BEGIN in p.output)
+            process.kill(signal.SIGINT)
             time.sleep(1.3)
-            worker.kill(signal.SIGINT)
-            began, code = time.monotonic(), worker.wait()
-            found.faults += 1
-            if code != -signal.SIGINT or time.monotonic() - began > 5:
-                found.losses.append(
-                    f"{said}: exit code {code} after {time.monotonic() - began:.1f} s"
-                )
-            self.ends_well(argv, folder, said, i % len(VARIED), found)
-        return found
+            process.kill(signal.SIGINT)
+            began, code = time.monotonic(), process.wait()
+            seconds = time.monotonic() - began
+            result.faults += 1
+            if code != -signal.SIGINT or seconds > 5:
+                result.losses.append(f"{log}: exit code {code} after {seconds:.1f} s")
+            self.finish(argv, folder, log, variant, result)
+        return result
 
-    def truncated(self, rounds: int) -> Found:
-        """The last checkpoint loses the end of a file: the one before is used."""
-        found = Found(rounds)
-        for i in range(rounds):
-            argv, folder, said = self.new(0)
-            worker = training_processes.Worker(argv, said)
-            wait_for(lambda: len(list(folder.glob("*/checkpoint-*"))) > 1, worker)
-            worker.kill(signal.SIGKILL)
-            worker.wait()
+    def truncated(self, rounds: int) -> Result:
+        """The end of a file in the last checkpoint is cut off; the run uses the one before."""
+        result = Result(rounds)
+        for _ in range(rounds):
+            argv, folder, log = self.new(0)
+            process = training_processes.TrainingProcess(argv, log)
+            wait_until(lambda f=folder: len(list(f.glob("*/checkpoint-*"))) > 1, process)
+            process.kill(signal.SIGKILL)
+            process.wait()
             last = checkpoint_folders(next(folder.iterdir()))[-1]
             file = self.dice.choice(sorted(file for file in last.iterdir() if file.stat().st_size))
             os.truncate(file, self.dice.randrange(file.stat().st_size))
-            found.faults += 1
-            found.steps_lost.append(steps_lost(folder))
-            self.ends_well(argv, folder, said, 0, found)
-            if f"Skipped, damaged: {last}" not in said.read_text():
-                found.losses.append(f"{said}: does not say that {file} is damaged")
-        return found
+            result.faults += 1
+            result.steps_lost.append(steps_lost(folder))
+            self.finish(argv, folder, log, 0, result)
+            if f"Skipped, damaged: {last}" not in log.read_text():
+                result.losses.append(f"{log}: does not say that {file} is damaged")
+        return result
 
-    def disk_full(self, rounds: int) -> Found:
-        """No room for one more checkpoint: one sentence, the earlier ones whole; with room, the run
-        goes on.
+    def disk_full(self, rounds: int) -> Result:
+        """A disk without space for another checkpoint.
+
+        The run must fail with one sentence and leave the earlier checkpoints whole. With more
+        space, it must go on.
         """
-        found = Found(rounds)
+        result = Result(rounds)
         for _ in range(rounds):
-            argv, folder, said = self.new(0, ["--training.save_total_limit", "100"])
-            with small_disk(
-                folder, int(self.dice.uniform(1.5, self.steps - 1) * self.checkpoint_bytes())
-            ) as (limit, make_room):
-                code = training_processes.run(argv, said, before=limit)
-                found.faults += 1
-                errors = [
-                    line for line in said.read_text().splitlines() if line.startswith("error: ")
-                ]
-                if (
-                    code != 2
-                    or len(errors) != 1
-                    or "cannot be written" not in errors[0]
-                    or "Traceback" in said.read_text()
-                ):
-                    found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
-                damaged = [
-                    folder
-                    for folder in checkpoint_folders(next(folder.glob("demo*")))
-                    if problem(folder)
-                ]
-                found.losses += [f"{said}: {folder} is damaged" for folder in damaged]
-                found.steps_lost.append(steps_lost(folder))
-                make_room()
-                self.ends_well(argv, folder, said, 0, found)
-        return found
+            argv, folder, log = self.new(0, [TOTAL_LIMIT, "100"])
+            size = int(self.dice.uniform(1.5, self.steps - 1) * self.checkpoint_bytes())
+            with small_disk(folder, size) as (limit, enlarge):
+                code = training_processes.run(argv, log, before=limit)
+                result.faults += 1
+                lines = log.read_text().splitlines()
+                errors = [line for line in lines if line.startswith("error: ")]
+                as_expected = code == 2 and len(errors) == 1 and "cannot be written" in errors[0]
+                if not as_expected or "Traceback" in log.read_text():
+                    result.losses.append(unexpected(log, code))
+                for checkpoint in checkpoint_folders(next(folder.glob("demo*"))):
+                    if problem(checkpoint):
+                        result.losses.append(f"{log}: {checkpoint} is damaged")
+                result.steps_lost.append(steps_lost(folder))
+                enlarge()
+                self.finish(argv, folder, log, 0, result)
+        return result
 
-    def no_memory(self, rounds: int) -> Found:
-        """An allocation that the machine refuses: one sentence with the keys that help."""
-        found = Found(rounds)
+    def no_memory(self, rounds: int) -> Result:
+        """An allocation that the machine refuses; the error must name the keys that help."""
+        keys = (
+            "training.per_device_train_batch_size",
+            "model.max_seq_length",
+            "training.num_generations",
+        )
+        result = Result(rounds)
         for i in range(rounds):
-            argv, folder, said = self.new(i % len(VARIED))
+            variant = i % len(VARIANTS)
+            argv, folder, log = self.new(variant)
             step = self.dice.randrange(2, self.steps)
-            code = training_processes.run(argv, said, before=lambda step=step: greedy_rewards(step))
-            found.faults += 1
-            keys = (
-                "training.per_device_train_batch_size",
-                "model.max_seq_length",
-                "training.num_generations",
-                "continue with --resume",
-            )
-            if (
-                code != 2
-                or "Traceback" in said.read_text()
-                or not all(key in said.read_text() for key in keys[:3])
-            ):
-                found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
-            found.steps_lost.append(steps_lost(folder))
-            self.ends_well(argv, folder, said, i % len(VARIED), found)
-        return found
+            code = training_processes.run(argv, log, before=lambda step=step: greedy_rewards(step))
+            result.faults += 1
+            text = log.read_text()
+            if code != 2 or "Traceback" in text or not all(key in text for key in keys):
+                result.losses.append(unexpected(log, code))
+            result.steps_lost.append(steps_lost(folder))
+            self.finish(argv, folder, log, variant, result)
+        return result
 
-    def tracker_dies(self, rounds: int) -> Found:
-        """wandb's own process is killed while the run logs to it: the run goes on."""
-        found = Found(rounds)
+    def tracker_dies(self, rounds: int) -> Result:
+        """wandb's own process is killed while the run logs to it; the run must go on."""
+        result = Result(rounds)
         for _ in range(rounds):
-            argv, folder, said = self.new(0, ["--training.report_to", "wandb"])
-            code = training_processes.run(argv, said, before=kill_wandb)
-            found.faults += "wandb's process is killed" in said.read_text()
-            if code or "wandb fails" not in said.read_text():
-                found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
+            argv, folder, log = self.new(0, ["--training.report_to", "wandb"])
+            code = training_processes.run(argv, log, before=kill_wandb)
+            result.faults += WANDB_KILLED in log.read_text()
+            if code or "wandb fails" not in log.read_text():
+                result.losses.append(unexpected(log, code))
             else:
-                found.losses += [
-                    f"{said}: {place}"
-                    for place in differences(self.straight(0)[0], outcome(folder))
-                ]
-        return found
+                self.compare(folder, log, 0, result)
+        return result
 
-    def no_network(self, rounds: int) -> Found:
-        """wandb cannot reach its server when the run begins: one sentence; without it, the run
-        starts.
+    def no_network(self, rounds: int) -> Result:
+        """wandb cannot reach its server when the run begins.
+
+        The run must fail with one sentence. Without wandb, it must start.
         """
-        found = Found(rounds)
+        result = Result(rounds)
         for _ in range(rounds):
-            argv, folder, said = self.new(0)
-            code = training_processes.run(
-                [*argv, "--training.report_to", "wandb"], said, before=online_without_network
-            )
-            found.faults += 1
-            if (
-                code != 2
-                or "Traceback" in said.read_text()
-                or "WANDB_MODE=offline" not in said.read_text()
-            ):
-                found.losses.append(f"{said}: exit code {code}: {said.read_text()[-1500:]}")
-            self.ends_well(argv, folder, said, 0, found)
-        return found
+            argv, folder, log = self.new(0)
+            with_wandb = [*argv, "--training.report_to", "wandb"]
+            code = training_processes.run(with_wandb, log, before=online_without_network)
+            result.faults += 1
+            text = log.read_text()
+            if code != 2 or "Traceback" in text or "WANDB_MODE=offline" not in text:
+                result.losses.append(unexpected(log, code))
+            self.finish(argv, folder, log, 0, result)
+        return result
 
 
 FAULTS = [
-    "sigkill",
-    "sigterm",
-    "second_ctrl_c",
-    "truncated",
-    "disk_full",
-    "no_memory",
-    "tracker_dies",
-    "no_network",
+    *("sigkill", "sigterm", "second_ctrl_c", "truncated"),
+    *("disk_full", "no_memory", "tracker_dies", "no_network"),
 ]
 
 
+def unexpected(log: Path, code: int | str) -> str:
+    """One loss: an unexpected exit code, with the end of the output."""
+    return f"{log}: exit code {code}: {log.read_text()[-1500:]}"
+
+
 def steps_lost(folder: Path) -> int:
-    """How many steps were trained after the last whole checkpoint, as far as completions tell."""
+    """The number of steps trained after the last whole checkpoint, read from completions.jsonl."""
     run_dir = next((path for path in folder.glob("demo*") if path.is_dir()), None)
     if run_dir is None:
         return 0
-    whole = [
-        checkpoint_step(folder) for folder in checkpoint_folders(run_dir) if not problem(folder)
-    ]
+    whole = [checkpoint_step(path) for path in checkpoint_folders(run_dir) if not problem(path)]
     completions = run_dir / "completions.jsonl"
-    steps = (
-        re.findall(r'^\{"step": (\d+)', completions.read_text(), re.MULTILINE)
-        if completions.is_file()
-        else []
-    )
-    return max(0, max(map(int, steps), default=0) - max(whole, default=0))
+    text = completions.read_text() if completions.is_file() else ""
+    steps = [int(step) for step in re.findall(r'^\{"step": (\d+)', text, re.MULTILINE)]
+    return max(0, max(steps, default=0) - max(whole, default=0))
 
 
-def problem(folder: Path) -> str | None:
+def problem(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
     try:
-        checkpoints.read(folder)
+        checkpoints.read(checkpoint)
     except RecipeError as error:
         return str(error)
 
 
-def wait_for(seen, worker: training_processes.Worker | None = None, seconds: float = 300) -> None:
+def wait_until(
+    condition, process: training_processes.TrainingProcess | None = None, seconds: float = 300
+) -> None:
+    """Waits until `condition()` is true; raises TimeoutError with the output of `process`."""
     for _ in range(int(seconds / 0.005)):
-        if seen():
+        if condition():
             return
         time.sleep(0.005)
-    raise TimeoutError(worker and worker.said)
+    raise TimeoutError(process and process.output)
 
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: int):
-    """`folder` on a disk of that size: what a run has to do before it begins, and a function that
-    makes room.
+    """Makes `folder` on a disk of `size` bytes.
+
+    Yields what a run has to call before it begins, or None, and a function that enlarges the disk.
     """
     folder.mkdir()
-    mounted = (
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True
-        ).returncode
-        == 0
-    )
-    if not mounted:
-        yield (
-            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 10, resource.RLIM_INFINITY)),
-            lambda: None,
-        )
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        limits = (size // 10, resource.RLIM_INFINITY)
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits), lambda: None
         return
+    enlarge = ["mount", "-o", "remount,size=200m", str(folder)]
     try:
-        yield (
-            None,
-            lambda: subprocess.run(["mount", "-o", "remount,size=200m", str(folder)], check=True),
-        )
+        yield None, lambda: subprocess.run(enlarge, check=True)
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
-# ---- what is done to a run, in its process
+# ---- changes to a run, made in its process before it begins
+
+SLOW_REWARDS_BEGIN = "The rewards of step 2 begin"
+WANDB_KILLED = "wandb's process is killed"
 
 
-def _around_rewards(act) -> None:
-    """Let `act` see the trainer before each rollout is judged."""
+def _before_rewards(act) -> None:
+    """Calls `act` with the trainer before the rewards of each rollout."""
     import trl
 
-    judge = trl.GRPOTrainer._calculate_rewards
+    calculate_rewards = trl.GRPOTrainer._calculate_rewards
 
-    def judged(self, *args):
+    def act_and_calculate(self, *args):
         act(self)
-        return judge(self, *args)
+        return calculate_rewards(self, *args)
 
-    trl.GRPOTrainer._calculate_rewards = judged
+    trl.GRPOTrainer._calculate_rewards = act_and_calculate
 
 
 def slow_rewards() -> None:
+    """Makes rewards take a minute from step 2 on."""
+
     def act(trainer):
         if trainer.state.global_step >= 1:
-            print("Step 2 judges", flush=True)
+            print(SLOW_REWARDS_BEGIN, flush=True)
             time.sleep(60)
 
-    _around_rewards(act)
+    _before_rewards(act)
 
 
 def greedy_rewards(step: int) -> None:
+    """Makes the rewards of `step` allocate more memory than any machine has."""
     import torch
 
-    _around_rewards(lambda trainer: trainer.state.global_step >= step - 1 and torch.empty(2**50))
+    _before_rewards(lambda trainer: trainer.state.global_step >= step - 1 and torch.empty(2**50))
 
 
 def kill_wandb() -> None:
+    """Kills wandb's process in step 3."""
+
     def act(trainer):
         if trainer.state.global_step == 2:
             import psutil
 
             for child in psutil.Process().children(recursive=True):
                 if "wandb" in child.name():
-                    print("wandb's process is killed", flush=True)
+                    print(WANDB_KILLED, flush=True)
                     child.kill()
 
-    _around_rewards(act)
+    _before_rewards(act)
 
 
 def online_without_network() -> None:
+    """Lets wandb look for a server that does not exist."""
     os.environ.update(
         WANDB_MODE="online",
         WANDB_API_KEY="0" * 40,
@@ -417,9 +389,12 @@ def online_without_network() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--rounds", type=int, default=20, help="of SIGKILL; the other faults get a quarter as many"
+        "--rounds",
+        type=int,
+        default=20,
+        help="rounds of sigkill; other faults get a quarter (default: 20)",
     )
-    parser.add_argument("--steps", type=int, default=10, help="of each run")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each run (default: 10)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="*", default=FAULTS, choices=FAULTS)
     options = parser.parse_args()
@@ -429,20 +404,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(Path(scratch), random.Random(options.seed), options.steps)
         for name in options.faults:
-            found = getattr(soak, name)(
-                options.rounds if name == "sigkill" else max(1, options.rounds // 4)
-            )
-            lost += len(found.losses)
-            repeated = (
-                f"{sum(found.steps_lost)} (most {max(found.steps_lost)})"
-                if found.steps_lost
-                else "-"
-            )
-            print(
-                f"{name:14} {found.faults:8} {repeated:>15} {len(found.losses) or 'none':>7}",
-                flush=True,
-            )
-            for loss in found.losses[:10]:
+            rounds = options.rounds if name == "sigkill" else max(1, options.rounds // 4)
+            result = getattr(soak, name)(rounds)
+            lost += len(result.losses)
+            steps, losses = result.steps_lost, len(result.losses) or "none"
+            repeated = f"{sum(steps)} (most {max(steps)})" if steps else "-"
+            print(f"{name:14} {result.faults:8} {repeated:>15} {losses:>7}", flush=True)
+            for loss in result.losses[:10]:
                 print("   ", loss)
     return 1 if lost else 0
 

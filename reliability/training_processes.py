@@ -1,5 +1,6 @@
-"""Training runs in processes of their own that can be killed: forked from one that has imported
-everything already.
+"""Training runs in processes that can be killed.
+
+Each is forked from a process that has already imported everything a run needs.
 """
 
 import atexit
@@ -16,10 +17,11 @@ sys.path[:0] = [str(ROOT)]
 
 
 def prepare() -> None:
-    """Import what a run imports, once; one thread each, so that forks stay safe and sums keep their
-    order.
+    """Imports what a run imports, once, with one thread.
+
+    One thread keeps forks safe and sums in the same order.
     """
-    # also where another process's wandb listens
+    # They also name the address at which another process's wandb listens.
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
     os.environ.update(
@@ -43,17 +45,18 @@ def prepare() -> None:
     import train_model  # noqa: F401
 
 
-ALIVE: list["Worker"] = []  # none outlives whoever started it
+ALIVE: list["TrainingProcess"] = []  # killed when this process ends
 
 
-class Worker:
-    """`python train_model.py ARGV` in a forked process; what it prints goes to `output`. `before`
-    is called in it first.
+class TrainingProcess:
+    """A forked process that runs `python train_model.py ARGV`, with its output in the file `log`.
+
+    The new process calls `before` first.
     """
 
-    def __init__(self, argv: list[str], output: Path, before=None):
-        self.output = output
-        output.touch()
+    def __init__(self, argv: list[str], log: Path, before=None):
+        self.log = log
+        log.touch()
         self.pid = os.fork()
         if self.pid:
             ALIVE.append(self)
@@ -62,7 +65,7 @@ class Worker:
         try:
             os.setsid()
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            with output.open("ab") as file:
+            with log.open("ab") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             sys.stdout, sys.stderr = (open(i, "w", buffering=1, closefd=False) for i in (1, 2))
@@ -79,7 +82,10 @@ class Worker:
             os._exit(code)
 
     def wait(self, seconds: float = 600) -> int:
-        """The exit code; minus the signal's number where one ended the process."""
+        """The exit code, or minus the number of the signal that ended the process.
+
+        Kills the process after `seconds` and raises TimeoutError.
+        """
         for _ in range(int(seconds / 0.01)):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -88,22 +94,25 @@ class Worker:
             time.sleep(0.01)
         self.kill(signal.SIGKILL)
         os.waitpid(self.pid, 0)
-        raise TimeoutError(f"no end after {seconds} s: {self.output.read_text()[-2000:]}")
+        raise TimeoutError(f"no end after {seconds} s: {self.output[-2000:]}")
 
     def kill(self, signum: int) -> None:
+        """Sends a signal to the process, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signum)
 
     @property
-    def said(self) -> str:
-        return self.output.read_text()
+    def output(self) -> str:
+        """What the process has printed so far."""
+        return self.log.read_text()
 
 
 @atexit.register
 def _end() -> None:
-    for worker in ALIVE:
-        worker.kill(signal.SIGKILL)
+    for process in ALIVE:
+        process.kill(signal.SIGKILL)
 
 
-def run(argv: list[str], output: Path, before=None) -> int:
-    return Worker(argv, output, before).wait()
+def run(argv: list[str], log: Path, before=None) -> int:
+    """The exit code of a TrainingProcess that has ended."""
+    return TrainingProcess(argv, log, before).wait()

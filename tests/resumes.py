@@ -30,7 +30,7 @@ def train(
     """What has to be the same, of a run with a recorder."""
     from gtpo.hooks.recorder import Recorder
     from gtpo.runs.exact_resume import ExactResume
-    from reliability.resume_proof import _drop_times
+    from reliability.resume_proof import drop_times
 
     folder.mkdir(parents=True, exist_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{**OPTIONS, **options})
@@ -59,7 +59,7 @@ def train(
         },
         "optimizer": trainer.optimizer.state_dict(),
         "completions": completions.read_bytes(),
-        "metrics": [_drop_times(dict(line)) for line in trainer.state.log_history],
+        "metrics": [drop_times(dict(line)) for line in trainer.state.log_history],
     }
 
 
