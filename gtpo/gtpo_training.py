@@ -1,10 +1,22 @@
-"""The GTPO trainer: plugs `gtpo.shaping` into TRL's GRPO loss through the one seam TRL and Unsloth
-share.
+"""The GTPO trainer: `gtpo.shaping` inside TRL's GRPO loss (arXiv 2508.03772).
 
-Import this module after the backend: `trl.GRPOTrainer` is Unsloth's generated class once Unsloth
-has patched TRL. It knows no recipes; `UnslothGTPOTrainer` takes TRL's arguments, and the constants
-below are read when they are used, so that `override_constants` (or an assignment from a notebook)
-counts at any time.
+    J = E[ 1/G  sum_i  delta_i (A_i - gamma <H>_i) / |o_i|  sum_t  r_{i,t} lambda_{i,t} ]
+
+Where the symbols are, all in `UnslothGTPOTrainer`:
+
+    lambda_{i,t}  `token_weights`           decided from whole groups, before the loss; W_RAW
+    delta_i       `keep`                    decided inside the loss; ENT_THRESHOLD
+    gamma         `_loss_factor`            applied inside the loss; ENT_SCALE
+    <H>_ini       `initial_entropy`         measured once, over the first rollout
+    A_i           `without_rounding`        TRL's advantages (in gtpo.hooks.groups)
+    r_{i,t}, 1/G  TRL's and Unsloth's loss  unchanged, with clipping and accumulation
+
+TRL and Unsloth share one hook for a factor per token, `get_high_entropy_mask`. GTPO's factor enters
+there. Import this module after the backend: once Unsloth has patched TRL, `trl.GRPOTrainer` is the
+class that Unsloth generates. No recipe is known here. The trainer takes TRL's arguments.
+
+Letters: N rows of all processes, B rows of a micro-batch, G group size, T completion columns, W
+loss columns. Entropies are in nats.
 """
 
 import copy
@@ -23,14 +35,17 @@ from gtpo import shaping
 from gtpo.hooks.groups import conflict_fractions, whole_groups
 from gtpo.hooks.nonfinite import SkipNonFiniteSteps
 from gtpo.hooks.streaming_head import StreamingHead, streaming_in_unsloths_loss
-from gtpo.options import refuse_conflicting_options, say_other_objectives
+from gtpo.system.trl_options import REQUIRED_BY_GTPO
 
 logger = logging.getLogger(__name__)
-ENT_THRESHOLD = 0.7  # "ln 2" of the paper's gate, in nats
+
+# The constants are read when they are used. So `override_constants`, or an assignment from a
+# notebook, takes effect at any time.
+ENT_THRESHOLD = 0.7  # the threshold of delta in nats, "ln 2" in the paper
 ENT_SCALE = 0.1  # gamma, the weight of the entropy penalty
 W_RAW = 2.0  # lambda on the conflict tokens of completions with A > 0
 PAD_ID = 128004  # changes no weight: the completion mask decides what is padding
-EPS = 1e-6  # the released code's log guard; only the released functions read it
+EPS = 1e-6  # guards the released code's logarithm; only the released functions read it
 torch_compile_options = {
     "epilogue_fusion": True,
     "max_autotune": False,
@@ -40,15 +55,16 @@ torch_compile_options = {
 }
 
 CONSTANTS = ("ENT_THRESHOLD", "ENT_SCALE", "W_RAW", "PAD_ID", "EPS", "torch_compile_options")
-STATE_FILE = "gtpo_state.json"
+STATE_FILE = "gtpo_state.json"  # of a checkpoint; holds the initial entropy
+PAPER_OPTIONS = {"loss_type": "grpo", "scale_rewards": "none", "beta": 0.0}
 
 
 def override_constants(values: Mapping[str, object]) -> None:
-    """Set this module's constants from `values` (any case; None leaves one as it is), cast to their
-    current types.
+    """Sets this module's constants from `values`, cast to their current types.
 
-    A mapping is laid over the current one. Raises ValueError for a name that is no constant or a
-    value that cannot be cast. Says `[GTPO] Set NAME = value` for each constant set.
+    Names may have any case. None leaves a constant as it is, and a mapping is laid over the current
+    one. Logs one line per constant. Raises ValueError for an unknown name and for a value that
+    cannot be cast.
     """
     names = {name.lower(): name for name in CONSTANTS}
     for key, value in values.items():
@@ -71,83 +87,99 @@ def override_constants(values: Mapping[str, object]) -> None:
         logger.info("[GTPO] Set %s = %s", name, globals()[name])
 
 
+def refuse_conflicting_options(arguments: trl.GRPOConfig) -> None:
+    """Raises ValueError for an option that GTPO's factor would corrupt.
+
+    These are TRL's entropy mask, its entropy bonus, and Liger's loss.
+    """
+    for option, allowed in REQUIRED_BY_GTPO.items():
+        value = getattr(arguments, option)
+        if value != allowed:
+            raise ValueError(
+                f"training.{option}: {value} does not go with GTPO, which uses TRL's entropy mask"
+                f" for its own factor; leave it at {allowed}, or train with custom_trainer.original"
+            )
+
+
+class GTPOConfig(trl.GRPOConfig):
+    """`trl.GRPOConfig` with the paper's objective as defaults: see PAPER_OPTIONS."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{**PAPER_OPTIONS, **options})
+
+
 class UnslothGTPOTrainer(trl.GRPOTrainer):
     """GRPO with conflict-aware, entropy-controlled token advantages (GTPO, arXiv 2508.03772).
 
-    The only changes with respect to the parent: each completion token carries a weight lambda
-    decided from its group, and the loss's per-token factor is delta_i (A_i - gamma <H>_i)
-    lambda_{i,t} / A_i instead of an entropy mask. The parent multiplies that factor by A_i and the
-    ratio, so its clipping still sees the sign of A_i; where A_i = 0 it multiplies by -1. Override
-    `token_weights` or `keep` for an ablation.
+    The only changes to the parent: each completion token carries a weight lambda_{i,t}, and the
+    loss has the factor delta_i (A_i - gamma <H>_i) lambda_{i,t} / A_i per token instead of an
+    entropy mask. The parent multiplies that factor by A_i and by the ratio r_{i,t}. So its clipping
+    still depends on the sign of A_i. Where A_i = 0 it multiplies by -1 instead.
 
-    Logs `gtpo/completion_entropy`, `gtpo/initial_entropy` (nats), `gtpo/frac_filtered`,
-    `gtpo/frac_conflict_tokens`, `gtpo/frac_conflict_groups` and `gtpo/skipped_steps` (optimizer
-    steps skipped so far, non-finite gradients).
+    Override `token_weights` or `keep` for an ablation.
+
+    Logs `gtpo/completion_entropy` and `gtpo/initial_entropy` in nats, `gtpo/frac_filtered`,
+    `gtpo/frac_conflict_tokens`, `gtpo/frac_conflict_groups`, and `gtpo/skipped_steps`. The last
+    counts the optimizer steps skipped so far because of non-finite losses or gradients.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_conflicting_options(self.args)
-        # Both parents ask `get_high_entropy_mask` for a per-token factor when this is below 1 (trl
-        # 1.13.0
-        # `_compute_loss`, unsloth_zoo 2026.10.7 `grpo_accumulated_loss`); the value itself is never
-        # used.
+        # Below 1, both parents ask `get_high_entropy_mask` for a factor per token: `_compute_loss`
+        # of trl 1.13.0 and `grpo_accumulated_loss` of unsloth_zoo 2026.10.7. GTPO never uses the
+        # value itself.
         self.args = copy.copy(self.args)  # the caller's arguments stay as they were
         self.args.top_entropy_quantile = self.top_entropy_quantile = 0.5
-        self.initial_entropy: float | None = None  # <H>_ini, nats; None until measured
+        self.initial_entropy: float | None = None  # <H>_ini in nats; None until it is measured
         self.non_finite, self.streaming_head = SkipNonFiniteSteps(self), StreamingHead(self)
-        self._micro_batch: Mapping[str, Tensor] = {}  # what the hook needs beside its arguments
-        # entropies, mask (B, W); completion_entropy, kept, real (B,)
+        self._micro_batch: Mapping[str, Tensor] = {}  # the inputs of the current loss
+        # What the last loss saw, for logs and for the recorder. `entropies` and `mask` are (B, W);
+        # `completion_entropy`, `kept` and `real` (has any token) are (B,).
         self.seen_by_loss: dict[str, Tensor] | None = None
-        self._shape_tokens: Callable | None = None
-        self._say_what_surprises()
+        self._compiled_loss_factor: Callable | None = None
+        self._log_settings()
 
-    # ---- lambda: decided where groups are whole, carried by TRL through its shuffle and split
+    # ---- lambda: decided where groups are whole; TRL shuffles and splits it with the rollout
 
     def token_weights(self, rollout: dict[str, Tensor]) -> Tensor:
-        """lambda (N, T) for whole groups of all processes: N rows, `num_generations` after each
-        other per group.
+        """lambda, (N, T), for the whole groups of all processes.
 
-        `rollout` holds `completion_ids`, `completion_mask` (real tokens), `prefix`, `suffix` (the
-        conflict runs), all (N, T), and `advantages` (N,).
+        `rollout` holds `completion_ids`, `completion_mask` (real tokens), `prefix` and `suffix`
+        (the conflict runs), all (N, T), and `advantages`, (N,). The `num_generations` rows of a
+        group stand after each other.
         """
         return shaping.token_weights(
             rollout["prefix"] | rollout["suffix"], rollout["advantages"], W_RAW
         )
 
     def keep(self, completion_entropy: Tensor) -> Tensor:
-        """delta_i as bool (B,): which completions the entropy filter keeps."""
+        """delta, bool (B,): which completions the entropy filter keeps, from <H>_i, (B,)."""
         return shaping.entropy_filter(completion_entropy, self.initial_entropy, ENT_THRESHOLD)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        # (N, rewards)
-        rewards_per_func = super()._calculate_rewards(
-            inputs, prompts, completions, completion_ids_list
-        )
-        # One reward that cannot judge leaves the completion unjudged as a whole: TRL then sets its
-        # advantage to 0.
-        rewards_per_func[rewards_per_func.isnan().any(dim=1)] = torch.nan
-        # (N,)
-        self._rewards = (rewards_per_func * self.reward_weights.to(rewards_per_func.device)).sum(
-            dim=1
-        )
-        return rewards_per_func
+        table = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        # (N, functions). A completion that one function cannot score counts as unscored: TRL then
+        # sets its advantage to 0.
+        table[table.isnan().any(dim=1)] = torch.nan
+        self._rewards = (table * self.reward_weights.to(table.device)).sum(dim=1)  # (N,)
+        return table
 
     def _generate_and_score_completions(self, inputs):
-        # before the parent: Unsloth leaves the model in training mode
+        # Read before the call: Unsloth leaves the model in training mode.
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
         rollout = super()._generate_and_score_completions(inputs)
         groups = whole_groups(rollout, self._rewards, size, self.accelerator)
         (rows, width), index = rollout["completion_ids"].shape, self.accelerator.process_index
         mine = slice(index * rows, (index + 1) * rows)
-        rollout["advantages"] = groups["advantages"][mine]
+        rollout["advantages"] = groups["advantages"][mine]  # (B,)
         rollout["token_weights"] = self.token_weights(groups)[mine, :width]  # (B, T)
-        rollout["judged"] = ~self._rewards.isnan()[mine]  # (B,)
+        # Whether a completion has a reward, (B,). Checkpoints hold this key, so its name stays.
+        rollout["judged"] = ~self._rewards.isnan()[mine]
+        metrics = self._metrics["train" if training else "eval"]
         for name, value in zip(("tokens", "groups"), conflict_fractions(groups, size), strict=True):
-            self._metrics["train" if training else "eval"][f"gtpo/frac_conflict_{name}"].append(
-                value
-            )
+            metrics[f"gtpo/frac_conflict_{name}"].append(value)
         if training and self.initial_entropy is None and self.state.global_step == 0:
             self.initial_entropy = self._measure_initial_entropy(rollout)
         return rollout
@@ -165,7 +197,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         with streaming_in_unsloths_loss():
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.seen_by_loss is None:
-            # Unsloth has a second, slow loss without the seam: it would train GRPO in disguise.
+            # Unsloth also has a slow loss without the hook. With it GTPO would silently be GRPO.
             raise RuntimeError(
                 "The parent's loss never asked get_high_entropy_mask for GTPO's factor; use the"
                 " pinned libraries"
@@ -174,23 +206,26 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     @torch.no_grad()
     def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
-        """TRL's hook for a per-token loss factor, (B, W): here GTPO's shaping; `threshold` is
-        ignored.
+        """GTPO's factor per token, (B, W), from `entropies` and `mask`, both (B, W).
+
+        This is TRL's hook for a factor in the loss. `threshold` is TRL's and is ignored.
         """
-        if self._shape_tokens is None:
-            on_cuda = entropies.device.type == "cuda"
-            compile_ = (
-                torch.compile(dynamic=True, options=torch_compile_options)
-                if on_cuda
-                else lambda function: function
-            )
-            self._shape_tokens = compile_(_shape_tokens)
-        ours = (self._micro_batch[name] for name in ("advantages", "judged", "token_weights"))
-        factor, entropy, kept = self._shape_tokens(entropies, mask, *ours, self.keep, ENT_SCALE)
+        if self._compiled_loss_factor is None:
+            self._compiled_loss_factor = _loss_factor
+            if entropies.device.type == "cuda":
+                self._compiled_loss_factor = torch.compile(
+                    _loss_factor, dynamic=True, options=torch_compile_options
+                )
+        advantages, scored, token_weights = (
+            self._micro_batch[name] for name in ("advantages", "judged", "token_weights")
+        )
+        factor, completion_entropy, kept = self._compiled_loss_factor(
+            entropies, mask, advantages, scored, token_weights, self.keep, ENT_SCALE
+        )
         self.seen_by_loss = {
             "entropies": entropies,
             "mask": mask,
-            "completion_entropy": entropy,
+            "completion_entropy": completion_entropy,
             "kept": kept,
             "real": mask.bool().any(dim=1),
         }
@@ -198,10 +233,11 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
     @torch.no_grad()
     def _measure_initial_entropy(self, rollout: dict[str, Tensor]) -> float | None:
-        """<H>_ini: the mean <H>_i in nats over the first rollout of all processes, empty
-        completions left out.
+        """<H>_ini: the mean of <H>_i in nats over the first rollout of all processes.
+
+        Completions without a token are left out; None if no completion has any.
         """
-        # log nothing
+        # This pass must not log anything.
         metrics, self._metrics = self._metrics, {mode: defaultdict(list) for mode in self._metrics}
         total = torch.zeros(2, device=self.accelerator.device)  # sum of <H>_i, completions
         for micro_batch in split_tensor_dict(rollout, self.args.steps_per_generation):
@@ -214,14 +250,14 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         total, count = self.accelerator.reduce(total, reduction="sum").tolist()
         return total / count if count else None
 
-    # ---- what a person sees, and what a checkpoint keeps
+    # ---- what is logged, and what a checkpoint keeps
 
     def _log_entropies(self) -> None:
         metrics = self._metrics["train" if self.model.training else "eval"]
         entropy, kept, real = (
             self.seen_by_loss[name] for name in ("completion_entropy", "kept", "real")
         )
-        # one wait for the device
+        # One tensor, so that there is one wait for the device.
         sums = torch.stack([entropy[real].sum(), (~kept & real).sum(), real.sum()])
         entropy_sum, filtered, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         if count:
@@ -230,15 +266,24 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         if self.initial_entropy is not None:
             metrics["gtpo/initial_entropy"].append(self.initial_entropy)
 
-    def _say_what_surprises(self) -> None:
-        if PAD_ID != (pad_id := getattr(self.processing_class, "pad_token_id", None)):
+    def _log_settings(self) -> None:
+        """Logs one line for each setting that may surprise."""
+        pad_id = getattr(self.processing_class, "pad_token_id", None)
+        if pad_id != PAD_ID:
             logger.warning(
                 "[GTPO] PAD_ID = %s differs from the tokenizer's pad id %s: nothing changes, the"
                 " completion mask decides what is padding",
                 PAD_ID,
                 pad_id,
             )
-        say_other_objectives(self.args)
+        for option, value in PAPER_OPTIONS.items():
+            if (given := getattr(self.args, option)) != value:
+                logger.warning(
+                    "[GTPO] training.%s = %s is not the paper's objective (%s)",
+                    option,
+                    given,
+                    value,
+                )
         if self.accelerator.device.type == "cpu":
             logger.info("[GTPO] torch_compile_options are unused on a CPU")
 
@@ -246,9 +291,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-            (folder / STATE_FILE).write_text(
-                json.dumps({"initial_entropy": self.initial_entropy}), encoding="utf-8"
-            )
+            state = json.dumps({"initial_entropy": self.initial_entropy})
+            (folder / STATE_FILE).write_text(state, encoding="utf-8")
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -257,23 +301,34 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
             self.initial_entropy = json.loads(path.read_text(encoding="utf-8"))["initial_entropy"]
 
 
-def _shape_tokens(entropies, mask, advantages, judged, token_weights, keep, scale):
-    """The loss factor delta_i (A_i - gamma <H>_i) lambda_{i,t} / A_i, (B, W), with <H>_i and
-    delta_i, both (B,).
+def _loss_factor(
+    entropies: Tensor,
+    mask: Tensor,
+    advantages: Tensor,
+    scored: Tensor,
+    token_weights: Tensor,
+    keep: Callable[[Tensor], Tensor],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The factor delta_i (A_i - gamma <H>_i) lambda_{i,t} / A_i, (B, W), with <H>_i and delta_i.
+
+    `entropies` and `mask` are (B, W), `token_weights` is (B, T). `advantages`, bool `scored`, <H>_i
+    and delta_i are (B,). `scale` is gamma. An unscored completion gets 0, so it feels no entropy
+    penalty either.
     """
-    entropy = shaping.mean_entropy(entropies, mask)
-    kept = keep(entropy)
-    coefficient = shaping.shaped_advantages(advantages, entropy, kept & judged, scale) / _nonzero(
-        advantages
-    )
-    # TRL's loss has the completion's own columns, Unsloth's has others
-    in_place = token_weights.shape == mask.shape
-    token_weights = token_weights if in_place else shaping.to_loss_columns(token_weights, mask)
-    return coefficient.unsqueeze(1) * token_weights, entropy, kept
+    completion_entropy = shaping.mean_entropy(entropies, mask)
+    kept = keep(completion_entropy)
+    shaped = shaping.shaped_advantages(advantages, completion_entropy, kept & scored, scale)
+    coefficient = shaped / _nonzero(advantages)  # (B,)
+    # TRL's loss has the completion's own columns, Unsloth's has others.
+    if token_weights.shape != mask.shape:
+        token_weights = shaping.to_loss_columns(token_weights, mask)
+    return coefficient.unsqueeze(1) * token_weights, completion_entropy, kept
 
 
 def _nonzero(advantages: Tensor) -> Tensor:
-    """What the parent multiplies with: A_i, or -1 where A_i = 0 (a pure entropy penalty is a
-    negative advantage).
+    """What the parent multiplies by, (B,): A_i, or -1 where A_i = 0.
+
+    An entropy penalty alone acts like a negative advantage.
     """
     return torch.where(advantages == 0, -1.0, advantages)

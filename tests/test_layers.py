@@ -28,7 +28,6 @@ HEAVY = [
 IN_A_RUN = [
     "gtpo.shaping",
     "gtpo.gtpo_training",
-    "gtpo.options",
     "gtpo.hooks",
     "gtpo.runs.exact_resume",
     "gtpo.runs.progress",

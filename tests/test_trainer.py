@@ -3,15 +3,19 @@
 import copy
 import json
 import logging
+import subprocess
+import sys
 
 import gradients
 import pytest
 import torch
 import trl
+from conftest import ROOT
 
+import gtpo
 from gtpo import gtpo_training
+from gtpo.gtpo_training import refuse_conflicting_options
 from gtpo.hooks.groups import whole_groups
-from gtpo.options import refuse_conflicting_options
 
 CLASS = "gtpo.gtpo_training.UnslothGTPOTrainer"
 
@@ -339,7 +343,7 @@ def test_a_foreign_pad_id_is_said_once_and_changes_nothing(tmp_path, caplog):
 
 def test_the_hooks_arithmetic_compiles_with_the_runtime_options():
     compiled = torch.compile(
-        gtpo_training._shape_tokens, dynamic=True, options=gtpo_training.torch_compile_options
+        gtpo_training._loss_factor, dynamic=True, options=gtpo_training.torch_compile_options
     )
     entropies, mask = torch.rand(4, 9), (torch.rand(4, 9) > 0.2).int()
     inputs = (
@@ -354,7 +358,7 @@ def test_the_hooks_arithmetic_compiles_with_the_runtime_options():
         return entropy <= 0.6
 
     for found, expected in zip(
-        compiled(*inputs, keep, 0.1), gtpo_training._shape_tokens(*inputs, keep, 0.1), strict=True
+        compiled(*inputs, keep, 0.1), gtpo_training._loss_factor(*inputs, keep, 0.1), strict=True
     ):
         assert torch.allclose(found, expected)
 
@@ -367,3 +371,19 @@ def test_three_steps_change_the_lora_weights_and_nothing_else(tmp_path):
         name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])
     }
     assert changed == {name for name in before if "lora_" in name}
+
+
+def test_the_package_offers_the_trainer_and_a_config_with_the_papers_objective(tmp_path):
+    assert gtpo.GTPOTrainer is gtpo_training.UnslothGTPOTrainer
+    config = gtpo.GTPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, temperature=0.9)
+    assert isinstance(config, trl.GRPOConfig) and config.temperature == 0.9
+    assert (config.loss_type, config.scale_rewards, config.beta) == ("grpo", "none", 0.0)
+    assert gtpo.GTPOConfig(output_dir="x", use_cpu=True, bf16=False, beta=0.04).beta == 0.04
+    with pytest.raises(AttributeError, match="no attribute 'GTPOTrainr'"):
+        _ = gtpo.GTPOTrainr
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'trl', 'unsloth', 'peft', 'datasets'}"
+    script = f"import sys, gtpo; sys.exit(repr({heavy} & set(sys.modules)) != 'set()')"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 0
