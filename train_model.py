@@ -1,21 +1,21 @@
 """Train LoRA adapters with GTPO: `python train_model.py [config.yaml] [--section.key value ...]`.
 
-Reads a recipe, loads a policy, trains it, saves the adapter. `--help` lists every key. Exit code 2:
-the recipe or the machine cannot do it; 3: an alarm or a limit stopped the run, and all is saved;
-130 and 143: Ctrl-C or SIGTERM did, likewise.
+Reads a recipe, loads a policy, trains it, and saves the adapter. `--help` lists every key.
+
+Exit codes: 2 for a mistake in the recipe, or a machine that cannot run it. 3 if an alarm or a limit
+stopped the run, 130 after Ctrl-C, 143 after SIGTERM; a checkpoint is saved in these three cases.
 """
 
-import contextlib
 import logging
 import logging.handlers
 import os
 import sys
 from pathlib import Path
 
-from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe import command_line as cli
-from gtpo.runs.endings import RunStopped, end
+from gtpo.runs.endings import end
+from gtpo.runs.start import Request, Start, resolve_start
 from gtpo.system import processes
 from gtpo.system.console import log_to_console
 from gtpo.system.environment import set_environment
@@ -24,7 +24,7 @@ from gtpo.system.signals import Interrupted, Interruption
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Runs the command line, and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     if "--export" in argv:
         import export_model
@@ -64,7 +64,7 @@ def _run(
         return run_checks(command, _request(command), processes.forget_others())
     recipe = cli.make_recipe(command)
     set_environment(recipe.env)  # before torch, so that CUDA_VISIBLE_DEVICES counts
-    sys.argv = [without_secrets(word) for word in sys.argv]  # which trackers keep
+    sys.argv = [without_secrets(word) for word in sys.argv]  # trackers save it
     if "dry_run" in command.switches:
         from gtpo.models.saved import resolve_adapter
         from gtpo.preflight import print_dry_run
@@ -75,9 +75,7 @@ def _run(
     return 0
 
 
-def _request(command: cli.CommandLine):
-    from gtpo.runs.start import Request
-
+def _request(command: cli.CommandLine) -> Request:
     return Request(
         command.resume,
         force="force_resume" in command.switches,
@@ -87,25 +85,27 @@ def _request(command: cli.CommandLine):
 
 def train(
     recipe: Recipe,
-    request=None,
+    request: Request | None = None,
     *,
     early_log: logging.handlers.MemoryHandler | None = None,
     interruption: Interruption | None = None,
 ) -> Path:
-    """Train as `recipe` (its `env` is set) and `request` (a `gtpo.runs.start.Request`) say, and return
-    the run directory.
+    """Trains the policy of a recipe, and returns the run directory.
+
+    `recipe.env` must be in the environment already. `request` says whether the run resumes or
+    overwrites. `early_log` holds messages that go to train.log first. Raises RecipeError for a
+    mistake of the user, RunStopped if a hook stopped the run, and Interrupted after a signal.
     """
     from gtpo.models.saved import resolve_adapter
     from gtpo.runs.endings import explained
-    from gtpo.runs.start import Request, resolve_start
     from gtpo.runs.trackers import tracker_run
 
     recipe = resolve_adapter(recipe)
     start = resolve_start(recipe, request or Request(), processes.count())
     if start.finished_steps is not None:
         logging.getLogger("gtpo").info(
-            "[GTPO] This run is finished, after %d steps; to train on, raise training.max_steps or "
-            "training.num_train_epochs",
+            "[GTPO] This run is finished, after %d steps; to train further, raise"
+            " training.max_steps or training.num_train_epochs",
             start.finished_steps,
         )
         print(f"Run directory: {start.run_dir}")
@@ -117,144 +117,64 @@ def train(
 
 def _train(
     recipe: Recipe,
-    start,
+    start: Start,
     early_log: logging.handlers.MemoryHandler | None,
     interruption: Interruption,
 ) -> None:
+    """What a run does, in the steps that the README lists."""
     from gtpo import data
-    from gtpo.models import backends, base_model
-    from gtpo.models.saved import training_tokenizer
+    from gtpo.models import backends, base_model, saved
     from gtpo.report import model_card
-    from gtpo.runs import directory as runs
-    from gtpo.runs import trackers
-    from gtpo.runs import trainers as imported
-    from gtpo.runs.arguments import answer_timeout, training_arguments
+    from gtpo.runs import directory
+    from gtpo.runs.arguments import policy_options, training_arguments
+    from gtpo.runs.trackers import prepare_trackers
     from gtpo.system.environment import garbage_collection_off
-    from gtpo.system.whole_files import written_aside
 
-    run_dir = start.run_dir
+    # 1. Start: what a user may have got wrong is found before anything slow.
     data.check_source(recipe.dataset)
     data.check_held_out_source(recipe)
     base_model.check_model(recipe.model.model_name)
-    trackers.prepare_trackers(recipe, run_dir)
-
+    prepare_trackers(recipe, start.run_dir)
+    # 2. Backend.
     with garbage_collection_off():
         backend = backends.prepare_backend(recipe.model, recipe.gtpo_runtime.torch_compile_options)
-        trainer_class = imported.trainer_class(recipe)  # only now: it binds to the patched TRL
-    rewards = [imported.load("trainer.reward_funcs", path) for path in recipe.trainer.reward_funcs]
-    _seed_everything(recipe)
-    tokenizer = training_tokenizer(recipe.model, backend)
-    train_set = data.load_training_problems(recipe, tokenizer, processes.count())
-    held_out = data.load_held_out_problems(recipe, tokenizer)
-    policy = backends.load_policy(
-        recipe.model,
-        tokenizer,
-        backend,
-        seed=recipe.seed,
-        precision=backends.precision(recipe.training),
-        gradient_checkpointing=recipe.training.trl_options().get("gradient_checkpointing", True),
-        adapter=recipe.model.adapter and Path(recipe.model.adapter),
-    )
-
-    imported.set_constants(recipe, policy.tokenizer)
-    processes.connect_on_cpu(answer_timeout(recipe))
+        from gtpo.runs import trainers  # it imports TRL, which the backend has patched
+    # 3. Trainer class and rewards.
+    trainer_class = trainers.trainer_class(recipe)
+    rewards = trainers.guarded_rewards(recipe, start.run_dir)
+    # 4. Tokenizer and problems.
+    trainers.seed_everything(recipe)
+    tokenizer = saved.training_tokenizer(recipe.model, backend)
+    problems = data.load_training_problems(recipe, tokenizer, processes.count())
+    held_out_problems = data.load_held_out_problems(recipe, tokenizer)
+    # 5. Policy.
+    policy = backends.load_policy(recipe.model, tokenizer, backend, **policy_options(recipe))
+    # 6. Arguments.
+    trainers.set_constants(recipe, policy.tokenizer)
     arguments = training_arguments(
-        recipe, str(run_dir), processes=processes.count(), use_vllm=policy.uses_vllm
+        recipe, str(start.run_dir), processes=processes.count(), use_vllm=policy.uses_vllm
     )
-    from gtpo.evaluation.held_out import HeldOut
-    from gtpo.hooks.merged_generation import generate_merged
-    from gtpo.hooks.nonfinite import skip_non_finite
-    from gtpo.hooks.streaming_head import stream_log_probs
-    from gtpo.rewards.guarded import GuardedRewards
-    from gtpo.runs.exact_resume import resume_exactly
-    from gtpo.runs.progress import watch  # after the backend, like all that imports trl
-
-    guarded = GuardedRewards(
-        recipe.rewards,
-        list(zip(recipe.trainer.reward_funcs, rewards)),
-        seed=recipe.seed,
-        file=run_dir / "reward_failures.jsonl",
+    # 7. Trainer.
+    trainer = trainers.make_trainer(trainer_class, policy, rewards.functions, arguments, problems)
+    model_card.describe_saves(policy.model, trainer, recipe, start.run_dir)
+    run = trainers.attach_hooks(
+        trainers.TrainingRun(
+            trainer, recipe, start, policy, rewards, held_out_problems, interruption
+        )
     )
-    trainer = _make_trainer(trainer_class, policy, guarded.functions, arguments, train_set)
-    guarded.attach(trainer)
-    stream_log_probs(trainer)
-    if policy.backend == "transformers":
-        generate_merged(trainer)
-    non_finite = skip_non_finite(trainer, recipe.training.max_skipped_steps)
-    alarm = watch(trainer, recipe, run_dir)
-    trackers.shield_trackers(trainer)
-    model_card.describe_saves(policy.model, trainer, recipe, run_dir)
-
-    imported.check_processes(trainer, held_out)
-    is_main = trainer.accelerator.is_main_process
-    with runs.opened(start, recipe, early_log) if is_main else contextlib.nullcontext():
-        held_out = (
-            HeldOut(recipe, policy, held_out, run_dir, trainer, interruption)
-            if held_out and is_main
-            else None
-        )
-        if held_out:  # the other processes wait at their next common step
-            trainer.add_callback(held_out)
-            before = held_out.evaluate("before")
-        resume_exactly(trainer, start, recipe, interruption)
-        with interruption.deferred():
-            trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint.folder))
-        if non_finite.poisoned:
-            raise RunStopped(non_finite.stopped_by)
-        interruption.raise_if_requested(
-            f"checkpoint-{trainer.state.global_step} is saved in {run_dir}; continue with --resume"
-        )
-        state = imported.whole_state(trainer)
-        if is_main:
-            policy.save_adapter(run_dir, state)
-        if held_out:
-            after = held_out.evaluate("after")
-            held_out.say(f"Before, {before.problems} held-out problems: {before}")
-            held_out.say(f"After,  {after.problems} held-out problems: {after}")
-        if is_main:
-            # once more: now the evaluation is there
-            policy.model.create_or_update_model_card(run_dir)
-            # last: it says that the run is finished
-            with written_aside(run_dir / "trainer_state.json") as aside:
-                trainer.state.save_to_json(str(aside))
-            print(f"Run directory: {run_dir}")
-        if stopped_by := guarded.stopped_by or non_finite.stopped_by or alarm.stopped_by:
-            raise RunStopped(
-                f"{stopped_by}; the run was stopped there, its adapter and a checkpoint are saved"
-            )
-
-
-def _seed_everything(recipe: Recipe) -> None:
-    from transformers import enable_full_determinism, set_seed
-
-    deterministic = recipe.training.trl_options().get("full_determinism")
-    (enable_full_determinism if deterministic else set_seed)(recipe.seed)
-
-
-def _make_trainer(trainer_class, policy, rewards, arguments, train_set):
-    from gtpo.runs.trainers import made_trainer
-
-    try:
-        trainer = made_trainer(
-            trainer_class, policy.model, policy.tokenizer, rewards, arguments, train_set
-        )
-    except RecipeError:
-        with contextlib.suppress(OSError):
-            # which TRL has made already; it stays if anything is in it
-            os.removedirs(arguments.output_dir)
-        raise
-    # trl 1.13.0 casts the adapter of a 4-bit model to bfloat16: small steps get lost
-    if policy.backend == "transformers":
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    # TRL's would describe a base model called None
-    trainer.create_model_card = lambda *args, **kwargs: None
-    return trainer
+    with directory.opened(start, recipe, early_log):
+        # 8. Held-out before.
+        before = trainers.evaluate_held_out(run, "before")
+        # 9. Train.
+        trainers.train(run)
+        # 10. Save, and held-out after.
+        trainers.save_adapter(run)
+        after = trainers.evaluate_held_out(run, "after")
+        trainers.finish(run, before, after)
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BrokenPipeError:  # the reader of --help went away
+    except BrokenPipeError:  # whoever reads the output of --help has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -40,6 +40,7 @@ def main() -> int:
 
     import train_model
     from gtpo.hooks import merged_generation as merging
+    from gtpo.runs import trainers as run_trainers
 
     most, trainers, clocks, graded = merging.MOST_BYTES, [], {}, []
 
@@ -49,14 +50,14 @@ def main() -> int:
         if step >= WARM_UP:
             graded.append(worker_seconds())
 
-    make_trainer = train_model._make_trainer
+    make_trainer = run_trainers.make_trainer
 
     def make_watched(*args, **kwargs):
         clocks["loaded"] = time.process_time()
         trainers.append(Shares(make_trainer(*args, **kwargs), before_step))
         return trainers[0].trainer
 
-    train_model._make_trainer = make_watched
+    run_trainers.make_trainer = make_watched
     with tempfile.TemporaryDirectory() as folder:
         flags = [
             "--output_root",

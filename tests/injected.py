@@ -112,7 +112,7 @@ def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **option
         "initial_entropy": trainer.initial_entropy,
         "gradients": list(map(_whole, seen["gradients"])),
         "lora": list(map(_whole, steps)),
-        "saved": trainers.whole_state(trainer),
+        "saved": trainers.full_state_dict(trainer),
         "filtered": [line["gtpo/frac_filtered"] for line in seen["logs"][:-1]],
         "lengths": [
             _gathered(trainer, r["completion_mask"].sum(1).tolist()) for r in seen["rollouts"]

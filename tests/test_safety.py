@@ -24,7 +24,7 @@ from gtpo.models import adapters
 from gtpo.models.base_model import check_model
 from gtpo.recipe import Recipe, yaml_text
 from gtpo.recipe import command_line as cli
-from gtpo.runs import trainers as imported
+from gtpo.runs import trainers
 from gtpo.system import environment, safe_text
 
 MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"
@@ -157,7 +157,9 @@ def test_a_module_beside_the_recipe_stands_in_for_no_installed_one(tmp_path, mon
     )
     monkeypatch.chdir(tmp_path)
     recipe = cli.read_recipe(["r.yaml"])
-    assert [imported.load("x", path).__module__ for path in recipe.trainer.reward_funcs] == [
+    assert [
+        trainers.load_callable("x", path).__module__ for path in recipe.trainer.reward_funcs
+    ] == [
         "reward_math",
         "colorsys",
     ]
@@ -173,7 +175,7 @@ def test_a_text_by_dotted_path_never_becomes_the_name_of_a_model_on_the_hub(tmp_
         tmp_path, MINIMAL, "--trainer.reward_funcs", "texts.name"
     )
     with pytest.raises(RecipeError, match="'texts.later' is str, which cannot be called"):
-        imported.load("trainer.reward_funcs", "texts.later")
+        trainers.load_callable("trainer.reward_funcs", "texts.later")
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,7 @@ def test_an_error_on_the_console_shows_neither_control_characters_nor_tokens(tmp
 
 
 def test_the_table_of_completions_shows_control_characters_and_does_not_send_them(capsys):
-    from gtpo.runs.progress import _without_control_characters
+    from gtpo.runs.progress import escape_completions_table
 
     class Trainer:
         _logs = {
@@ -355,7 +357,7 @@ def test_the_table_of_completions_shows_control_characters_and_does_not_send_the
             )
 
     trainer = Trainer()
-    _without_control_characters(trainer)
+    escape_completions_table(trainer)
     trainer.log({"a": 1})
     assert (
         capsys.readouterr().out.splitlines(keepends=True)[-1]

@@ -240,8 +240,9 @@ def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):
     import trl
 
     from gtpo.models.backends import Policy
+    from gtpo.runs import trainers
 
-    for make in (trl.GRPOTrainer, train_model._make_trainer):
+    for make in (trl.GRPOTrainer, trainers.make_trainer):
         tokenizer = tiny.tiny_tokenizer()
         model = tiny.with_lora(tiny.tiny_model(tokenizer))
         model.is_loaded_in_4bit = True  # what TRL looks at

@@ -7,7 +7,7 @@ import pytest
 import test_train_model
 
 import train_model
-from gtpo.runs.progress import SHOWN_LENGTH, good_and_bad, legend, readable
+from gtpo.runs.progress import SHOWN_LENGTH, good_and_bad, legend, progress_line
 from gtpo.system import console
 
 LOGS = {
@@ -34,7 +34,7 @@ def here(tmp_path, monkeypatch):
 
 def test_the_line_has_every_quantity_that_tells_how_a_run_does():
     assert (
-        readable(7, 100, LOGS, 0.7, seconds_left=3725)
+        progress_line(7, 100, LOGS, 0.7, seconds_left=3725)
         == "step   7/100  reward 15.84  format 86%  correct 70%  entropy 0.057 < 0.7  conflict 55% "
         " filtered  0%  no signal 25%  length  15  truncated 2%  s/step 0.2  left 1:02:05"
     )
@@ -46,7 +46,7 @@ def test_what_a_trainer_or_a_reward_does_not_log_is_left_out():
         for name, value in LOGS.items()
         if not name.startswith(("gtpo/", "reward/", "step_time"))
     }
-    line = readable(100, 100, {**logs, "frac_reward_zero_std": None}, 0.7, seconds_left=0)
+    line = progress_line(100, 100, {**logs, "frac_reward_zero_std": None}, 0.7, seconds_left=0)
     assert (
         line
         == "step 100/100  reward 15.84  entropy 9.000 > 0.7  length  15  truncated 2%  left 00:00"

@@ -19,6 +19,7 @@ from gtpo.recipe import Recipe
 from gtpo.recipe.yaml_text import write_yaml
 from gtpo.runs.start import Start, check_still_free, locked
 from gtpo.runs.trackers import save_run_id
+from gtpo.system import processes
 from gtpo.system.safe_text import SafeFormatter
 from gtpo.system.whole_files import (
     move_into_place,
@@ -48,8 +49,12 @@ def opened(
 
     The directory is emptied or rewound as `start` says, and recipe.yaml and versions.json are
     written. `early_log` holds the messages since the program began; they come first in train.log.
-    Raises RecipeError if another process trains in the directory.
+    If a run has several processes, only the first one does this. Raises RecipeError if another
+    run trains in the directory.
     """
+    if not processes.is_first():
+        yield
+        return
     run_dir = start.run_dir
     if start.overwrites and run_dir.is_dir():
         with locked(run_dir):
