@@ -1,15 +1,17 @@
-"""Hostile input for all that reads what others wrote: `python reliability/fuzz.py [TARGET ...]
-[--inputs N] [--seed S]`.
+"""Gives hostile input to everything that reads what others wrote.
 
-recipe    the recipe reader: a Recipe that survives being saved and read again, or a RecipeError
-with sentences answers   finding and comparing answers: no exception, no hang rewards   the reward
-functions: no exception, no hang, each within its scale; a wrong number is never paid, a right one
-always report    reports of run directories: the page is well formed, nothing escapes, every
-completion is in it as text console   texts for terminals and logs: no control character, no secret
+Run `python reliability/fuzz.py [TARGET ...] [--inputs N] [--seed S]`. The targets:
 
-Prints inputs, seconds, the slowest input and failures per target, each with the seed that repeats
-it. Exit code 1: failures. `--atheris` lets libFuzzer, guided by coverage, write the texts for
-recipe and answers instead (pip install atheris).
+recipe    the recipe reader: returns a Recipe that can be saved and read again, or RecipeError
+answers   finding and comparing answers: no exception, no hang
+rewards   the reward functions: no exception, no hang, each reward within its scale;
+          a wrong number is never paid, and a right one always
+report    reports of run directories: the page is well formed, and contains every completion as text
+console   texts for terminals and logs: no control character, no secret
+
+Prints inputs, seconds, the slowest input and failures per target. Each failure is printed with the
+seed that repeats it. Exits with 1 if there are failures. With `--atheris`, libFuzzer writes the
+texts for recipe or answers, guided by coverage (pip install atheris).
 """
 
 import argparse
@@ -31,82 +33,77 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from reliability import hostile_inputs  # noqa: E402
+from reliability import hostile_inputs
 
-# seconds for one input, or one report; a question that math-verify may think about takes 3 seconds
-# of its CPU time
-HANG = 60
+HANG = 60  # seconds for one input or one report; math-verify may take 3 seconds for a comparison
 
 
 class Hang(Exception):
-    pass
+    """An input took longer than HANG seconds."""
 
 
-# ---- targets: each takes a random generator, checks one input (or a batch) and returns how many it
-# checked
+# ---- targets: each takes a random generator, checks one input or a batch, and returns the number
+# of inputs checked
 
 
 def check_recipe(dice: random.Random) -> int:
+    """Checks one hostile recipe with hostile flags."""
     content, words = hostile_inputs.recipe(dice)
-    return recipe_text(content, words)
+    return check_recipe_text(content, words)
 
 
-def recipe_text(content: str, words: list[str]) -> int:
+def check_recipe_text(content: str, words: list[str]) -> int:
+    """Checks that a recipe is refused in sentences, or can be saved and read again."""
     from gtpo.errors import RecipeError
     from gtpo.recipe import command_line as cli
     from gtpo.recipe.batch import batch_plan
     from gtpo.recipe.yaml_text import write_yaml
 
-    with (
-        tempfile.TemporaryDirectory(
-            dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-        ) as folder,
-        _same_import_path(),
-    ):
+    in_memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=in_memory) as folder, _same_import_path():
         file = Path(folder, "recipe.yaml")
         file.write_text(content, encoding="utf-8", errors="surrogatepass", newline="")
         try:
             recipe = cli.make_recipe(cli.parse([str(file), *words]))
             batch_plan(recipe)
         except RecipeError as error:
-            assert str(error) and all(sentence.strip() for sentence in str(error).split("\n")), (
-                "an empty sentence"
-            )
+            assert all(line.strip() for line in str(error).split("\n")), "an empty line"
             assert len(str(error)) < 20_000, f"{len(str(error))} characters of error"
             return 1
         values, _ = recipe.saved()
         with file.open("w", encoding="utf-8") as stream:
             write_yaml(values, stream)
-        assert cli.read_recipe([str(file)]).saved()[0] == values, "the saved recipe is another one"
-        assert not re.search(r"[\x00-\x1f]", Path(recipe.output_dir()).name), (
-            "control characters in the run directory's name"
-        )
+        assert cli.read_recipe([str(file)]).saved()[0] == values, "the saved recipe differs"
+        name = Path(recipe.output_dir()).name
+        assert not re.search(r"[\x00-\x1f]", name), "control characters in the directory's name"
     return 1
 
 
 @contextlib.contextmanager
 def _same_import_path():
-    """Recipes make their folder importable: here, only for a while."""
+    """Undoes what a recipe does to the import path: its folder becomes importable."""
     before = list(sys.path)
     yield
     sys.path[:] = before
 
 
 def check_answers(dice: random.Random) -> int:
-    return answers_text(*hostile_inputs.answer_pair(dice), hostile_inputs.text(dice))
+    """Checks one pair of answers and one hostile text."""
+    return check_answer_texts(*hostile_inputs.answer_pair(dice), hostile_inputs.text(dice))
 
 
-def answers_text(one: str, other: str, text: str) -> int:
+def check_answer_texts(one: str, other: str, text: str) -> int:
+    """Checks the types and ranges of what the functions of gtpo.answers return."""
     from gtpo import answers, data
 
-    for found in (
+    for answer in (
         answers.gsm8k_answer(text),
         answers.boxed_answer(text),
         answers.reference_answer(text),
         data.any_reference(text),
         data.math_reference(text),
     ):
-        assert isinstance(found, str)
+        assert isinstance(answer, str)
     assert answers.final_answer(text) is None or isinstance(answers.final_answer(text), str)
     assert answers.format_score(text) in (0, 1, 1.5, 3, 10)
     assert answers.same_answer(one, other) in (True, False)
@@ -114,7 +111,7 @@ def answers_text(one: str, other: str, text: str) -> int:
     return 1
 
 
-SCALES = {
+SCALES = {  # the rewards that each function may pay
     "final_reward": {0, 1, 1.5, 3, 10, 20},
     "released_reward": {0, 1, 1.5, 10, 20},
     "formatting_penalty": {-10, -9, -8.5, -7, 0},
@@ -122,37 +119,27 @@ SCALES = {
 
 
 def check_rewards(dice: random.Random) -> int:
+    """Checks the reward functions on 16 wrong, 4 right and 12 malformed completions."""
     import reward_math
 
     if dice.random() < 0.7:
         value = hostile_inputs.number(dice)
         reference = hostile_inputs.written(dice, value)
-        wrong, same = (
-            [hostile_inputs.wrong_answer(dice, value, reference) for _ in range(16)],
-            hostile_inputs.written(dice, value),
-        )
+        wrong = [hostile_inputs.wrong_answer(dice, value, reference) for _ in range(16)]
+        same = hostile_inputs.written(dice, value)
     else:
-        reference, *others = (
-            dice.choice(hostile_inputs.EXPRESSIONS + hostile_inputs.WORDS),
-            *dice.sample(hostile_inputs.EXPRESSIONS, 5),
-        )
+        reference = dice.choice(hostile_inputs.EXPRESSIONS + hostile_inputs.WORDS)
+        others = dice.sample(hostile_inputs.EXPRESSIONS, 5)
         others = [other for other in others if other != reference]
-        wrong, same = (
-            [
-                dice.choice(hostile_inputs.WRONG).format(w=dice.choice(others), r=reference)
-                for _ in range(16)
-            ],
-            reference,
-        )
+        wrong = [
+            dice.choice(hostile_inputs.WRONG).format(w=dice.choice(others), r=reference)
+            for _ in range(16)
+        ]
+        same = reference
     wrong = [hostile_inputs.completion(dice, answer) for answer in wrong]
+    right_forms = hostile_inputs.RIGHT if same[-1].isdigit() else hostile_inputs.RIGHT[:-6]
     right = [
-        hostile_inputs.completion(
-            dice,
-            dice.choice(
-                hostile_inputs.RIGHT if same[-1].isdigit() else hostile_inputs.RIGHT[:-6]
-            ).format(r=same),
-        )
-        for _ in range(4)
+        hostile_inputs.completion(dice, dice.choice(right_forms).format(r=same)) for _ in range(4)
     ]
     odd = (
         [hostile_inputs.broken(dice, reference) for _ in range(4)]
@@ -165,24 +152,24 @@ def check_rewards(dice: random.Random) -> int:
         "answer": [hostile_reference(dice, reference)] * len(completions),
         "prompts": [i // 4 for i in range(len(completions))],
     }
-    paid = reward_math.final_reward(**columns)
-    for text, amount in zip(wrong, paid):
-        assert amount == 10, f"{amount} paid for {text!r} where {reference!r} is right"
-    for text, amount in zip(right, paid[len(wrong) :]):
-        assert amount == 20, f"{amount} paid for {text!r} where {reference!r} is right"
-    for text, amount in zip(odd[:4], paid[len(wrong) + len(right) :]):
-        assert amount < 10, f"{amount} paid for {text!r}, which is not well formed"
+    rewards = reward_math.final_reward(**columns)
+    for i, (text, reward) in enumerate(zip(completions, rewards, strict=True)):
+        paid = f"{reward} paid for {text!r} where {reference!r} is right"
+        if i < len(wrong):
+            assert reward == 10, paid
+        elif i < len(wrong) + len(right):
+            assert reward == 20, paid
+        elif i < len(wrong) + len(right) + 4:
+            assert reward < 10, f"{reward} paid for {text!r}, which is not well formed"
     for name, scale in SCALES.items():
         assert set(getattr(reward_math, name)(**columns)) <= scale, name
-    assert all(
-        amount == 0 or 5 <= amount <= 10
-        for amount in reward_math.scaled_adaptive_reward_func(**columns)
-    )
+    scaled = reward_math.scaled_adaptive_reward_func(**columns)
+    assert all(reward == 0 or 5 <= reward <= 10 for reward in scaled)
     return len(completions)
 
 
 def hostile_reference(dice: random.Random, reference: str) -> str:
-    """The reference, bare or as the data has it."""
+    """The reference by itself, or in the format of the datasets."""
     from gtpo.answers import format_reference
 
     return dice.choice(
@@ -194,10 +181,11 @@ def hostile_reference(dice: random.Random, reference: str) -> str:
     )
 
 
+FOREIGN = {"img", "iframe", "object", "embed", "form", "base"}  # elements that no report has
+
+
 class _Page(HTMLParser):
-    """What is in a page: its elements, their nesting, and the text of the data for the conflict
-    view.
-    """
+    """Collects a page's elements, errors in their nesting, and the data of the conflict view."""
 
     VOID = {"meta", "link", "input", "br", "img", "hr"}
 
@@ -233,6 +221,7 @@ class _Page(HTMLParser):
 
 
 def check_report(dice: random.Random, completions: int = 2048) -> int:
+    """Checks the page of one run directory with hostile texts in all its files."""
     from gtpo.errors import RecipeError
     from gtpo.report.page import render
     from gtpo.report.run_record import read_run
@@ -248,14 +237,8 @@ def check_report(dice: random.Random, completions: int = 2048) -> int:
         page.feed(html)
         page.close()
         assert not page.problems and not page.open, (page.problems[:3], page.open[:3])
-        assert page.elements.count("script") == 2 and not {
-            "img",
-            "iframe",
-            "object",
-            "embed",
-            "form",
-            "base",
-        } & set(page.elements), "an element that is not ours"
+        assert page.elements.count("script") == 2, "an injected script"
+        assert not FOREIGN & set(page.elements), "an injected element"
         view = json.loads(page.data)
         for shown in view.get("runs", ()):
             for step in shown["steps"]:
@@ -274,25 +257,24 @@ def _check_group(run, step: int, group: dict, texts: list[str]) -> None:
     }
     for row in group["rows"]:
         if "tokens" in row and row["left"] == row["length"]:
-            assert [texts[i] for i in row["tokens"]] == recorded[row["row"]].tokens, (
-                "other tokens than were recorded"
-            )
+            shown = [texts[i] for i in row["tokens"]]
+            assert shown == recorded[row["row"]].tokens, "tokens differ from those recorded"
 
 
 def check_console(dice: random.Random) -> int:
+    """Checks one hostile text with secrets in it."""
     from gtpo.system.safe_text import printable, without_secrets
 
     text, secret = hostile_inputs.text(dice), "".join(dice.choices("abcXYZ0189-_", k=12))
-    shown = printable(
-        without_secrets(f"{text}{secret}{text} hf_{'aZ09' * 8} {text}", {"MY_TOKEN": secret})
-    )
+    text = f"{text}{secret}{text} hf_{'aZ09' * 8} {text}"
+    shown = printable(without_secrets(text, {"MY_TOKEN": secret}))
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", shown), shown
     assert secret not in shown and "hf_aZ09" not in shown
     assert shown.encode("utf-8")
     return 1
 
 
-# what checks, and how many inputs
+# the function that checks, and the number of inputs
 TARGETS: dict[str, tuple[Callable[[random.Random], int], int]] = {
     "recipe": (check_recipe, 20_000),
     "answers": (check_answers, 100_000),
@@ -306,16 +288,26 @@ TARGETS: dict[str, tuple[Callable[[random.Random], int], int]] = {
 
 
 class Outcome(NamedTuple):
+    """What happened to the inputs of one target."""
+
     target: str
     inputs: int
     seconds: float
-    slowest: float  # seconds of one input, or batch
-    failures: list[tuple[int, str]]  # seed, what happened
+    slowest: float  # seconds of one input or batch
+    failures: list[tuple[int, str]]  # seed, error
+
+    def row(self) -> str:
+        """A row of the printed table."""
+        return (
+            f"{self.target:<10}{self.inputs:>9,}{self.seconds:>9.0f}{self.slowest:>9.2f}"
+            f"{len(self.failures):>10}"
+        )
 
 
 def run(target: str, inputs: int, seed: int, most_failures: int = 20) -> Outcome:
-    """Check `inputs` inputs of a target; each has a generator of its own, so that a failure can be
-    repeated by its seed.
+    """The outcome of `inputs` inputs of a target.
+
+    Each input or batch has a random generator of its own, whose seed repeats a failure.
     """
     check, _ = TARGETS[target]
     done, number, slowest, failures, began = 0, seed * 10**9, 0.0, [], time.monotonic()
@@ -324,7 +316,7 @@ def run(target: str, inputs: int, seed: int, most_failures: int = 20) -> Outcome
         try:
             with _alarm():
                 done += check(random.Random(number))
-        except Exception as error:  # that is what is looked for
+        except Exception as error:  # the program looks for these
             failures.append((number, f"{type(error).__name__}: {error}"[:600]))
             done += 1
         slowest = max(slowest, time.monotonic() - start)
@@ -333,7 +325,7 @@ def run(target: str, inputs: int, seed: int, most_failures: int = 20) -> Outcome
 
 
 def _warm_up(target: str) -> None:
-    """Imports, and the start of math-verify, are no part of an input's time."""
+    """Imports modules and starts math-verify, which are no part of an input's time."""
     with contextlib.suppress(Exception):
         TARGETS[target][0](random.Random(0))
     from gtpo.answers import same_answer
@@ -343,9 +335,7 @@ def _warm_up(target: str) -> None:
 
 @contextlib.contextmanager
 def _alarm():
-    """Raises Hang after HANG seconds; where not even that gets through, the process ends with a
-    traceback.
-    """
+    """Raises Hang after HANG seconds; if that is not enough, ends the process with a traceback."""
 
     def hang(*_):
         raise Hang(f"no answer in {HANG} s")
@@ -361,7 +351,7 @@ def _alarm():
 
 
 def run_atheris(target: str, inputs: int, seed: int) -> None:
-    """libFuzzer's loop; it ends the process by itself."""
+    """Runs libFuzzer's loop, which ends the process by itself."""
     import atheris
 
     with atheris.instrument_imports(include=["gtpo", "ruamel.yaml"]):
@@ -371,31 +361,18 @@ def run_atheris(target: str, inputs: int, seed: int) -> None:
     def one_input(data: bytes) -> None:
         text = data.decode("utf-8", "replace")
         if target == "recipe":
-            recipe_text(text, [])
+            check_recipe_text(text, [])
         else:
-            answers_text(text[: len(text) // 2], text[len(text) // 2 :], text)
+            check_answer_texts(text[: len(text) // 2], text[len(text) // 2 :], text)
 
     with tempfile.TemporaryDirectory() as corpus:
         Path(corpus, "recipe").write_text(hostile_inputs.RECIPE)
         for i, answer in enumerate(hostile_inputs.ANSWERS):
-            Path(corpus, str(i)).write_text(
-                answer * 2
-                if target == "answers"
-                else f"{hostile_inputs.RECIPE}run_name: {answer}\n"
-            )
-        atheris.Setup(
-            [
-                sys.argv[0],
-                f"-runs={inputs}",
-                f"-seed={seed}",
-                f"-timeout={HANG}",
-                "-max_len=2000",
-                "-verbosity=0",
-                "-print_final_stats=1",
-                corpus,
-            ],
-            one_input,
-        )
+            in_recipe = f"{hostile_inputs.RECIPE}run_name: {answer}\n"
+            Path(corpus, str(i)).write_text(answer * 2 if target == "answers" else in_recipe)
+        flags = [f"-runs={inputs}", f"-seed={seed}", f"-timeout={HANG}", "-max_len=2000"]
+        flags += ["-verbosity=0", "-print_final_stats=1"]
+        atheris.Setup([sys.argv[0], *flags, corpus], one_input)
         atheris.Fuzz()
 
 
@@ -408,14 +385,16 @@ def main() -> int:
         nargs="*",
         choices=[*TARGETS, []],
         metavar="TARGET",
-        help=f"{', '.join(TARGETS)}; all of them by default",
+        help=f"{', '.join(TARGETS)} (default: all)",
     )
     parser.add_argument(
-        "--inputs", type=int, help="inputs per target, instead of each one's own number"
+        "--inputs", type=int, help="inputs per target (default: a number for each target)"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
-        "--atheris", action="store_true", help="coverage-guided, one target: recipe or answers"
+        "--atheris",
+        action="store_true",
+        help="fuzz one target guided by coverage: recipe or answers",
     )
     options = parser.parse_args()
     if options.atheris:
@@ -425,17 +404,18 @@ def main() -> int:
     for target in options.targets or TARGETS:
         _warm_up(target)
         outcomes.append(outcome := run(target, options.inputs or TARGETS[target][1], options.seed))
-        print(
-            f"{target:<10}{outcome.inputs:>9,}{outcome.seconds:>9.0f}{outcome.slowest:>9.2f}{len(outcome.failures):>10}",
-            flush=True,
-        )
+        print(outcome.row(), flush=True)
         for number, what in outcome.failures:
             print(f"    random.Random({number}): {what}", flush=True)
-    failures = sum(len(outcome.failures) for outcome in outcomes)
-    print(
-        f"{'all':<10}{sum(o.inputs for o in outcomes):>9,}{sum(o.seconds for o in outcomes):>9.0f}{max(o.slowest for o in outcomes):>9.2f}{failures:>10}"
+    total = Outcome(
+        "all",
+        sum(outcome.inputs for outcome in outcomes),
+        sum(outcome.seconds for outcome in outcomes),
+        max(outcome.slowest for outcome in outcomes),
+        [failure for outcome in outcomes for failure in outcome.failures],
     )
-    return 1 if failures else 0
+    print(total.row())
+    return 1 if total.failures else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Hostile input, made from a random generator: texts, recipes, answers that are wrong or right,
-completions, run directories.
+"""Makes hostile input from a random generator.
 
-Used by fuzz.py and tests/test_fuzz.py. The same generator state gives the same input.
+It makes texts, recipes, wrong and right answers, completions and run directories. fuzz.py and
+tests/test_fuzz.py use it. The same generator state gives the same input.
 """
 
 import json
@@ -9,185 +9,58 @@ import random
 from fractions import Fraction
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
 TAGS = ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
+# fmt: off
 PIECES = [
-    *TAGS,
-    "<ANSWER>",
-    "< answer>",
-    "<answer >",
-    "&lt;answer&gt;",
-    "<reasoning><answer>",
-    "</answer></answer>",
-    "<script>window.hacked=1</script>",
-    "</script>",
-    "<!--",
-    "-->",
-    "]]>",
-    "<img src=x onerror=alert(1)>",
-    '" onmouseover="x',
-    "'><svg/onload=x>",
-    "javascript:alert(1)",
-    "{{ 7*7 }}",
-    "{% for x in y %}",
-    "${x}",
-    "%s%n",
-    "\\",
-    "\\\\",
-    "\\u0000",
-    "\\boxed{",
-    "\\boxed{5}",
-    "\\fbox 7",
-    "\\frac{1}{2}",
-    "\\frac1",
-    "\\sqrt",
-    "\\text{",
-    "\\left(",
-    "\\begin{pmatrix}1&2\\end{pmatrix}",
-    "{",
-    "}",
-    "}}}}",
-    "{{{{",
-    "(",
-    ")",
-    "[",
-    "]",
-    "$",
-    "$$",
-    "####",
-    "###",
-    "# ",
-    "^",
-    "_",
-    "^{^{",
-    "9^9^9",
-    "9" * 50,
-    "1e999",
-    "0/0",
-    "1/0",
-    "-",
-    "--",
-    "+",
-    "=",
-    "≤",
-    "%",
-    "!",
-    "!!",
-    ",",
-    ".",
-    "..",
-    "1,2,3",
-    "1,200",
-    "3.14",
-    "½",
-    "∞",
-    "-0",
-    "nan",
-    "inf",
-    "None",
-    "null",
-    "true",
-    "x",
-    "\\pi",
-    "π",
-    "²",
-    "１８",
-    "٣",
-    "१",
-    "Ⅷ",
-    "\u200b",
-    "\u202e",
-    "\u2066",
-    "\ufeff",
-    "\u2028",
-    "\u0085",
-    "\x00",
-    "\x1b[2J",
-    "\x1b]0;t\x07",
-    "\r",
-    "\n",
-    "\t",
-    "\x7f",
-    "\x9b",
-    "e\u0301" * 3,
-    "𝄞",
-    "👩‍👩‍👧",
-    "\ufffd",
-    "\U0010ffff",
-    " ",
-    "  ",
-    "a",
-    "or",
-    "and",
-    "not",
-    "answer",
-    "5",
-    "18",
+    *TAGS, "<ANSWER>", "< answer>", "<answer >", "&lt;answer&gt;", "<reasoning><answer>",
+    "</answer></answer>", "<script>window.hacked=1</script>", "</script>", "<!--", "-->", "]]>",
+    "<img src=x onerror=alert(1)>", '" onmouseover="x', "'><svg/onload=x>", "javascript:alert(1)",
+    "{{ 7*7 }}", "{% for x in y %}", "${x}", "%s%n", "\\", "\\\\", "\\u0000", "\\boxed{",
+    "\\boxed{5}", "\\fbox 7", "\\frac{1}{2}", "\\frac1", "\\sqrt", "\\text{", "\\left(",
+    "\\begin{pmatrix}1&2\\end{pmatrix}", "{", "}", "}}}}", "{{{{", "(", ")", "[", "]", "$", "$$",
+    "####", "###", "# ", "^", "_", "^{^{", "9^9^9", "9" * 50, "1e999", "0/0", "1/0", "-", "--", "+",
+    "=", "≤", "%", "!", "!!", ",", ".", "..", "1,2,3", "1,200", "3.14", "½", "∞", "-0", "nan",
+    "inf", "None", "null", "true", "x", "\\pi", "π", "²", "１８", "٣", "१", "Ⅷ", "\u200b", "\u202e",
+    "\u2066", "\ufeff", "\u2028", "\u0085", "\x00", "\x1b[2J", "\x1b]0;t\x07", "\r", "\n", "\t",
+    "\x7f", "\x9b", "e\u0301" * 3, "𝄞", "👩‍👩‍👧", "\ufffd", "\U0010ffff", " ", "  ", "a", "or",
+    "and", "not", "answer", "5", "18",
 ]
 LONG = [
-    "(",
-    "{",
-    "\\frac{",
-    "<answer>",
-    "9",
-    " ",
-    "\n",
-    "\\boxed{",
-    "^2",
-    "a",
-    "-",
-    "1,",
-    "$",
-    "\\",
-    "[",
-    "x+",
-    "!",
-    "\\sqrt",
-    "#",
-    "<",
-    "e\u0301",
-    "1 ",
-    "=",
-    "%",
+    "(", "{", "\\frac{", "<answer>", "9", " ", "\n", "\\boxed{", "^2", "a", "-", "1,", "$", "\\",
+    "[", "x+", "!", "\\sqrt", "#", "<", "e\u0301", "1 ", "=", "%",
 ]
+# fmt: on
 
 
 def text(dice: random.Random, pieces: int = 12) -> str:
-    """A few pieces and random characters; one in forty has a piece repeated up to 20,000 times."""
+    """Up to `pieces` hostile pieces and random characters.
+
+    One text in forty repeats a piece up to 20,000 times.
+    """
     parts = [
         dice.choice(PIECES) if dice.random() < 0.8 else chr(_code(dice))
         for _ in range(dice.randrange(pieces))
     ]
     if dice.random() < 1 / 40:
-        parts.insert(
-            dice.randrange(len(parts) + 1), dice.choice(LONG) * int(10 ** dice.uniform(1, 4.3))
-        )
+        place = dice.randrange(len(parts) + 1)
+        parts.insert(place, dice.choice(LONG) * int(10 ** dice.uniform(1, 4.3)))
     return "".join(parts)
 
 
 def _code(dice: random.Random) -> int:
-    """Any code point but half of a surrogate pair, which no decoded completion holds."""
-    code = dice.choice(
-        [
-            dice.randrange(128),
-            dice.randrange(0x800),
-            dice.randrange(0x10000),
-            dice.randrange(0x110000),
-        ]
-    )
+    """A code point. It is no surrogate, because no decoded completion contains one."""
+    sizes = (128, 0x800, 0x10000, 0x110000)
+    code = dice.choice([dice.randrange(size) for size in sizes])
     return code if not 0xD800 <= code < 0xE000 else 0xFFFD
 
 
 def mutated(dice: random.Random, seed: str, times: int = 4) -> str:
-    """`seed` with a few pieces cut out, doubled, replaced or put in."""
+    """`seed` with a few pieces removed, doubled, replaced or inserted."""
     for _ in range(dice.randrange(1, times + 1)):
         a, b = sorted(dice.randrange(len(seed) + 1) for _ in range(2))
         b = min(b, a + 30)
-        seed = (
-            seed[:a]
-            + dice.choice(["", seed[a:b] * 2, text(dice, 3), text(dice, 3) + seed[a:b]])
-            + seed[b:]
-        )
+        middle = dice.choice(["", seed[a:b] * 2, text(dice, 3), text(dice, 3) + seed[a:b]])
+        seed = seed[:a] + middle + seed[b:]
     return seed
 
 
@@ -213,175 +86,46 @@ trainer:
 gtpo_runtime: {w_raw: 2.0, torch_compile_options: {trace.enabled: false}}
 evaluation: {limit: 20}
 """
+# fmt: off
 VALUES = [
-    "1e999",
-    "-1",
-    "0",
-    "1" * 400,
-    "9" * 5000,
-    ".nan",
-    "-.inf",
-    "0x",
-    "0b1",
-    "1_000",
-    "2001-01-01",
-    "2001-99-99",
-    "12:30:45",
-    "null",
-    "~",
-    "yes",
-    "[]",
-    "{}",
-    "[[]]",
-    "[1, [2, [3]]]",
-    "{a: {b: c}}",
-    "{1: 2}",
-    "{null: 1}",
-    "{[a]: 1}",
-    "? a",
-    "!!int x",
-    "!!float x",
-    "!!bool x",
-    "!!binary x",
-    "!!binary '%%'",
-    "!!set {a}",
-    "!!omap [a: 1]",
-    "!!pairs [a: 1]",
-    "!!str 5",
-    "!!null x",
-    "!!timestamp x",
-    "!!python/object/apply:os.system [x]",
-    "!x y",
-    "&a [*a]",
-    "*a",
-    "<<: *a",
-    "'a",
-    '"a',
-    "|\n a",
-    ">-\n a",
-    '"\\ud800"',
-    '"\\0"',
-    '"\\e[31m"',
-    "@",
-    "`",
-    "%",
-    "a.b",
-    "a:b",
-    "os.system",
-    "os.path",
-    "__main__.x",
-    "reward_math.nothing",
-    "gtpo.shaping",
-    "..a",
-    "a..b",
-    "é.x",
-    "/dev/null",
-    "../../x",
-    "hf_abcdefghijklmnopqrst",
-    "8/12",
-    "8/0",
-    "none",
-    "group",
-    "auto",
-    "wandb",
-    "[wandb, none]",
-    "constant",
-    "train[:0]",
-    "train[",
-    "test",
-    "-0.0",
-    "1e-400",
-    "true",
+    "1e999", "-1", "0", "1" * 400, "9" * 5000, ".nan", "-.inf", "0x", "0b1", "1_000", "2001-01-01",
+    "2001-99-99", "12:30:45", "null", "~", "yes", "[]", "{}", "[[]]", "[1, [2, [3]]]",
+    "{a: {b: c}}", "{1: 2}", "{null: 1}", "{[a]: 1}", "? a", "!!int x", "!!float x", "!!bool x",
+    "!!binary x", "!!binary '%%'", "!!set {a}", "!!omap [a: 1]", "!!pairs [a: 1]", "!!str 5",
+    "!!null x", "!!timestamp x", "!!python/object/apply:os.system [x]", "!x y", "&a [*a]", "*a",
+    "<<: *a", "'a", '"a', "|\n a", ">-\n a", '"\\ud800"', '"\\0"', '"\\e[31m"', "@", "`", "%",
+    "a.b", "a:b", "os.system", "os.path", "__main__.x", "reward_math.nothing", "gtpo.shaping",
+    "..a", "a..b", "é.x", "/dev/null", "../../x", "hf_abcdefghijklmnopqrst", "8/12", "8/0", "none",
+    "group", "auto", "wandb", "[wandb, none]", "constant", "train[:0]", "train[", "test", "-0.0",
+    "1e-400", "true",
 ]
 KEYS = [
-    "run_name",
-    "output_root",
-    "env",
-    "model",
-    "model_name",
-    "adapter",
-    "max_seq_length",
-    "max_prompt_length",
-    "lora_rank",
-    "lora_alpha",
-    "target_modules",
-    "chat_template",
-    "dataset",
-    "name",
-    "path",
-    "subset",
-    "subsets",
-    "split",
-    "system_instruction",
-    "training",
-    "learning_rate",
-    "warmup_ratio",
-    "num_generations",
-    "optimizer",
-    "optim",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "generation_batch_size",
-    "steps_per_generation",
-    "max_steps",
-    "num_train_epochs",
-    "report_to",
-    "beta",
-    "generation_kwargs",
-    "reward_weights",
-    "temperature",
-    "seed",
-    "lr_scheduler_type",
-    "output_dir",
-    "hub_token",
-    "trainer",
-    "class_path",
-    "reward_funcs",
-    "gtpo_runtime",
-    "torch_compile_options",
-    "ent_threshold",
-    "pad_id",
-    "evaluation",
-    "samples",
-    "every",
-    "watch",
-    "alarm",
-    "wandb",
-    "nonsense",
-    "<<",
-    "",
-    "a.b",
-    '"\\e[0m"',
+    "run_name", "output_root", "env", "model", "model_name", "adapter", "max_seq_length",
+    "max_prompt_length", "lora_rank", "lora_alpha", "target_modules", "chat_template", "dataset",
+    "name", "path", "subset", "subsets", "split", "system_instruction", "training", "learning_rate",
+    "warmup_ratio", "num_generations", "optimizer", "optim", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "generation_batch_size", "steps_per_generation", "max_steps",
+    "num_train_epochs", "report_to", "beta", "generation_kwargs", "reward_weights", "temperature",
+    "seed", "lr_scheduler_type", "output_dir", "hub_token", "trainer", "class_path", "reward_funcs",
+    "gtpo_runtime", "torch_compile_options", "ent_threshold", "pad_id", "evaluation", "samples",
+    "every", "watch", "alarm", "wandb", "nonsense", "<<", "", "a.b", '"\\e[0m"',
 ]
+# fmt: on
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 8)}]\n" for i in range(1, 10)
 )
+# fmt: off
 FLAGS = [
-    "--run-name",
-    "--model-name",
-    "--dataset-name",
-    "--dataset-subset",
-    "--dataset-split",
-    "--cuda",
-    "--training.max_steps",
-    "--training.generation_kwargs",
-    "--env.A",
-    "--gtpo-runtime.torch-compile-options.x.y",
-    "--model",
-    "--training.reward_weights",
-    "--trainer.reward_funcs",
-    "--dry-run",
-    "--overwrite=1",
-    "--",
-    "--=",
-    "--a.b.c",
-    "-x",
-    "x",
+    "--run-name", "--model-name", "--dataset-name", "--dataset-subset", "--dataset-split", "--cuda",
+    "--training.max_steps", "--training.generation_kwargs", "--env.A",
+    "--gtpo-runtime.torch-compile-options.x.y", "--model", "--training.reward_weights",
+    "--trainer.reward_funcs", "--dry-run", "--overwrite=1", "--", "--=", "--a.b.c", "-x", "x",
 ]
+# fmt: on
 
 
 def recipe(dice: random.Random) -> tuple[str, list[str]]:
-    """The text of a recipe file and the flags beside it."""
+    """The text of a recipe file, and the words of a command line."""
     kind, lines = dice.randrange(8), RECIPE.splitlines(keepends=True)
     if kind == 0:
         content = mutated(dice, RECIPE)
@@ -393,251 +137,115 @@ def recipe(dice: random.Random) -> tuple[str, list[str]]:
             for _ in range(dice.randrange(1, 8))
         )
     elif kind == 3:
-        content = RECIPE + dice.choice(
-            [
-                BOMB,
-                "training: *a\n",
-                "x: [" + "[" * int(10 ** dice.uniform(0, 3.5)),
-                f"a: {text(dice)}\n",
-            ]
-        )
+        nested = "x: [" + "[" * int(10 ** dice.uniform(0, 3.5))
+        content = RECIPE + dice.choice([BOMB, "training: *a\n", nested, f"a: {text(dice)}\n"])
     else:
         for _ in range(dice.randrange(1, 4)):
             place = dice.randrange(len(lines))
-            key = (
-                lines[place].partition(":")[0] if dice.random() < 0.7 else "  " + dice.choice(KEYS)
-            )
+            present = dice.random() < 0.7
+            key = lines[place].partition(":")[0] if present else "  " + dice.choice(KEYS)
             value = dice.choice(VALUES) if dice.random() < 0.8 else text(dice, 4)
             lines[place : place + dice.randrange(2)] = [f"{key}: {value}\n"]
         content = "".join(lines)
     words = []
     for _ in range(dice.choice([0, 0, 0, 1, 2])):
-        words += [
-            dice.choice(FLAGS),
-            *([dice.choice([*VALUES, text(dice, 3)])] if dice.random() < 0.8 else []),
-        ]
+        words.append(dice.choice(FLAGS))
+        if dice.random() < 0.8:
+            words.append(dice.choice([*VALUES, text(dice, 3)]))
     return content, words
 
 
 # ---- answers
 
+# fmt: off
 ANSWERS = [
-    "18",
-    "1,200",
-    "-5",
-    "0.5",
-    "\\frac{1}{2}",
-    "\\frac12",
-    "1\\frac{1}{2}",
-    "3\\sqrt{2}",
-    "x=5",
-    "(1,2)",
-    "[0,1)",
-    "\\{1,2\\}",
-    "50\\%",
-    "\\$18",
-    "18 dollars",
-    "90^\\circ",
-    "\\pi",
-    "2\\pi r",
-    "x^2+1",
-    "\\text{Monday}",
-    "\\text{(B)}",
-    "12_5",
-    "1.5 \\times 10^3",
-    "\\infty",
-    "(-\\infty, 3]",
-    "\\begin{pmatrix}1\\\\2\\end{pmatrix}",
-    "5:30",
-    "2 million",
-    "7!",
+    "18", "1,200", "-5", "0.5", "\\frac{1}{2}", "\\frac12", "1\\frac{1}{2}", "3\\sqrt{2}", "x=5",
+    "(1,2)", "[0,1)", "\\{1,2\\}", "50\\%", "\\$18", "18 dollars", "90^\\circ", "\\pi", "2\\pi r",
+    "x^2+1", "\\text{Monday}", "\\text{(B)}", "12_5", "1.5 \\times 10^3", "\\infty",
+    "(-\\infty, 3]", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "5:30", "2 million", "7!",
 ]
-# no two of one value
-EXPRESSIONS = [
-    "\\sqrt{2}",
-    "3\\sqrt{5}",
-    "2\\pi",
-    "x^2+1",
-    "\\frac{\\sqrt{3}}{2}",
-    "1+i",
-    "e^3",
-    "2x-7",
-    "\\log 2",
-    "n^2",
-    "\\frac{\\pi}{4}",
+EXPRESSIONS = [  # no two have the same value
+    "\\sqrt{2}", "3\\sqrt{5}", "2\\pi", "x^2+1", "\\frac{\\sqrt{3}}{2}", "1+i", "e^3", "2x-7",
+    "\\log 2", "n^2", "\\frac{\\pi}{4}",
 ]
+# fmt: on
 WORDS = ["Monday", "\\text{Evelyn}", "\\text{(B)}"]
 
 
 def answer_pair(dice: random.Random) -> tuple[str, str]:
     """An answer and a reference, each real, mutated or hostile."""
-    one, other = (
-        dice.choice(
-            [
-                lambda: dice.choice(ANSWERS),
-                lambda: mutated(dice, dice.choice(ANSWERS), 2),
-                lambda: text(dice, 8),
-            ]
-        )()
-        for _ in range(2)
-    )
+    kinds = [
+        lambda: dice.choice(ANSWERS),
+        lambda: mutated(dice, dice.choice(ANSWERS), 2),
+        lambda: text(dice, 8),
+    ]
+    one, other = (dice.choice(kinds)() for _ in range(2))
     return one, dice.choice([other, other, one])
 
 
 def number(dice: random.Random) -> Fraction:
+    """An integer or a short decimal, of any size up to 10 million."""
     size = dice.choice([10, 100, 10_000, 10**7])
     value = Fraction(dice.randrange(-size if dice.random() < 0.2 else 0, size))
     return value if dice.random() < 0.7 else value / dice.choice([2, 4, 5, 10, 100])
 
 
 def written(dice: random.Random, value: Fraction) -> str:
-    """A plain way to write `value`."""
+    """`value` in one of several plain notations."""
     if value.denominator == 1:
-        return dice.choice(
-            [str(value), f"{int(value):,}", str(value), f"{int(value)}.0", f"\\text{{{value}}}"]
-        )
+        plain, grouped, decimal = str(value), f"{int(value):,}", f"{int(value)}.0"
+        return dice.choice([plain, grouped, plain, decimal, f"\\text{{{value}}}"])
+    above, below = value.numerator, value.denominator
     decimal = f"{float(value):.4f}".rstrip("0")
-    return dice.choice(
-        [
-            decimal,
-            f"{value.numerator}/{value.denominator}",
-            f"\\frac{{{value.numerator}}}{{{value.denominator}}}",
-            decimal,
-        ]
-    )
+    return dice.choice([decimal, f"{above}/{below}", f"\\frac{{{above}}}{{{below}}}", decimal])
 
 
-RIGHT = [
-    "{r}",
-    " {r} ",
-    "\n{r}\n",
-    "${r}$",
-    "\\boxed{{{r}}}",
-    "**{r}**",
-    "{r}.",
-    "x = {r}",
-    "\\(\\boxed{{{r}}}\\)",
-    "\u200b{r}",
-    "={r}",
-    # the last six: for numbers
-    "{r} apples",
-    "the sum = {r}",
-    "{r} = x",
-    "f(2) = {r}",
-    "x = {r} = {r}",
-    "a+b = {r}",
+# fmt: off
+RIGHT = [  # {r} is the reference; the last six are for numbers
+    "{r}", " {r} ", "\n{r}\n", "${r}$", "\\boxed{{{r}}}", "**{r}**", "{r}.", "x = {r}",
+    "\\(\\boxed{{{r}}}\\)", "\u200b{r}", "={r}", "{r} apples", "the sum = {r}", "{r} = x",
+    "f(2) = {r}", "x = {r} = {r}", "a+b = {r}",
 ]
 WRONG = [  # {w} is a number that differs from the reference {r}
-    "{w}",
-    "${w}$",
-    "\\boxed{{{w}}}",
-    "**{w}**",
-    "{w} dollars",
-    "x = {w}",
-    "{w} or {r}",
-    "{r} or {w}",
-    "{r}, {w}",
-    "{w}, {r}",
-    "({w}, {r})",
-    "({r},{w})",
-    "[{w}, {r}]",
-    "\\{{{w}, {r}\\}}",
-    "{w} = {r}",
-    "{r} = {w}",
-    "x = {w} = {r}",
-    "{w}={w}={r}",
-    "{r} \\neq {w}",
-    "not {r}",
-    "{w} < {r}",
-    "{r} < x",
-    "x > {r}",
-    "\\boxed{{{w}}} \\boxed{{{r}}}",
-    "\\boxed{{{r}}}, \\boxed{{{w}}}",
-    "\\text{{{r} or }} {w}",
-    "{r}; {w}",
-    "{r}|{w}",
-    "{r} \\cup {w}",
-    "{r}\n{w}",
-    "{w}\n\n{r}",
-    "{r} {w}",
-    "{w} {r}",
-    "{r}\\\\{w}",
-    "{r}\u2028{w}",
-    "{r}\x00{w}",
-    "\x1b[8m{w}\x1b[0m{r}",
-    "{r}\u202e{w}",
-    "answer: {w} (or {r})",
-    "<b>{w}</b>",
-    "<!--{w}-->{r}",
-    "{r}<!--{w}-->",
-    '{{"answer": {r}, "other": {w}}}',
-    "${r}$ ${w}$",
-    "{r}$ or ${w}",
-    "{r} to {w}",
-    "{w} to {r}",
-    "{r}-{w}-{r}",
-    "{r}...{w}",
-    "{r}\\ldots {w}",
-    "{r}\\pm {w}",
-    "{w} \\pm {r}",
-    "\\min({r}, {w}) or \\max({r}, {w})",
-    "{r} and {w}",
-    "either {r} or {w}",
-    "{w}% = {r}",
-    "{r}x",
-    "{r}x + {w}",
-    "{r}i",
-    "{r}!!!!",
-    "x \\in [{w}, {r}]",
-    "f({r}) = {w}",
-    "\\infty",
-    "",
-    "?",
-    "all",
-    "\\emptyset",
-    "\\mathbb{{R}}",
-    "nan",
-    "{r}/0",
+    "{w}", "${w}$", "\\boxed{{{w}}}", "**{w}**", "{w} dollars", "x = {w}", "{w} or {r}",
+    "{r} or {w}", "{r}, {w}", "{w}, {r}", "({w}, {r})", "({r},{w})", "[{w}, {r}]",
+    "\\{{{w}, {r}\\}}", "{w} = {r}", "{r} = {w}", "x = {w} = {r}", "{w}={w}={r}", "{r} \\neq {w}",
+    "not {r}", "{w} < {r}", "{r} < x", "x > {r}", "\\boxed{{{w}}} \\boxed{{{r}}}",
+    "\\boxed{{{r}}}, \\boxed{{{w}}}", "\\text{{{r} or }} {w}", "{r}; {w}", "{r}|{w}",
+    "{r} \\cup {w}", "{r}\n{w}", "{w}\n\n{r}", "{r} {w}", "{w} {r}", "{r}\\\\{w}", "{r}\u2028{w}",
+    "{r}\x00{w}", "\x1b[8m{w}\x1b[0m{r}", "{r}\u202e{w}", "answer: {w} (or {r})", "<b>{w}</b>",
+    "<!--{w}-->{r}", "{r}<!--{w}-->", '{{"answer": {r}, "other": {w}}}', "${r}$ ${w}$",
+    "{r}$ or ${w}", "{r} to {w}", "{w} to {r}", "{r}-{w}-{r}", "{r}...{w}", "{r}\\ldots {w}",
+    "{r}\\pm {w}", "{w} \\pm {r}", "\\min({r}, {w}) or \\max({r}, {w})", "{r} and {w}",
+    "either {r} or {w}", "{w}% = {r}", "{r}x", "{r}x + {w}", "{r}i", "{r}!!!!", "x \\in [{w}, {r}]",
+    "f({r}) = {w}", "\\infty", "", "?", "all", "\\emptyset", "\\mathbb{{R}}", "nan", "{r}/0",
     "\\frac{{{r}}}{{0}}",
 ]
+# fmt: on
 
 
 def wrong_answer(dice: random.Random, value: Fraction, reference: str) -> str:
-    """A hostile wrapping of a number that is not `value`; it may well contain the reference."""
+    """A hostile form around a number that differs from `value`; it may contain the reference."""
     other = value
     while abs(other) == abs(value):
-        other = dice.choice(
-            [
-                number(dice),
-                value + dice.choice([-1, 1]),
-                value * 10,
-                value + Fraction(1, 100),
-                value * 1000 + 1,
-                -value + 1,
-                10 - value,
-            ]
-        )
-    wrapping = dice.choice(
-        [
-            w
-            for w in WRONG
-            if value or w not in ("{r}x", "{r}i", "{r}x + {w}", "{w} \\pm {r}", "{r}!!!!")
-        ]
-    )
-    return wrapping.format(w=written(dice, other), r=reference)
+        numbers = [number(dice), value + dice.choice([-1, 1])]
+        numbers += [value * 10, value + Fraction(1, 100), value * 1000 + 1, -value + 1, 10 - value]
+        other = dice.choice(numbers)
+    equal_at_zero = ("{r}x", "{r}i", "{r}x + {w}", "{w} \\pm {r}", "{r}!!!!")
+    form = dice.choice([form for form in WRONG if value or form not in equal_at_zero])
+    return form.format(w=written(dice, other), r=reference)
 
 
 def completion(dice: random.Random, answer: str) -> str:
-    """A completion in perfect format with `answer` in its answer block, unless that holds tags."""
-    return (
-        dice.choice(["", "Sure!\n", "x"])
-        + f"<reasoning>\n{dice.choice(['', 'so', '18', chr(92) + 'boxed{18}'])}\n</reasoning>\n<answer>{answer}</answer>"
-        + dice.choice(["", "\n", " "])
-    )
+    """A completion in perfect format around `answer`, unless `answer` contains tags."""
+    before = dice.choice(["", "Sure!\n", "x"])
+    thought = dice.choice(["", "so", "18", "\\boxed{18}"])
+    after = dice.choice(["", "\n", " "])
+    return f"{before}<reasoning>\n{thought}\n</reasoning>\n<answer>{answer}</answer>{after}"
 
 
 def broken(dice: random.Random, answer: str) -> str:
-    """A completion whose format is not perfect, with the right answer in many places."""
+    """A completion in a format that is not perfect, with the right answer somewhere."""
     return dice.choice(
         [
             f"<answer>{answer}</answer>",
@@ -690,9 +298,7 @@ def completion_line(dice: random.Random, step: int, group: int, row: int) -> dic
 
 
 def write_run(dice: random.Random, folder: Path, completions: int) -> None:
-    """A run directory full of hostile texts; in one of four some of its files are damaged as
-    well.
-    """
+    """Writes a run directory full of hostile texts; in one of four, some files are damaged."""
     (folder / "evaluation").mkdir(parents=True)
     name = text(dice, 4).replace("\x00", "")
     values = {
@@ -702,15 +308,12 @@ def write_run(dice: random.Random, folder: Path, completions: int) -> None:
         "training": {"learning_rate": 1e-4},
     }
     (folder / "recipe.yaml").write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
-    (folder / "versions.json").write_text(
-        json.dumps({text(dice, 2): text(dice, 2), "commit": text(dice, 2)})
-    )
-    lines = [
-        json.dumps(
-            completion_line(dice, 1 + i // 64, i // 8 % 8, i % 8), ensure_ascii=dice.random() < 0.5
-        )
-        for i in range(completions)
-    ]
+    versions = {text(dice, 2): text(dice, 2), "commit": text(dice, 2)}
+    (folder / "versions.json").write_text(json.dumps(versions))
+    lines = []
+    for i in range(completions):
+        line = completion_line(dice, step=1 + i // 64, group=i // 8 % 8, row=i % 8)
+        lines.append(json.dumps(line, ensure_ascii=dice.random() < 0.5))
     if dice.random() < 0.25:
         lines = [mutated(dice, line, 1) if dice.random() < 0.02 else line for line in lines]
     (folder / "completions.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -749,9 +352,6 @@ def write_run(dice: random.Random, folder: Path, completions: int) -> None:
         "".join(json.dumps(line) + "\n" for line in [{"header": header}, *rows])
     )
     if dice.random() < 0.25:
-        file = dice.choice(
-            ["versions.json", "trainer_state.json", "evaluation/before.jsonl", "recipe.yaml"]
-        )
-        (folder / file).write_text(
-            mutated(dice, (folder / file).read_text(encoding="utf-8"), 2), encoding="utf-8"
-        )
+        names = ["versions.json", "trainer_state.json", "evaluation/before.jsonl", "recipe.yaml"]
+        file = folder / dice.choice(names)
+        file.write_text(mutated(dice, file.read_text(encoding="utf-8"), 2), encoding="utf-8")
