@@ -1,1 +1,1 @@
-"""Trainers chosen by dotted path: the GRPO baseline, the released variant, and yours."""
+"""Trainers that a recipe names by dotted path: the GRPO baseline, two variants, and your own."""

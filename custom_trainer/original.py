@@ -1,11 +1,7 @@
-"""The GRPO baseline: TRL's trainer (or the one Unsloth generates from it) under the name recipes
-use.
-"""
+"""The GRPO baseline under the name that recipes use: TRL's trainer, or Unsloth's version of it."""
 
 import trl
 
 
 class UnslothGRPOTrainer(trl.GRPOTrainer):
-    """GRPO, unchanged: the baseline to compare GTPO with. Knows neither token weights nor the
-    entropy filter.
-    """
+    """GRPO unchanged, to compare GTPO with: it has no token weights and no entropy filter."""

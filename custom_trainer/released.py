@@ -1,10 +1,14 @@
 """GTPO as the authors' released code computes it, for people who must reproduce its logs.
 
-It differs from the paper: the loss is summed over the group, each completion's loss is divided by
-the length of its longer run, the overlap of both runs gets the weight squared, and the gate never
-looks at the initial entropy. The trainer reproduces these four. The pure functions below also
-reproduce how padding and PAD_ID enter the released tables; they exist to be held against the golden
-cases, and nothing else should use them.
+The released code differs from the paper in four ways, which the trainer here reproduces:
+
+- the loss is summed over the group instead of averaged;
+- each completion's loss is divided by the length of its longer run;
+- a token in both runs gets W_RAW squared;
+- delta ignores the initial entropy.
+
+The pure functions below also reproduce how padding and PAD_ID enter the released tables. They exist
+for tests against the golden cases. Nothing else should use them.
 """
 
 import torch
@@ -14,43 +18,46 @@ from gtpo import gtpo_training, shaping
 
 
 class ReleasedGTPOTrainer(gtpo_training.UnslothGTPOTrainer):
-    """The only changes: W_RAW squared on overlaps, a division by the longer run, a sum over the
-    group, a gate always on.
-    """
+    """The only changes are the four that the head of this file lists."""
 
     def token_weights(self, rollout: dict[str, Tensor]) -> Tensor:
+        """lambda, (N, T), with the division by the longer run and the sum over the group."""
         prefix, suffix = rollout["prefix"], rollout["suffix"]
         on_prefix = shaping.token_weights(prefix, rollout["advantages"], gtpo_training.W_RAW)
         on_suffix = shaping.token_weights(suffix, rollout["advantages"], gtpo_training.W_RAW)
         longer_run = torch.maximum(prefix.sum(1), suffix.sum(1)).clamp(min=1)  # (N,)
-        # The parent averages over completions; a factor G turns the mean over a group into its sum.
+        # The parent averages over the G completions of a group, so a factor G makes it a sum.
         return on_prefix * on_suffix / longer_run.unsqueeze(1) * self.num_generations
 
     def keep(self, completion_entropy: Tensor) -> Tensor:
+        """delta, bool (B,), as if the initial entropy were never above the threshold."""
         return shaping.entropy_filter(completion_entropy, None, gtpo_training.ENT_THRESHOLD)
 
 
 def released_conflicts(
     ids: Tensor, mask: Tensor, advantages: Tensor, *, pad_id: int, vocab_size: int, weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The released code's token weights (G, T), its `conflict_mask` (G, T) and its `n_conflict`
-    (G,).
+    """The released token weights and `conflict_mask`, both (G, T), and `n_conflict`, (G,).
 
-    Padding votes, an id beyond `vocab_size` collides with the next position, tokens with id
-    `pad_id` are not marked (in the suffix run: those whose mirrored place holds it), and
-    `conflict_mask` draws the suffix run in mirrored columns.
+    `ids` and `mask` are (G, T), `advantages` is (G,). The released code differs from the paper in
+    these places:
+
+    - padding votes;
+    - an id of `vocab_size` or more collides with the next position;
+    - a token with id `pad_id` is not marked; for the suffix run, the id at the mirrored place
+      decides;
+    - `conflict_mask` draws the suffix run in mirrored columns.
     """
     length = ids.shape[1]
     columns = torch.arange(length)
-    # (G, T): columns counted from the last token
+    # (G, T): the column as far from the last token as this one is from the first
     mirrored = (mask.sum(1, keepdim=True) - 1 - columns) % max(length, 1)
 
     prefix = _run(ids, columns, advantages, vocab_size) & (ids != pad_id)
-    # The mirrored table numbers its columns from the right end, and the id at the *unmirrored*
-    # place decides.
-    mirrored_suffix = _run(ids.gather(1, mirrored), columns.flip(0), advantages, vocab_size) & (
-        ids != pad_id
-    )
+    # The mirrored table numbers its columns from the right end. The released code looks for
+    # `pad_id` at the unmirrored place.
+    mirrored_suffix = _run(ids.gather(1, mirrored), columns.flip(0), advantages, vocab_size)
+    mirrored_suffix = mirrored_suffix & (ids != pad_id)
     suffix = mirrored_suffix.gather(1, mirrored)
 
     weights = shaping.token_weights(prefix, advantages, weight) * shaping.token_weights(
@@ -73,10 +80,11 @@ def released_loss(
     threshold: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The released loss per completion (G,), with its entropies, gate and coefficients; the loss is
-    their sum.
+    """The released loss, entropy, gate and coefficient of each completion, all (G,).
 
-    `logps` (G, T) are the chosen tokens' log-probs, `log_probs` (G, T, V) all of them.
+    The loss of the group is the sum of the first. `logps` are the log-probs of the chosen tokens,
+    (G, T), and `log_probs` those of all tokens, (G, T, V). `mask` and `weights` are (G, T);
+    `advantages` and `n_conflict` are (G,). `scale` is gamma; `threshold` is in nats.
     """
     probs = log_probs.detach().exp()
     entropy = shaping.mean_entropy(-(probs * probs.clamp(min=eps).log()).sum(-1), mask)
@@ -90,9 +98,11 @@ def released_loss(
 
 
 def _run(ids: Tensor, columns: Tensor, advantages: Tensor, vocab_size: int) -> Tensor:
-    """The longest start of positions whose key, column x vocab_size + id, some positive and some
-    negative row hold.
+    """The leading run of conflicting positions of each row, bool (G, T).
+
+    A position conflicts if its key, column x vocab_size + id, is held by a positive row and by a
+    negative one.
     """
     keys = columns * vocab_size + ids
-    held = torch.isin(keys, keys[advantages > 0]) & torch.isin(keys, keys[advantages < 0])
-    return (held & (advantages != 0).unsqueeze(1)).long().cumprod(dim=1).bool()
+    shared = torch.isin(keys, keys[advantages > 0]) & torch.isin(keys, keys[advantages < 0])
+    return (shared & (advantages != 0).unsqueeze(1)).long().cumprod(dim=1).bool()
