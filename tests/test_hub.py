@@ -1,6 +1,4 @@
-"""A hub name is looked up shortly: in the cache, then with one request; each outcome is one
-sentence.
-"""
+"""A name on the hub is looked up with one short request, and each outcome is one sentence."""
 
 import httpx
 import huggingface_hub
@@ -15,14 +13,17 @@ from gtpo.system.hub import look_up
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """An empty cache, and a hub that answers as told."""
+    """An empty cache, and a function that sets the hub's answer: file names, or an error.
+
+    The function returns the list of requests, which grows as they come.
+    """
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    asked = []
+    requests = []
 
     def answer(outcome):
         def info(self, name, timeout):
-            asked.append((name, timeout))
+            requests.append((name, timeout))
             if isinstance(outcome, Exception):
                 raise outcome
             return huggingface_hub.ModelInfo(
@@ -33,7 +34,7 @@ def hub(monkeypatch, tmp_path):
 
         for method in ("model_info", "dataset_info"):
             monkeypatch.setattr(huggingface_hub.HfApi, method, info)
-        return asked
+        return requests
 
     return answer
 
@@ -46,40 +47,36 @@ def look(kind="model"):
     return look_up("model.model_name", "some/model", kind=kind, instead="a local folder")
 
 
-def test_what_the_hub_has_is_accepted_after_one_request(hub):
-    asked = hub(["config.json", "model.safetensors"])
-    assert look() == ["config.json", "model.safetensors"] and asked == [("some/model", 5)]
+def test_a_model_on_the_hub_is_accepted_after_one_request(hub):
+    requests = hub(["config.json", "model.safetensors"])
+    assert look() == ["config.json", "model.safetensors"] and requests == [("some/model", 5)]
 
 
 @pytest.mark.parametrize(
     "kind, folder", [("model", "models--some--model"), ("dataset", "datasets--some--model")]
 )
-def test_what_is_in_the_cache_is_not_asked_for(hub, tmp_path, kind, folder):
-    asked = hub(httpx.ConnectError("no network"))
+def test_no_request_is_made_for_a_name_in_the_cache(hub, tmp_path, kind, folder):
+    requests = hub(httpx.ConnectError("no network"))
     (tmp_path / folder / "snapshots" / "abc").mkdir(parents=True)
     (tmp_path / folder / "snapshots" / "abc" / "config.json").touch()
-    assert look(kind) == ["config.json"] and asked == []
+    assert look(kind) == ["config.json"] and requests == []
 
 
 def test_a_gated_model_is_refused_without_a_token_and_accepted_with_one(hub, monkeypatch):
     hub(["config.json", "gated"])
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(
-        RecipeError, match="'some/model' is gated; accept its licence on the hub and set HF_TOKEN"
-    ):
+    sentence = "'some/model' is gated; accept its licence on the hub and set HF_TOKEN"
+    with pytest.raises(RecipeError, match=sentence):
         look()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
     assert look()
 
 
-def test_weights_that_can_hold_code_are_refused_before_they_are_downloaded(hub):
-    hub(["config.json", "pytorch_model-00001-of-00002.bin"])
-    with pytest.raises(
-        RecipeError,
-        match=(
-            "'some/model' has its weights in pytorch_model-00001-of-00002.bin, which could run code"
-        ),
-    ):
+def test_weights_that_can_contain_code_are_refused_before_they_are_downloaded(hub):
+    file = "pytorch_model-00001-of-00002.bin"
+    hub(["config.json", file])
+    sentence = f"'some/model' has its weights in {file}, which could run code"
+    with pytest.raises(RecipeError, match=sentence):
         check_model("some/model")
     hub(["config.json", "pytorch_model.bin", "model.safetensors", "training_args.bin"])
     check_model("some/model")
@@ -98,10 +95,8 @@ def test_weights_that_can_hold_code_are_refused_before_they_are_downloaded(hub):
         ),
         (
             httpx.ConnectError("no network"),
-            (
-                "is not in the local cache and the hub cannot be reached (ConnectError); connect to"
-                " the network, or use a local folder"
-            ),
+            "is not in the local cache and the hub cannot be reached (ConnectError); connect to"
+            " the network, or use a local folder",
         ),
         (httpx.ReadTimeout("slow"), "the hub cannot be reached (ReadTimeout)"),
     ],
@@ -110,4 +105,4 @@ def test_each_other_outcome_is_one_sentence(hub, outcome, sentence):
     hub(outcome)
     with pytest.raises(RecipeError) as caught:
         look()
-    assert sentence in str(caught.value) and str(caught.value).startswith("model.model_name: ")
+    assert caught.value.key == "model.model_name" and sentence in str(caught.value)

@@ -1,5 +1,6 @@
-"""Run by torchrun with two gloo processes: groups split over both, completions of unequal length on
-each.
+"""The program of test_processes.py: two gloo processes that share groups.
+
+torchrun runs it in an empty folder. Each process writes what it measured to figures-RANK.json.
 """
 
 import json
@@ -19,59 +20,52 @@ from accelerate import Accelerator  # noqa: E402
 from gtpo import shaping  # noqa: E402
 from gtpo.hooks.groups import whole_groups  # noqa: E402
 
+TRAINER = "gtpo.gtpo_training.UnslothGTPOTrainer"
+# A group of eight, of which each process has four.
+HALF_A_GROUP = {
+    "num_generations": 8,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+}
 
-def drawn() -> dict:
-    """Three groups of four from two letters, with every length from 0 to 6: the same on both
-    processes.
+
+def random_groups() -> dict:
+    """Three groups of four completions of two letters, with lengths 0 to 6.
+
+    They are the same in both processes.
     """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 2, (12, 6), generator=generator)
     lengths = torch.tensor([6, 5, 6, 4, 3, 2, 1, 3, 0, 2, 3, 3])
     mask = (torch.arange(6) < lengths.unsqueeze(1)).long()
-    return {
-        "completion_ids": ids,
-        "completion_mask": mask,
-        "advantages": torch.tensor([1.0, -1, -1, 1] * 3),
-    }
+    advantages = torch.tensor([1.0, -1, -1, 1] * 3)
+    return {"completion_ids": ids, "completion_mask": mask, "advantages": advantages}
 
 
-def weights_over_processes(accelerator: Accelerator) -> dict:
-    """Whether lambda, decided from what each process holds, is that of the whole rollout."""
-    everything, half = drawn(), 6
-    mine = {
-        name: tensor[accelerator.process_index * half :][:half]
-        for name, tensor in everything.items()
-    }
-    # TRL pads each process's completions to their own longest
-    width = int(mine["completion_mask"].sum(1).max())
-    mine = {
-        name: tensor[:, :width] if tensor.ndim == 2 else tensor for name, tensor in mine.items()
-    }
-    groups = whole_groups(mine, everything["advantages"], 4, accelerator)
-    found = groups["prefix"] | groups["suffix"]
+def conflicts_over_processes(accelerator: Accelerator) -> dict:
+    """Whether both processes find the conflict tokens of the whole rollout in their halves."""
+    rollout, half = random_groups(), 6
+    first_row = accelerator.process_index * half
+    own = {name: tensor[first_row:][:half] for name, tensor in rollout.items()}
+    # TRL pads the completions of each process to the longest among them.
+    width = int(own["completion_mask"].sum(1).max())
+    own = {name: tensor[:, :width] if tensor.ndim == 2 else tensor for name, tensor in own.items()}
+    groups = whole_groups(own, rollout["advantages"], 4, accelerator)
+    conflicts = groups["prefix"] | groups["suffix"]
     expected = torch.cat(
         [
-            shaping.conflict_tokens(
-                *(
-                    everything[name][i : i + 4]
-                    for name in ("completion_ids", "completion_mask", "advantages")
-                )
-            )
+            shaping.conflict_tokens(*(tensor[i : i + 4] for tensor in rollout.values()))
             for i in (0, 4, 8)
         ]
     )
-    return {"width": width, "equal": torch.equal(found, expected), "conflicts": int(found.sum())}
+    equal = torch.equal(conflicts, expected)
+    return {"width": width, "equal": equal, "conflicts": int(conflicts.sum())}
 
 
 def recorded_over_processes(folder: str) -> dict:
-    """What two processes record in one file, beside the rollout of each."""
-    run = recordings.record(
-        "gtpo.gtpo_training.UnslothGTPOTrainer",
-        folder,
-        num_generations=8,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-    )
+    """The lines that two processes record in one file, and the token ids of each process."""
+    options = {**HALF_A_GROUP, "gradient_accumulation_steps": 2}
+    run = recordings.record(TRAINER, folder, **options)
     ids = [
         row[mask.bool()].tolist()
         for rollout in run["rollouts"]
@@ -81,68 +75,54 @@ def recorded_over_processes(folder: str) -> dict:
 
 
 def training_over_processes(folder: str) -> dict:
-    """One real step with a group of eight spread over two processes of four."""
-    trainer = gradients.make_trainer(
-        "gtpo.gtpo_training.UnslothGTPOTrainer",
-        folder,
-        num_generations=8,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        max_steps=2,
-    )
+    """Two real steps with a group of eight, of which each process has four completions."""
+    trainer = gradients.make_trainer(TRAINER, folder, max_steps=2, **HALF_A_GROUP)
     seen = gradients.watch(trainer)
     trainer.train()
-    gather = trainer.accelerator.gather
-    weights = torch.cat(
+    accelerator = trainer.accelerator
+    adapter = torch.cat(
         [p.detach().flatten() for n, p in trainer.model.named_parameters() if "lora_" in n]
     )
     rollout = seen["rollouts"][0]
     ids, mask = (
-        gather(trainer.accelerator.pad_across_processes(rollout[name], dim=1))
+        accelerator.gather(accelerator.pad_across_processes(rollout[name], dim=1))
         for name in ("completion_ids", "completion_mask")
     )
-    advantages = gather(rollout["advantages"])
-    expected = shaping.token_weights(
-        shaping.conflict_tokens(ids, mask, advantages), advantages, 2.0
-    )
-    mine = expected[trainer.accelerator.process_index * 4 :][
-        :4, : rollout["token_weights"].shape[1]
-    ]
-    both = gather(weights.unsqueeze(0))
-    entropies = gather(torch.tensor([trainer.initial_entropy]))
+    advantages = accelerator.gather(rollout["advantages"])
+    conflicts = shaping.conflict_tokens(ids, mask, advantages)
+    expected = shaping.token_weights(conflicts, advantages, 2.0)
+    width = rollout["token_weights"].shape[1]
+    own = expected[accelerator.process_index * 4 :][:4, :width]
+    adapters = accelerator.gather(adapter.unsqueeze(0))
+    entropies = accelerator.gather(torch.tensor([trainer.initial_entropy]))
     return {
-        "lambda": torch.equal(rollout["token_weights"], mine),
+        "lambda": torch.equal(rollout["token_weights"], own),
         "group": len(ids),
         "signs": advantages.sign().unique().tolist(),
-        "in_step": torch.equal(both[0], both[1]),
+        "in_step": torch.equal(adapters[0], adapters[1]),
         "initial_entropies": entropies.tolist(),
-        "one_sided_here": len(set(rollout["advantages"].sign().tolist())) == 1,
     }
 
 
-def judged_over_processes(folder: str) -> dict:
-    """A function that fails on everything the second process has, and logs a metric where it does
-    not.
+def rewards_over_processes(folder: str) -> dict:
+    """A run whose reward function fails on every completion of the second process.
+
+    In the first process the function logs a metric.
     """
     import hostile_rewards
 
     from gtpo.recipe.sections import RewardsSection
     from gtpo.rewards.guarded import GuardedRewards
 
+    function = hostile_rewards.failing_on_the_second
     guarded = GuardedRewards(
         RewardsSection(max_failures=0.1),
-        [("hostile_rewards.failing_on_the_second", hostile_rewards.failing_on_the_second)],
+        [("hostile_rewards.failing_on_the_second", function)],
         seed=1,
         file=Path(folder, "failures.jsonl"),
     )
     trainer = gradients.make_trainer(
-        "gtpo.gtpo_training.UnslothGTPOTrainer",
-        folder,
-        reward=guarded.functions,
-        num_generations=8,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=1,
-        max_steps=9,
+        TRAINER, folder, reward=guarded.functions, max_steps=9, **HALF_A_GROUP
     )
     guarded.attach(trainer)
     seen = gradients.watch(trainer)
@@ -151,23 +131,21 @@ def judged_over_processes(folder: str) -> dict:
         "steps": trainer.state.global_step,
         "stopped_by": guarded.stopped_by,
         "failures": guarded.failures.total,
-        "judged": [rollout["judged"].tolist() for rollout in seen["rollouts"]],
+        "scored": [rollout["judged"].tolist() for rollout in seen["rollouts"]],
         "logs": seen["logs"][:-1],
     }
 
 
 if __name__ == "__main__":
     accelerator = Accelerator(cpu=True)
+    folder = os.getcwd()
     figures = {
-        "judged": judged_over_processes(os.getcwd()),
-        "shaping": weights_over_processes(accelerator),
-        "training": training_over_processes(os.getcwd()),
-        "recorded": recorded_over_processes(os.getcwd()),
+        "rewards": rewards_over_processes(folder),
+        "shaping": conflicts_over_processes(accelerator),
+        "training": training_over_processes(folder),
+        "recorded": recorded_over_processes(folder),
         "resumed": resumes.where_resumed_runs_differ(
-            "gtpo.gtpo_training.UnslothGTPOTrainer",
-            Path("resumed"),
-            steps=[1],
-            per_device_train_batch_size=4,
+            TRAINER, Path("resumed"), steps=[1], per_device_train_batch_size=4
         ),
     }
     with open(f"figures-{accelerator.process_index}.json", "w") as file:
