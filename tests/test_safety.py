@@ -1,13 +1,10 @@
-"""Let no one in: hostile recipes, models, adapters and texts; and no secret in anything that a run
-leaves behind.
-"""
+"""Hostile recipes, models, adapters and texts do no harm, and a run leaves no secret behind."""
 
 import ast
 import importlib.metadata
 import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +28,7 @@ MINIMAL = "model: {model_name: some/model}\ndataset: {name: gsm8k}\n"
 
 
 def refusal(folder: Path, text: str, *flags: str) -> str:
-    """The sentence for a recipe text and flags; fails if it is accepted."""
+    """The sentences for a recipe text and flags; fails if the recipe is accepted."""
     (folder / "bad.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(RecipeError) as caught:
         cli.read_recipe([str(folder / "bad.yaml"), *flags])
@@ -51,7 +48,7 @@ def refusal(folder: Path, text: str, *flags: str) -> str:
         "!custom x",
     ],
 )
-def test_a_recipe_makes_no_objects(tmp_path, monkeypatch, tag):
+def test_a_recipe_creates_no_python_objects(tmp_path, monkeypatch, tag):
     monkeypatch.chdir(tmp_path)
     assert "could not determine a constructor for the tag" in refusal(
         tmp_path, f"{MINIMAL}run_name: {tag}\n"
@@ -60,15 +57,13 @@ def test_a_recipe_makes_no_objects(tmp_path, monkeypatch, tag):
 
 
 def test_aliases_that_would_fill_the_memory_are_refused(tmp_path):
-    bomb = "training:\n  generation_kwargs:\n    a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    bomb = "    a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"    a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
     )
-    assert "more than 20000 values once its aliases are written out" in refusal(
-        tmp_path, MINIMAL + bomb
-    )
-    assert "more than 20000 values" in refusal(
-        tmp_path, MINIMAL, "--training.generation_kwargs", bomb.partition("kwargs:")[2]
-    )
+    in_recipe = refusal(tmp_path, f"{MINIMAL}training:\n  generation_kwargs:\n{bomb}")
+    assert "more than 20000 values once its aliases are written out" in in_recipe
+    in_flag = refusal(tmp_path, MINIMAL, "--training.generation_kwargs", f"\n{bomb}")
+    assert "more than 20000 values" in in_flag
 
 
 def test_an_alias_of_itself_is_refused(tmp_path):
@@ -92,8 +87,8 @@ def test_an_alias_of_itself_is_refused(tmp_path):
     ],
 )
 def test_values_that_are_not_plain_are_refused_with_a_sentence(tmp_path, value, sentence):
-    said = refusal(tmp_path, f"{MINIMAL}training: {{generation_kwargs: {{a: {value}}}}}\n")
-    assert said.startswith("bad.yaml") and sentence in said
+    refused = refusal(tmp_path, f"{MINIMAL}training: {{generation_kwargs: {{a: {value}}}}}\n")
+    assert refused.startswith("bad.yaml") and sentence in refused
 
 
 def test_a_recipe_file_that_never_ends_is_not_read_to_its_end():
@@ -101,7 +96,7 @@ def test_a_recipe_file_that_never_ends_is_not_read_to_its_end():
         cli.read_recipe(["/dev/zero"])
 
 
-def test_a_flag_that_is_no_text_is_refused():
+def test_a_flag_that_is_not_text_is_refused():
     with pytest.raises(RecipeError, match=r"--run_name: '\\udcff' is not text that UTF-8 can hold"):
         cli.read_recipe([str(ROOT / "config.yaml"), "--run-name", os.fsdecode(b"\xff")])
 
@@ -118,24 +113,25 @@ def test_a_flag_that_is_no_text_is_refused():
         ),
     ],
 )
-def test_what_cannot_be_an_environment_variable_is_refused_without_showing_its_value(
+def test_an_invalid_environment_variable_is_refused_without_showing_its_value(
     tmp_path, env, sentence
 ):
-    said = refusal(tmp_path, f"{MINIMAL}env: {json.dumps(env)}\n")
-    assert said.startswith(sentence) and "top-secret" not in said
+    refused = refusal(tmp_path, f"{MINIMAL}env: {json.dumps(env)}\n")
+    assert refused.startswith(sentence) and "top-secret" not in refused
 
 
 def test_a_repeated_key_is_refused_without_showing_its_value(tmp_path):
-    said = refusal(tmp_path, f"{MINIMAL}env:\n  MY_TOKEN: top-secret\n  MY_TOKEN: top-secret\n")
-    assert 'found duplicate key "MY_TOKEN"' in said and "top-secret" not in said
+    line = "  MY_TOKEN: top-secret\n"
+    refused = refusal(tmp_path, f"{MINIMAL}env:\n{line}{line}")
+    assert 'found duplicate key "MY_TOKEN"' in refused and "top-secret" not in refused
 
 
-def test_a_huge_value_is_shown_shortened(tmp_path):
-    said = refusal(tmp_path, f"{MINIMAL}training: {{learning_rate: [{'a,' * 9000}]}}\n")
-    assert said.startswith("training.learning_rate: ['a', 'a'") and len(said) < 400
+def test_a_huge_value_is_shortened_in_the_sentence(tmp_path):
+    refused = refusal(tmp_path, f"{MINIMAL}training: {{learning_rate: [{'a,' * 9000}]}}\n")
+    assert refused.startswith("training.learning_rate: ['a', 'a'") and len(refused) < 400
 
 
-def test_what_is_read_is_what_was_written(tmp_path):
+def test_written_values_are_read_back_unchanged(tmp_path):
     values = {
         "a": ["1e-6", 1e-6, None, True, "no", "2024-01-01", "\x85 é 𝄞"],
         "b": {"c": {"d": []}},
@@ -148,7 +144,7 @@ def test_what_is_read_is_what_was_written(tmp_path):
 # ---- dotted paths
 
 
-def test_a_module_beside_the_recipe_stands_in_for_no_installed_one(tmp_path, monkeypatch):
+def test_a_module_beside_the_recipe_does_not_replace_an_installed_one(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "colorsys.py").write_text("raise SystemExit('the wrong module')\n")
     (tmp_path / "reward_math.py").write_text("raise SystemExit('the wrong module')\n")
@@ -157,23 +153,18 @@ def test_a_module_beside_the_recipe_stands_in_for_no_installed_one(tmp_path, mon
     )
     monkeypatch.chdir(tmp_path)
     recipe = cli.read_recipe(["r.yaml"])
-    assert [
-        trainers.load_callable("x", path).__module__ for path in recipe.trainer.reward_funcs
-    ] == [
-        "reward_math",
-        "colorsys",
-    ]
+    functions = [trainers.load_callable("x", path) for path in recipe.trainer.reward_funcs]
+    assert [function.__module__ for function in functions] == ["reward_math", "colorsys"]
 
 
-def test_a_text_by_dotted_path_never_becomes_the_name_of_a_model_on_the_hub(tmp_path, monkeypatch):
+def test_a_dotted_path_to_a_text_is_not_used_as_the_name_of_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "texts.py").write_text(
         "name = 'owner/reward-model'\nlater = str('owner/reward-model')\n"
     )
     monkeypatch.chdir(tmp_path)
-    assert "'texts.name' is a str, which cannot be called" in refusal(
-        tmp_path, MINIMAL, "--trainer.reward_funcs", "texts.name"
-    )
+    refused = refusal(tmp_path, MINIMAL, "--trainer.reward_funcs", "texts.name")
+    assert "'texts.name' is a str, which cannot be called" in refused
     with pytest.raises(RecipeError, match="'texts.later' is str, which cannot be called"):
         trainers.load_callable("trainer.reward_funcs", "texts.later")
 
@@ -182,7 +173,7 @@ def test_a_text_by_dotted_path_never_becomes_the_name_of_a_model_on_the_hub(tmp_
     "path",
     ["owner/model", "https://hub/x.y", "../../etc.passwd", "a..b", "os.system('x')", "é.x", ".x"],
 )
-def test_a_dotted_path_is_made_of_names_and_dots(tmp_path, path):
+def test_a_dotted_path_consists_of_names_and_dots(tmp_path, path):
     assert "is not a dotted path" in refusal(tmp_path, MINIMAL, "--trainer.reward_funcs", path)
 
 
@@ -191,7 +182,7 @@ def test_a_dotted_path_is_made_of_names_and_dots(tmp_path, path):
 
 @pytest.fixture
 def remote_code(tmp_path, tiny_policy):
-    """A model whose own Python code leaves a file behind when it runs."""
+    """A model with Python code of its own, which creates the file `ran` when it runs."""
     folder = tmp_path / "remote"
     shutil.copytree(tiny_policy, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -209,7 +200,7 @@ def remote_code(tmp_path, tiny_policy):
     return folder
 
 
-def test_code_that_comes_with_a_model_runs_only_if_the_recipe_says_so_and_then_it_is_said(
+def test_code_that_comes_with_a_model_runs_only_if_the_recipe_permits_it_and_with_a_warning(
     remote_code, tmp_path, monkeypatch, caplog, capsys
 ):
     from gtpo.models.backends import load_policy
@@ -220,7 +211,8 @@ def test_code_that_comes_with_a_model_runs_only_if_the_recipe_says_so_and_then_i
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for trust in (False, True):
+
+    def load(trust: bool):
         section = ModelSection(
             model_name=str(remote_code),
             load_in_4bit=False,
@@ -228,26 +220,19 @@ def test_code_that_comes_with_a_model_runs_only_if_the_recipe_says_so_and_then_i
             lora_rank=2,
             trust_remote_code=trust,
         )
-        said = (
-            f"[GTPO] model.trust_remote_code: Python code that comes with '{remote_code}' will"
-            " be run"
-        )
-        keys = {"seed": 0, "precision": "float32", "gradient_checkpointing": False}
-        if trust:
-            load_policy(section, load_tokenizer(section, "transformers"), "transformers", **keys)
-        else:
-            with pytest.raises(
-                RecipeError,
-                match=(
-                    "model.trust_remote_code: .*/remote' comes with Python code of its own, which"
-                    " runs only if"
-                ),
-            ):
-                load_policy(
-                    section, load_tokenizer(section, "transformers"), "transformers", **keys
-                )
-        assert (tmp_path / "ran").exists() == trust and (said in caplog.text) == trust
-    # transformers asks where nobody said yes or no
+        tokenizer = load_tokenizer(section, "transformers")
+        options = {"seed": 0, "precision": "float32", "gradient_checkpointing": False}
+        load_policy(section, tokenizer, "transformers", **options)
+
+    warning = f"Python code that comes with '{remote_code}' will be run"
+    refused = "model.trust_remote_code: .*/remote' comes with Python code of its own, which runs"
+    with pytest.raises(RecipeError, match=f"{refused} only if"):
+        load(trust=False)
+    assert not (tmp_path / "ran").exists() and warning not in caplog.text
+    load(trust=True)
+    assert (tmp_path / "ran").exists()
+    assert f"[GTPO] model.trust_remote_code: {warning}" in caplog.text
+    # transformers asks the user if neither true nor false is passed to it.
     assert "Do you wish to run" not in capsys.readouterr().out
     assert Recipe.model_validate(yaml_text.parse_yaml(MINIMAL)).model.trust_remote_code is False
 
@@ -255,28 +240,23 @@ def test_code_that_comes_with_a_model_runs_only_if_the_recipe_says_so_and_then_i
 def test_weights_that_could_run_code_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(
-        RecipeError,
-        match=(
-            "has its weights in pytorch_model.bin, which could run code when it is loaded; use a"
-            " model in safetensors"
-        ),
-    ):
+    base = "has its weights in pytorch_model.bin, which could run code when it is loaded; use a"
+    with pytest.raises(RecipeError, match=f"{base} model in safetensors"):
         check_model(str(tmp_path))
     (tmp_path / adapters.CONFIG).write_text('{"peft_type": "LORA"}')
     (tmp_path / "adapter_model.bin").touch()
     with pytest.raises(
         RecipeError,
         match=(
-            "there is no adapter_model.safetensors; adapter_model.bin is not read, because it"
-            " could run code"
+            "there is no adapter_model.safetensors, and adapter_model.bin, which could run code"
+            " when it is loaded, is not taken"
         ),
     ):
         adapters.read_config(tmp_path)
 
 
-def test_what_a_checkpoint_holds_beside_safetensors_is_loaded_as_weights_only():
-    """transformers 5.17.0, to which optimizer.pt, scheduler.pt and rng_state.pth are left."""
+def test_transformers_loads_the_other_files_of_a_checkpoint_as_weights_only():
+    """transformers 5.17.0 loads optimizer.pt, scheduler.pt and rng_state.pth."""
     package = Path(importlib.metadata.distribution("transformers").locate_file("transformers"))
     calls = [
         node
@@ -285,9 +265,8 @@ def test_what_a_checkpoint_holds_beside_safetensors_is_loaded_as_weights_only():
     ]
     assert len(calls) > 5
     for call in calls:
-        assert {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}.get(
-            "weights_only"
-        ) == "True", ast.unparse(call)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert keywords.get("weights_only") == "True", ast.unparse(call)
 
 
 # ---- texts
@@ -305,23 +284,23 @@ def test_what_a_checkpoint_holds_beside_safetensors_is_loaded_as_weights_only():
         ("", ""),
     ],
 )
-def test_control_characters_are_shown_and_not_sent(text, shown):
+def test_control_characters_are_shown_as_escapes(text, shown):
     assert safe_text.printable(text) == shown
 
 
-def test_secrets_are_replaced_by_their_look_and_by_the_environment():
+def test_tokens_and_the_secrets_of_the_environment_are_replaced():
     environment = {
         "MY_API_KEY": "plain-words-only",
         "SHORT_KEY": "abc",
         "OMP_KEY": "12345678",
         "PATH": "/usr/local/bin",
     }
-    said = (
+    text = (
         "plain-words-only abc 12345678 /usr/local/bin hf_abcdefghijklmnopqrst"
         " sk-proj-abcdefghij0123456789 hf_internal_testing/tiny-model"
     )
     assert (
-        safe_text.without_secrets(said, environment)
+        safe_text.without_secrets(text, environment)
         == "[secret] abc 12345678 /usr/local/bin [secret] [secret] hf_internal_testing/tiny-model"
     )
 
@@ -331,55 +310,42 @@ def test_an_error_on_the_console_shows_neither_control_characters_nor_tokens(tmp
         MINIMAL + r'"a\e[31m": hf_abcdefghijklmnopqrst' + "\nrun_name: [hf_abcdefghijklmnopqrst]\n"
     )
     assert train_model.main([str(tmp_path / "r.yaml")]) == 2
-    said = capsys.readouterr().err
-    assert (
-        r"a\x1b[31m: unknown key" in said
-        and "run_name: ['[secret]']" in said
-        and "hf_abc" not in said
-        and "\x1b" not in said
-    )
+    error = capsys.readouterr().err
+    assert r"a\x1b[31m: unknown key" in error and "run_name: ['[secret]']" in error
+    assert "hf_abc" not in error and "\x1b" not in error
 
 
-def test_the_table_of_completions_shows_control_characters_and_does_not_send_them(capsys):
+def test_the_table_of_completions_shows_control_characters_as_escapes(capsys):
     from gtpo.runs.progress import escape_completions_table
 
     class Trainer:
         _logs = {
             "prompt": deque(["p\x1b[1m"], 4),
             "completion": deque(["c\x1b[2J"], 4),
-            "extra": defaultdict(deque, found=deque(["\x07", 5])),
+            "extra": defaultdict(deque, column=deque(["\x07", 5])),
         }
 
         def log(self, logs):
-            print(
-                logs,
-                [*self._logs["prompt"], *self._logs["completion"], *self._logs["extra"]["found"]],
-            )
+            extra = self._logs["extra"]["column"]
+            print(logs, [*self._logs["prompt"], *self._logs["completion"], *extra])
 
     trainer = Trainer()
     escape_completions_table(trainer)
     trainer.log({"a": 1})
-    assert (
-        capsys.readouterr().out.splitlines(keepends=True)[-1]
-        == r"{'a': 1} ['p\\x1b[1m', 'c\\x1b[2J', '\\x07', 5]" + "\n"
-    )
+    last_line = capsys.readouterr().out.splitlines(keepends=True)[-1]
+    assert last_line == r"{'a': 1} ['p\\x1b[1m', 'c\\x1b[2J', '\\x07', 5]" + "\n"
     assert trainer._logs["prompt"].maxlen == 4
 
 
 # ---- secrets
 
 
-def test_what_looks_like_a_token_is_saved_nowhere_in_a_recipe(tmp_path):
-    (tmp_path / "r.yaml").write_text(
-        MINIMAL
-        + "training: {generation_kwargs: {a: [{b: 'x hf_abcdefghijklmnopqrst'}]}}\nwandb: {entity:"
-        " us}\n"
-    )
+def test_no_token_is_saved_in_any_key_of_a_recipe(tmp_path):
+    training = "training: {generation_kwargs: {a: [{b: 'x hf_abcdefghijklmnopqrst'}]}}\n"
+    (tmp_path / "r.yaml").write_text(f"{MINIMAL}{training}wandb: {{entity: us}}\n")
     values, left_out = cli.read_recipe([str(tmp_path / "r.yaml")]).saved()
-    assert (
-        values["training"]["generation_kwargs"] == {"a": [{"b": "x [secret]"}]}
-        and values["wandb"]["entity"] == "us"
-    )
+    assert values["training"]["generation_kwargs"] == {"a": [{"b": "x [secret]"}]}
+    assert values["wandb"]["entity"] == "us"
     assert left_out == ["training.generation_kwargs.a.b"]
 
 
@@ -396,131 +362,86 @@ import logging, os
 from huggingface_hub import constants
 
 def pay(completions, **kwargs):
-    logging.getLogger("gtpo.mine").warning("asking with %s\\x1b[31m", os.environ)
+    logging.getLogger("gtpo.mine").warning("environment: %s\\x1b[31m", os.environ)
     logging.getLogger("gtpo.mine").warning("telemetry off: %s", constants.HF_HUB_DISABLE_TELEMETRY)
     return [0.0] * len(completions)
 """
+LEFT_BEHIND = {
+    *("recipe.yaml", "train.log", "README.md", "versions.json"),
+    *("completions.jsonl", "report.html", "before.jsonl"),
+}
 
 
-def test_no_secret_is_in_anything_that_a_run_and_its_report_leave_behind(tmp_path, monkeypatch):
-    """A real run with wandb, offline, whose recipe with tokens is an uncommitted change, and whose
-    reward logs them.
+def test_a_run_and_its_report_leave_no_secret_behind(tmp_path, monkeypatch):
+    """A real run with wandb, offline.
+
+    The recipe with tokens is an uncommitted change, and the reward function logs all tokens.
     """
 
     def git(*words):
-        subprocess.run(
-            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
-            cwd=tmp_path,
-            check=True,
-            capture_output=True,
-        )
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
 
-    git("init")
     text = (ROOT / "recipes/demo.yaml").read_text()
     (tmp_path / "r.yaml").write_text(text)
-    git("add", "."), git("commit", "-m", "recipe")
-    (tmp_path / "r.yaml").write_text(
-        text.replace(
-            "env:\n",
-            "env:\n"
-            + "".join(f"  {name}: {TOKENS[name]}\n" for name in ("HF_TOKEN", "MY_PASSWORD")),
-        )
-    )
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "recipe")
+    env = "".join(f"  {name}: {TOKENS[name]}\n" for name in ("HF_TOKEN", "MY_PASSWORD"))
+    (tmp_path / "r.yaml").write_text(text.replace("env:\n", f"env:\n{env}"))
     (tmp_path / "my_reward.py").write_text(REWARD)
     variables = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "WANDB_MODE": "offline",
         "WANDB_SAVE_CODE": "true",
-        **{n: TOKENS[n] for n in ("OPENAI_API_KEY", "WANDB_API_KEY")},
+        **{name: TOKENS[name] for name in ("OPENAI_API_KEY", "WANDB_API_KEY")},
     }
     for name in environment.NO_TELEMETRY:
         variables.pop(name, None)
+    flags = [
+        *("--model-name", str(ROOT / "demo/model")),
+        *("--dataset.path", str(ROOT / "demo/data/train.jsonl")),
+        *("--evaluation.path", str(ROOT / "demo/data/test.jsonl")),
+        *("--evaluation.limit", "2"),
+        *("--training.max_steps", "1"),
+        *("--training.per_device_train_batch_size", "8"),
+        *("--training.save_steps", "1"),
+        *("--training.report_to", "wandb"),
+        *("--trainer.reward_funcs", "my_reward.pay", "reward_math.final_reward"),
+        f"--env.CLI_TOKEN={TOKENS['CLI_TOKEN']}",
+        *("--env.GH_TOKEN", TOKENS["GH_TOKEN"]),
+    ]
     run = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train_model.py"),
-            "r.yaml",
-            "--model-name",
-            str(ROOT / "demo/model"),
-            "--dataset.path",
-            str(ROOT / "demo/data/train.jsonl"),
-            "--evaluation.path",
-            str(ROOT / "demo/data/test.jsonl"),
-            "--evaluation.limit",
-            "2",
-            "--training.max_steps",
-            "1",
-            "--training.per_device_train_batch_size",
-            "8",
-            "--training.save_steps",
-            "1",
-            "--training.report_to",
-            "wandb",
-            "--trainer.reward_funcs",
-            "my_reward.pay",
-            "reward_math.final_reward",
-            f"--env.CLI_TOKEN={TOKENS['CLI_TOKEN']}",
-            "--env.GH_TOKEN",
-            TOKENS["GH_TOKEN"],
-        ],
+        [sys.executable, str(ROOT / "train_model.py"), "r.yaml", *flags],
         cwd=tmp_path,
         env=variables,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert report_run.main([str(folder)]) == 0
-    log = (folder / "train.log").read_text()
-    assert (
-        "asking with environ(" in log
-        and "[secret]" in log
-        and r"\\x1b" not in log
-        and r"\x1b[31m" in log
-        and "telemetry off: True" in log
-    )
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert report_run.main([str(run_dir)]) == 0
+    log = (run_dir / "train.log").read_text()
+    assert "environment: environ(" in log and "[secret]" in log
+    assert r"\\x1b" not in log and r"\x1b[31m" in log
+    assert "telemetry off: True" in log
     assert "Not saved with the recipe: HF_TOKEN, MY_PASSWORD, CLI_TOKEN, GH_TOKEN" in log
     files = [
         file
         for file in tmp_path.rglob("*")
         if file.is_file() and file.name != "r.yaml" and ".git" not in file.parts
     ]
-    assert {
-        "recipe.yaml",
-        "train.log",
-        "README.md",
-        "versions.json",
-        "completions.jsonl",
-        "report.html",
-        "before.jsonl",
-    } <= {f.name for f in files}
-    assert [f for f in files if f.suffix == ".wandb"]
-    found = {
+    assert LEFT_BEHIND <= {file.name for file in files}
+    assert [file for file in files if file.suffix == ".wandb"]
+    tokens_in_files = {
         (file.name, name)
         for file in files
         for name, token in TOKENS.items()
         if token.encode() in file.read_bytes()
     }
-    assert found == set()
+    assert tokens_in_files == set()
     assert not [name for name, token in TOKENS.items() if token in run.stderr + run.stdout]
-
-
-def test_telemetry_is_off_unless_somebody_says_otherwise():
-    variables = {"DO_NOT_TRACK": "0"}
-    environment.set_environment({"HF_HUB_DISABLE_TELEMETRY": "0", "A": "b"}, variables)
-    assert (
-        variables["DO_NOT_TRACK"] == "0"
-        and variables["HF_HUB_DISABLE_TELEMETRY"] == "0"
-        and variables["A"] == "b"
-    )
-    assert (
-        variables["UNSLOTH_DISABLE_STATISTICS"] == "1" and variables["VLLM_NO_USAGE_STATS"] == "1"
-    )
-    assert not re.search(
-        r"requests|httpx|urllib\.request|socket",
-        "".join(p.read_text() for p in ROOT.glob("gtpo/*.py") if p.stem != "hub"),
-    )
 
 
 def test_a_log_line_and_its_traceback_are_safe():
@@ -528,5 +449,5 @@ def test_a_log_line_and_its_traceback_are_safe():
         raise ValueError("\x1b[31m hf_abcdefghijklmnopqrst")
     except ValueError:
         record = logging.LogRecord("a", logging.ERROR, "f", 1, "%s", ("\x07",), sys.exc_info())
-    said = safe_text.SafeFormatter("%(message)s").format(record)
-    assert said.startswith("\\x07\nTraceback") and said.endswith("ValueError: \\x1b[31m [secret]")
+    text = safe_text.SafeFormatter("%(message)s").format(record)
+    assert text.startswith("\\x07\nTraceback") and text.endswith("ValueError: \\x1b[31m [secret]")
