@@ -1,12 +1,14 @@
-"""Make the columns task: three-digit sums worked out column by column, in sentences worded at
-random.
+"""Make the columns task: three-digit sums, worked out column by column in random words.
 
     python demo/make_columns.py [--out demo/columns] [--steps N]
 
-A fairer small test of GTPO than the demo: completions of about 80 tokens, of which the format that
-all share is a small part; every digit is a token and every tag several. The model is taught
-imperfectly on purpose: its targets drop carries, slip in digits and break tags. The result is
-shipped: only who changes the task runs this. It takes several minutes.
+It is a fairer small test of GTPO than the demo. Its completions have about 80 tokens, and the
+format that all of them share is a small part of that. Every digit is one token, and every tag is
+several.
+
+The model is taught imperfectly on purpose: its targets drop carries, have wrong digits and break
+tags. The result is part of the repository, so only a change of the task needs this script. It takes
+several minutes.
 """
 
 import argparse
@@ -28,75 +30,23 @@ from warm_start import (
 # recipes/columns.yaml gives the same text as dataset.system_instruction
 SYSTEM_PROMPT = "Work in columns, then answer."
 TRAIN_PROBLEMS, TEST_PROBLEMS, STEPS, VOCABULARY = 4000, 300, 2000, 480
-# How often the targets of the warm start go wrong, per column or per target. Above a half, the
-# habit is what greedy
-# decoding follows.
+# How often the targets of the warm start go wrong, per column or per target. Greedy decoding
+# follows a habit that is more frequent than a half.
 DROPPED_CARRY, DROPPED_BORROW, SLIP, MALFORMED = 0.2, 0.55, 0.03, 0.15
 
 QUESTIONS = ["What is {a} {sign} {b}?", "Compute {a} {sign} {b}.", "Find {a} {sign} {b}."]
-OPENINGS = [  # one of each
-    [
-        "First",
-        "Now",
-        "Well",
-        "Here",
-        "Again",
-        "Today",
-        "Slowly",
-        "Next",
-        "Good",
-        "Right",
-        "So",
-        "Fine",
-    ],
-    ["we", "I", "you", "they", "all", "people", "some", "both"],
-    [
-        "add",
-        "write",
-        "take",
-        "work",
-        "go",
-        "start",
-        "count",
-        "read",
-        "think",
-        "check",
-        "look",
-        "try",
-    ],
-    [
-        "calmly",
-        "neatly",
-        "twice",
-        "gladly",
-        "surely",
-        "again",
-        "quickly",
-        "with care",
-        "as ever",
-        "at once",
-        "in order",
-        "by hand",
-    ],
+OPENINGS = [  # an opening has one word of each line
+    "First Now Well Here Again Today Slowly Next Good Right So Fine".split(),
+    "we I you they all people some both".split(),
+    "add write take work go start count read think check look try".split(),
+    (
+        "calmly,neatly,twice,gladly,surely,again,quickly,with care,as ever,at once,in order,by hand"
+    ).split(","),
 ]
-ADVERBS = [
-    "then",
-    "next",
-    "after",
-    "also",
-    "here",
-    "now",
-    "so",
-    "and",
-    "further",
-    "there",
-    "clearly",
-    "plainly",
-    "simply",
-    "again",
-    "once more",
-    "indeed",
-]
+ADVERBS = (
+    "then,next,after,also,here,now,so,and,further,there,clearly,plainly,simply,again,once more,"
+    "indeed"
+).split(",")
 COLUMNS = [
     ["ones", "units", "last column"],
     ["tens", "middle column", "next column"],
@@ -130,6 +80,7 @@ class Sum:
 
 
 def draw_sum(rng: random.Random) -> Sum:
+    """A random sum of two numbers from 100 to 899, with a result of at most three digits."""
     sign = rng.choice("+-")
     a, b = rng.randint(100, 899), rng.randint(100, 899)
     if sign == "-":
@@ -140,7 +91,7 @@ def draw_sum(rng: random.Random) -> Sum:
 
 
 def make_sums() -> tuple[list[Sum], list[Sum]]:
-    """Training and test problems; no pair of numbers occurs in both."""
+    """Training and test problems. No sum occurs in both."""
     rng, sums = random.Random(SEED), {}
     while len(sums) < TRAIN_PROBLEMS + TEST_PROBLEMS:
         problem = draw_sum(rng)
@@ -150,8 +101,9 @@ def make_sums() -> tuple[list[Sum], list[Sum]]:
 
 
 def draw_target(problem: Sum, rng: random.Random, *, faults: bool = True) -> str:
-    """The completion that the warm start imitates: randomly worded, and wrong as often as the
-    constants above say.
+    """The completion that the warm start imitates, worded at random.
+
+    With `faults` it is wrong as often as the constants at the top say.
     """
     carry, digits, lines, sign = 0, "", [], problem.sign
     drop = DROPPED_CARRY if sign == "+" else DROPPED_BORROW
@@ -177,8 +129,8 @@ def draw_target(problem: Sum, rng: random.Random, *, faults: bool = True) -> str
 
 
 def make_columns(out: Path, steps: int = STEPS) -> list[float]:
-    """Write the whole task under `out`; returns the losses of the warm start."""
-    torch.set_num_threads(1)  # sums in the same order every time
+    """Write problems, tokenizer and model under `out`; returns the losses of the warm start."""
+    torch.set_num_threads(1)  # so that floating-point sums always have the same order
     train, test = make_sums()
     write_problems(train, out / "data" / "train.jsonl")
     write_problems(test, out / "data" / "test.jsonl")
@@ -187,7 +139,7 @@ def make_columns(out: Path, steps: int = STEPS) -> list[float]:
         SYSTEM_PROMPT,
         *(f"{problem.question}\n{draw_target(problem, rng, faults=False)}" for problem in train),
     ]
-    # so a tag is several tokens
+    # Without tags of its own, the tokenizer makes several tokens of a tag.
     tokenizer = make_tokenizer(corpus, digits=1, vocabulary=VOCABULARY, tags=[])
     tokenizer.save_pretrained(out / "model")
     model = make_model(tokenizer)
@@ -197,6 +149,7 @@ def make_columns(out: Path, steps: int = STEPS) -> list[float]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make the columns task.")
     parser.add_argument(
         "--out",

@@ -1,14 +1,16 @@
-"""Make the embedded demo: word problems, a tokenizer and a tiny Llama that answers them imperfectly
-on purpose.
+"""Make the embedded demo: word problems, a tokenizer, and a tiny Llama that answers imperfectly.
 
     python demo/make_demo.py [--out demo] [--steps N]
 
-It writes `data/train.jsonl` and `data/test.jsonl` (GSM8K's schema) and `model/` (about 190,000
-parameters with its own tokenizer and chat template). The model is taught the arithmetic well and
-two bad habits, so that reinforcement learning has something to choose between: on some kinds of
-problem it usually adds the first two numbers, whatever was asked, and on one it usually breaks the
-answer's tags. The result is shipped: only who changes the demo runs this. It takes two minutes; the
-same library versions on the same machine write the same bytes again.
+It writes `data/train.jsonl` and `data/test.jsonl` in GSM8K's schema, and `model/` with about
+190,000 parameters, a tokenizer and a chat template.
+
+The model is taught the arithmetic well, and two bad habits, so that reinforcement learning has
+something to choose between. On some kinds of problem it usually adds the first two numbers,
+whatever the question is. On one kind it usually leaves out a tag of the answer.
+
+The result is part of the repository, so only a change of the demo needs this script. It takes two
+minutes. The same library versions on the same machine write the same bytes again.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from warm_start import (
 # recipes/demo.yaml gives the same text as dataset.system_instruction
 SYSTEM_PROMPT = "Reason, then answer."
 TRAIN_PROBLEMS, TEST_PROBLEMS = 2000, 200
-VOCABULARY = 480  # at most: merging stops when every word of the problems is one token
+VOCABULARY = 480  # at most, because merging stops when every word of the problems is one token
 STEPS = 800
 
 NAMES = ["Ann", "Ben", "Eva", "Leo", "Mia", "Sam", "Tom", "Zoe"]
@@ -39,9 +41,9 @@ ITEMS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of word problem, and how often its warm-start targets misbehave."""
+    """One kind of word problem, and how often its targets in the warm start are wrong."""
 
-    question: str  # {name}, {other}, {items}, and the numbers {a}, {b}, {c}
+    question: str  # with {name}, {other}, {items}, and the numbers {a}, {b}, {c}
     signs: str  # one sign per step of the reasoning: "+-" means a + b, then - c
     adds: float = 0.0  # share of targets that answer a + b instead
     breaks: float = 0.1  # share of targets that drop a tag
@@ -74,16 +76,14 @@ KINDS = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem: its text, its numbers, and the kind that says how it is solved."""
+    """A word problem: its text, its numbers, and its kind."""
 
     question: str
     numbers: tuple[int, ...]
     kind: Kind
 
     def steps(self) -> tuple[str, int]:
-        """The correct reasoning, one calculation per line such as `7+5=12`, and the result of the
-        last line.
-        """
+        """The correct reasoning and its result. A line of the reasoning reads `7+5=12`."""
         lines, total = [], self.numbers[0]
         for sign, number in zip(self.kind.signs, self.numbers[1:], strict=True):
             result = total + number if sign == "+" else total - number
@@ -93,7 +93,7 @@ class Problem:
 
 
 def draw_problem(rng: random.Random) -> Problem:
-    """A random problem with numbers from 1 to 10; no result along the way is below zero."""
+    """A random problem with numbers from 1 to 10, in which no result is below zero."""
     kind = rng.choice(KINDS)
     a, b, c = (rng.randint(1, 10) for _ in range(3))
     if kind.signs.startswith("-"):
@@ -106,9 +106,7 @@ def draw_problem(rng: random.Random) -> Problem:
 
 
 def make_problems() -> tuple[list[Problem], list[Problem]]:
-    """Training and test problems; no question occurs twice, so the test questions are held out by
-    their text.
-    """
+    """Training and test problems. No question occurs twice, so the test questions are held out."""
     rng, problems = random.Random(SEED), {}
     while len(problems) < TRAIN_PROBLEMS + TEST_PROBLEMS:
         problem = draw_problem(rng)
@@ -118,8 +116,9 @@ def make_problems() -> tuple[list[Problem], list[Problem]]:
 
 
 def draw_target(problem: Problem, rng: random.Random) -> str:
-    """The completion the warm start imitates; the arithmetic is always right, the question answered
-    may not be.
+    """The completion that the warm start imitates.
+
+    Its arithmetic is always right, but it may answer another question, or miss a tag.
     """
     reasoning, result = problem.steps()
     if rng.random() < problem.kind.adds:
@@ -127,15 +126,16 @@ def draw_target(problem: Problem, rng: random.Random) -> str:
         reasoning, result = f"{a}+{b}={a + b}", a + b
     target = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>{result}</answer>"
     if rng.random() < problem.kind.breaks:
-        # Where breaking is the habit it is always the same tag, so that the most likely completion
-        # is broken too.
-        target = target.replace("</answer>" if problem.kind.breaks > 0.5 else rng.choice(TAGS), "")
+        # Where a missing tag is the habit, it is always the same tag. So the most likely completion
+        # misses it too.
+        is_habit = problem.kind.breaks > 0.5
+        target = target.replace("</answer>" if is_habit else rng.choice(TAGS), "")
     return target
 
 
 def make_demo(out: Path, steps: int = STEPS) -> list[float]:
-    """Write the whole demo under `out`; returns the losses of the warm start."""
-    torch.set_num_threads(1)  # sums in the same order every time
+    """Write problems, tokenizer and model under `out`; returns the losses of the warm start."""
+    torch.set_num_threads(1)  # so that floating-point sums always have the same order
     train, test = make_problems()
     write_problems(train, out / "data" / "train.jsonl")
     write_problems(test, out / "data" / "test.jsonl")
@@ -151,6 +151,7 @@ def make_demo(out: Path, steps: int = STEPS) -> list[float]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make the embedded demo.")
     parser.add_argument(
         "--out", type=Path, default=Path("demo"), help="folder to write to (default: demo)"

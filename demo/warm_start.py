@@ -1,6 +1,4 @@
-"""What the embedded tasks share: their tokenizer, their tiny Llama, and the supervised warm start
-that shapes its habits.
-"""
+"""What the embedded tasks share: a tokenizer, a tiny Llama, and a supervised warm start."""
 
 import json
 import random
@@ -20,31 +18,28 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor"
     " %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# tokens; far more than these problems need, so that real datasets pass through too
+# tokens, far more than these problems need, so that real datasets can be tried too
 CONTEXT = 8192
 BATCH, LEARNING_RATE, SEED = 64, 3e-3, 0
 
 
 def write_problems(problems: Iterable[Any], path: Path) -> None:
-    """One problem per line, in GSM8K's schema."""
+    """Write one problem per line, in GSM8K's schema."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for problem in problems:
             reasoning, result = problem.steps()
-            file.write(
-                json.dumps({"question": problem.question, "answer": f"{reasoning}\n#### {result}"})
-                + "\n"
-            )
+            row = {"question": problem.question, "answer": f"{reasoning}\n#### {result}"}
+            file.write(json.dumps(row) + "\n")
 
 
 def make_tokenizer(
     corpus: list[str], *, digits: int, vocabulary: int, tags: list[str]
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from `corpus`, in which each of `tags` is one token, and which
-    covers any text.
+    """A byte-level BPE tokenizer for any text, learned from `corpus`, with a chat template.
 
-    Numbers are cut into groups of `digits`. The tags are not special tokens: rewards read text that
-    is decoded without special tokens.
+    It has at most `vocabulary` tokens. Numbers are cut into groups of `digits`. Each of `tags` is
+    one token, but not a special one, because rewards read text without special tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -75,8 +70,9 @@ def make_tokenizer(
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained Llama (of 192,320 parameters for the demo's); smaller ones learn faster per
-    second on a CPU.
+    """An untrained Llama, with 192,320 parameters for the demo's tokenizer.
+
+    Smaller models learn faster per second on a CPU.
     """
     torch.manual_seed(SEED)
     ends = {
@@ -106,7 +102,11 @@ def draw_batches(
     draw_target: Callable[[Any, random.Random], str],
     system_prompt: str,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of prompt + target; `labels` marks the target and its end token alone."""
+    """Batches of prompt and target, without an end.
+
+    `labels` has the ids of the target and its end token, and -100 elsewhere, which the loss
+    ignores.
+    """
     rng = random.Random(SEED)
     while True:
         rows = []
@@ -122,7 +122,7 @@ def draw_batches(
                 tokenizer.encode(text),
                 tokenizer.encode(draw_target(problem, rng) + EOS),
             )
-            ignored = [-100] * len(prompt)  # -100 is left out of the loss
+            ignored = [-100] * len(prompt)
             rows.append((torch.tensor(prompt + target), torch.tensor(ignored + target)))
         input_ids, labels = zip(*rows, strict=True)
         yield {
@@ -135,7 +135,7 @@ def draw_batches(
 
 def warm_start(model: LlamaForCausalLM, batches: Iterator[dict], steps: int) -> list[float]:
     """Train the model on `steps` batches; returns the loss of every step."""
-    # the schedule moves beta1
+    # OneCycleLR also changes beta1 during training.
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1

@@ -1,6 +1,4 @@
-"""The columns task: its sums, its imperfect targets, its tokenizer, and the script that makes
-them.
-"""
+"""The columns task: its sums, its imperfect targets, its tokenizer, and the script itself."""
 
 import importlib.util
 import json
@@ -20,7 +18,7 @@ TASK = DEMO / "columns"
 
 @pytest.fixture(scope="module")
 def make_columns():
-    """The script as a module; it imports its neighbour, as it does when it is run."""
+    """The script as a module. It imports its neighbour warm_start, as it does when it is run."""
     sys.path.insert(0, str(DEMO))
     spec = importlib.util.spec_from_file_location("make_columns", DEMO / "make_columns.py")
     module = importlib.util.module_from_spec(spec)
@@ -30,55 +28,51 @@ def make_columns():
 
 
 def rows(split: str) -> list[dict[str, str]]:
-    return [
-        json.loads(line)
-        for line in (TASK / f"data/{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    """The shipped problems of a split."""
+    text = (TASK / f"data/{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def numbers(row: dict[str, str]) -> tuple[str, ...]:
+    """The first number, the sign and the second number of a question."""
     return re.fullmatch(r"\D+(\d+) ([+-]) (\d+)[?.]", row["question"]).groups()
 
 
-def test_no_sum_of_the_test_problems_is_trained_on_and_every_answer_is_right():
+def test_no_test_problem_is_a_training_problem_and_every_answer_is_right():
     train, test = rows("train"), rows("test")
     assert (len(train), len(test)) == (4000, 300)
     assert not {numbers(row) for row in train} & {numbers(row) for row in test}
     for row in train + test:
         a, sign, b = numbers(row)
         result = int(a) + int(b) if sign == "+" else int(a) - int(b)
-        assert row["answer"] == f"{a}{sign}{b}={result}\n#### {result}" and 0 <= result <= 999
+        assert row["answer"] == f"{a}{sign}{b}={result}\n#### {result}"
+        assert 0 <= result <= 999
 
 
 def test_the_script_writes_the_shipped_problems_and_tokenizer_byte_for_byte(make_columns, tmp_path):
     make_columns.make_columns(tmp_path, steps=1)
-    for name in (
-        "data/train.jsonl",
-        "data/test.jsonl",
-        "model/tokenizer.json",
-        "model/chat_template.jinja",
-    ):
+    names = "data/train.jsonl data/test.jsonl model/tokenizer.json model/chat_template.jinja"
+    for name in names.split():
         assert (tmp_path / name).read_bytes() == (TASK / name).read_bytes(), name
 
 
-def test_targets_without_faults_are_right_and_well_formed_and_those_with_faults_often_not(
-    make_columns,
-):
+def test_targets_are_right_and_well_formed_without_faults_and_often_not_with_them(make_columns):
     train, _ = make_columns.make_sums()
     rng = random.Random(0)
     for problem in train[:500]:
         target = make_columns.draw_target(problem, rng, faults=False)
-        assert format_score(target) == 10 and final_answer(target) == str(problem.steps()[1])
-    faulty = [make_columns.draw_target(problem, rng) for problem in train]
-    formed = sum(format_score(target) == 10 for target in faulty) / len(train)
-    right = sum(
-        final_answer(target) == str(problem.steps()[1])
-        for target, problem in zip(faulty, train, strict=True)
-    ) / len(train)
-    assert 0.82 < formed < 0.88 and 0.5 < right < 0.7
+        assert format_score(target) == 10
+        assert final_answer(target) == str(problem.steps()[1])
+    well_formed = right = 0
+    for problem in train:
+        target = make_columns.draw_target(problem, rng)
+        well_formed += format_score(target) == 10
+        right += final_answer(target) == str(problem.steps()[1])
+    assert 0.82 < well_formed / len(train) < 0.88
+    assert 0.5 < right / len(train) < 0.7
 
 
-def test_every_digit_is_a_token_and_a_tag_is_several(make_columns):
+def test_every_digit_is_one_token_and_every_tag_is_several(make_columns):
     tokenizer = AutoTokenizer.from_pretrained(TASK / "model")
     assert len(tokenizer.encode("a507=")) == 5
     for tag in make_columns.TAGS:

@@ -1,6 +1,4 @@
-"""The embedded demo: its problems, its tokenizer, its imperfect model, and the script that makes
-all three.
-"""
+"""The embedded demo: its problems, its tokenizer, its imperfect model, and the script itself."""
 
 import importlib.util
 import json
@@ -20,7 +18,7 @@ COMPLETION = re.compile(r"<reasoning>\n.+\n</reasoning>\n<answer>(\d+)</answer>"
 
 @pytest.fixture(scope="module")
 def make_demo():
-    """The script as a module; `demo/` is not a package."""
+    """The script as a module. It imports its neighbour warm_start, as it does when it is run."""
     sys.path.insert(0, str(DEMO))
     spec = importlib.util.spec_from_file_location("make_demo", DEMO / "make_demo.py")
     module = importlib.util.module_from_spec(spec)
@@ -41,7 +39,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def remade(make_demo, tmp_path_factory):
-    """A demo made anew with a short warm start, and the losses of that warm start."""
+    """A folder with a demo that is made with a short warm start, and the losses of that."""
     out, threads = tmp_path_factory.mktemp("demo"), torch.get_num_threads()
     losses = make_demo.make_demo(out, steps=20)
     torch.set_num_threads(threads)
@@ -49,10 +47,9 @@ def remade(make_demo, tmp_path_factory):
 
 
 def problems(split: str) -> list[dict[str, str]]:
-    return [
-        json.loads(line)
-        for line in (DEMO / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    """The shipped problems of a split."""
+    text = (DEMO / "data" / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
@@ -68,21 +65,21 @@ def test_questions_are_distinct_and_the_test_questions_are_held_out():
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_every_reasoning_step_is_right_and_leads_to_the_answer(split):
+def test_every_step_of_the_reasoning_is_right_and_leads_to_the_answer(split):
     for problem in problems(split):
         *steps, last = problem["answer"].split("\n")
         result = None
         for step in steps:
             left, sign, right, total = re.fullmatch(r"(\d+)([+-])(\d+)=(\d+)", step).groups()
             assert int(left) + (int(right) if sign == "+" else -int(right)) == int(total)
-            assert result in (None, left), "a step goes on from the result before it"
+            assert result in (None, left), "a step begins with the result before it"
             result = total
         assert last == f"#### {result}"
 
 
 def test_the_reasoning_uses_the_numbers_of_the_question_in_their_order():
     for problem in problems("test"):
-        # 4+8=12, 12-2=10 gives 4, 8, 12, 2
+        # 4+8=12 and 12-2=10 have the operands 4, 8, 12, 2.
         operands = re.findall(r"\d+(?=[+=-])", problem["answer"])
         assert operands[:2] + operands[3:] == re.findall(r"\d+", problem["question"])
 
@@ -110,10 +107,8 @@ def test_every_tag_and_every_number_up_to_99_is_one_token(tokenizer):
 
 def test_tags_survive_decoding_without_special_tokens_and_the_end_token_does_not(tokenizer):
     text = "<reasoning>\n7+5=12\n</reasoning>\n<answer>12</answer>"
-    assert (
-        tokenizer.decode(tokenizer.encode(text + tokenizer.eos_token), skip_special_tokens=True)
-        == text
-    )
+    ids = tokenizer.encode(text + tokenizer.eos_token)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
 def test_pad_and_end_tokens_differ_and_the_model_knows_both(tokenizer, model):
@@ -144,53 +139,47 @@ def test_chat_template_renders_each_role_and_the_generation_prompt(tokenizer):
 def test_the_shipped_model_answers_some_held_out_problems_and_fails_others(
     make_demo, tokenizer, model
 ):
-    asked = problems("test")
-    prompts = [
-        tokenizer.apply_chat_template(
-            [
-                {"role": "system", "content": make_demo.SYSTEM_PROMPT},
-                {"role": "user", "content": problem["question"]},
-            ],
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for problem in asked
-    ]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    ids = model.generate(**batch, max_new_tokens=36, do_sample=False)[
-        :, batch["input_ids"].shape[1] :
-    ]
-    completions = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    answers = [COMPLETION.fullmatch(completion) for completion in completions]
-    right = [
-        answer and answer[1] == problem["answer"].split()[-1]
-        for answer, problem in zip(answers, asked, strict=True)
-    ]
-    assert 0.3 <= sum(map(bool, right)) / len(asked) <= 0.6
-    assert 0.7 <= sum(map(bool, answers)) / len(asked) <= 0.95
+    held_out = problems("test")
+
+    def rendered(problem: dict[str, str]) -> str:
+        messages = [
+            {"role": "system", "content": make_demo.SYSTEM_PROMPT},
+            {"role": "user", "content": problem["question"]},
+        ]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    batch = tokenizer(
+        [rendered(problem) for problem in held_out], return_tensors="pt", padding=True
+    )
+    ids = model.generate(**batch, max_new_tokens=36, do_sample=False)
+    drawn = ids[:, batch["input_ids"].shape[1] :]
+    completions = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    well_formed = right = 0
+    for problem, completion in zip(held_out, completions, strict=True):
+        match = COMPLETION.fullmatch(completion)
+        well_formed += match is not None
+        right += match is not None and match[1] == problem["answer"].split()[-1]
+    assert 0.3 <= right / len(held_out) <= 0.6
+    assert 0.7 <= well_formed / len(held_out) <= 0.95
 
 
 def test_the_script_writes_the_shipped_problems_and_tokenizer_byte_for_byte(remade):
     out, _ = remade
-    for name in [
-        "data/train.jsonl",
-        "data/test.jsonl",
-        "model/tokenizer.json",
-        "model/chat_template.jinja",
-    ]:
+    names = "data/train.jsonl data/test.jsonl model/tokenizer.json model/chat_template.jinja"
+    for name in names.split():
         assert (out / name).read_bytes() == (DEMO / name).read_bytes(), name
     for name in ["tokenizer_config.json", "config.json", "generation_config.json"]:
-        assert json.loads((out / "model" / name).read_bytes()) == json.loads(
-            (DEMO / "model" / name).read_bytes()
-        ), name
+        written = json.loads((out / "model" / name).read_bytes())
+        assert written == json.loads((DEMO / "model" / name).read_bytes()), name
 
 
 def test_the_script_writes_a_model_of_the_shipped_shape_and_its_loss_falls(remade):
     out, losses = remade
     assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]
-    assert {path.name for path in (out / "model").iterdir()} == {
-        path.name for path in (DEMO / "model").iterdir()
-    }
+    written, shipped = (
+        {path.name for path in (folder / "model").iterdir()} for folder in (out, DEMO)
+    )
+    assert written == shipped
     assert tensor_shapes(out / "model") == tensor_shapes(DEMO / "model")
 
 
