@@ -1,6 +1,4 @@
-"""A new run that starts from an earlier adapter: the same weights, the adapter's own shape,
-refusals before anything is loaded.
-"""
+"""`model.adapter`: a new run goes on training an earlier adapter, with that adapter's shape."""
 
 # ruff: noqa: F401, F811 (fixtures are imported by name and then requested as arguments)
 
@@ -9,43 +7,34 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_saved import save_adapter
 from test_train_model import demo_flags, here, run_dir
 
 import train_model
 from gtpo.errors import RecipeError
-from gtpo.models.saved import resolve_adapter
+from gtpo.models.saved import resolve_adapter, training_tokenizer
 from gtpo.recipe import command_line as cli
+from gtpo.recipe.sections import ModelSection
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of two steps with an adapter of rank 4 on four kinds of layers."""
     root = tmp_path_factory.mktemp("finished")
-    flags = demo_flags(
-        "--run-name",
-        "first",
-        "--model.lora_rank",
-        "4",
-        "--model.lora_alpha",
-        "8",
-        "--model.target_modules",
-        "q_proj",
-        "v_proj",
-        "up_proj",
-        "down_proj",
-        "--output_root",
-        str(root / "runs"),
-    )
+    layers = ["--model.target_modules", "q_proj", "v_proj", "up_proj", "down_proj"]
+    shape = ["--model.lora_rank", "4", "--model.lora_alpha", "8", *layers]
+    flags = demo_flags("--run-name", "first", *shape, "--output_root", str(root / "runs"))
     assert train_model.main(flags) == 0
     return run_dir(root, "first")
 
 
 @pytest.fixture
 def first(finished, here):
-    """That run, under the current folder's runs."""
+    """A copy of that run, in `runs` of the current folder."""
     return Path(shutil.copytree(finished, here / "runs" / finished.name))
 
 
@@ -54,22 +43,15 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 def second_flags(folder, *more: str) -> list[str]:
-    """The demo's flags without its LoRA keys, which would contradict the adapter's."""
+    """The demo's flags, and a recipe without LoRA keys, which would contradict the adapter's."""
     recipe = (ROOT / "recipes/demo.yaml").read_text().replace("  lora_rank: 16\n", "")
     (folder / "second.yaml").write_text(recipe)
     return ["second.yaml", *demo_flags("--run-name", "second", *more)[1:]]
 
 
-def test_a_run_goes_on_from_the_adapters_weights_with_its_rank_alpha_and_layers(first, here):
-    flags = second_flags(
-        here,
-        "--model.adapter",
-        str(first),
-        "--training.max_steps",
-        "1",
-        "--training.learning_rate",
-        "1e-12",
-    )
+def test_a_run_begins_with_the_adapters_weights_rank_alpha_and_layers(first, here):
+    almost_no_training = ["--training.max_steps", "1", "--training.learning_rate", "1e-12"]
+    flags = second_flags(here, "--model.adapter", str(first), *almost_no_training)
     assert train_model.main(flags) == 0
     before, after = weights(first), weights(run_dir(here, "second"))
     assert before.keys() == after.keys()
@@ -77,15 +59,12 @@ def test_a_run_goes_on_from_the_adapters_weights_with_its_rank_alpha_and_layers(
     config = json.loads((run_dir(here, "second") / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
     recipe = cli.read_recipe([str(run_dir(here, "second") / "recipe.yaml")])
-    assert (recipe.model.lora_rank, recipe.model.lora_alpha, recipe.model.adapter) == (
-        4,
-        8,
-        str(first),
-    )
+    assert (recipe.model.lora_rank, recipe.model.lora_alpha) == (4, 8)
+    assert recipe.model.adapter == str(first)
     assert resolve_adapter(recipe.model_copy(update={"run_name": "third"})).model == recipe.model
 
 
-def test_from_a_checkpoint_it_trains_on_and_leaves_the_earlier_run_as_it_was(first, here):
+def test_a_run_can_begin_with_a_checkpoint_and_leaves_the_earlier_run_unchanged(first, here):
     files = {file: file.read_bytes() for file in first.rglob("*") if file.is_file()}
     assert train_model.main(second_flags(here, "--model.adapter", str(first / "checkpoint-1"))) == 0
     assert files == {file: file.read_bytes() for file in first.rglob("*") if file.is_file()}
@@ -94,94 +73,94 @@ def test_from_a_checkpoint_it_trains_on_and_leaves_the_earlier_run_as_it_was(fir
     assert 0 < moved < 0.02  # two steps of at most 3e-3 each
 
 
-def test_the_plan_shows_the_adapters_shape(first, here, capsys):
+def test_a_dry_run_shows_the_adapters_shape(first, here, capsys):
     assert train_model.main(second_flags(here, "--model.adapter", str(first), "--dry-run")) == 0
     assert "lora_rank: 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "flags, expected",
+    "adapter, flags, expected",
     [
-        (["--model.adapter", "absent"], "model.adapter: there is no folder 'absent'"),
-        (["--model.adapter", str(ROOT / "demo/model")], "is a base model"),
-        (["--model.adapter", str(ROOT / "demo")], "model.adapter: .*holds no recipe.yaml"),
+        ("absent", [], "model.adapter: there is no folder 'absent'"),
+        (str(ROOT / "demo/model"), [], "is a base model"),
+        (str(ROOT / "demo"), [], "model.adapter: .*holds no recipe.yaml"),
         (
-            ["--model.adapter", "FIRST", "--model.lora_rank", "8"],
+            "FIRST",
+            ["--model.lora_rank", "8"],
             "model.lora_rank: 8 is not what the adapter .* has; leave it out, or set 4",
         ),
+        ("FIRST", ["--model.lora_alpha", "4"], "model.lora_alpha: 4 is not what"),
+        ("FIRST", ["--model.target_modules", "q_proj"], "model.target_modules: .* is not what"),
         (
-            ["--model.adapter", "FIRST", "--model.lora_alpha", "4"],
-            "model.lora_alpha: 4 is not what",
-        ),
-        (
-            ["--model.adapter", "FIRST", "--model.target_modules", "q_proj"],
-            "model.target_modules: .* is not what",
-        ),
-        (
-            ["--model.adapter", "FIRST/checkpoint-1", "--run-name", "first"],
+            "FIRST/checkpoint-1",
+            ["--run-name", "first"],
             "is in the run directory that this run would write",
         ),
     ],
 )
-def test_what_cannot_be_continued_is_refused_early(first, here, flags, expected):
-    flags = [flag.replace("FIRST", str(first)) for flag in flags]
+def test_an_adapter_that_does_not_suit_the_recipe_is_refused_early(
+    first, here, adapter, flags, expected
+):
+    flags = ["--model.adapter", adapter.replace("FIRST", str(first)), *flags]
     with pytest.raises(RecipeError, match=expected):
         resolve_adapter(cli.read_recipe(second_flags(here, *flags)))
     assert train_model.main(second_flags(here, "--overwrite", *flags)) == 2
-    assert (first / "adapter_model.safetensors").is_file() and not list(
-        (here / "runs").glob("second*")
-    )
-
-
-def test_a_base_model_that_numbers_tokens_otherwise_is_refused(first, here, capsys):
-    flags = second_flags(
-        here, "--model.adapter", str(first), "--model-name", str(ROOT / "demo/columns/model")
-    )
-    for more in ([], ["--check"]):
-        assert train_model.main([*flags, *more]) == 2
-        told = capsys.readouterr()
-        assert (
-            "model.adapter: " in told.err + told.out
-            and "its tokenizer has another vocabulary; give the model that it was trained on"
-            in told.err + told.out
-        )
+    assert (first / "adapter_model.safetensors").is_file()
     assert not list((here / "runs").glob("second*"))
 
 
-def test_layers_keep_the_recipes_order(first, here):
-    flags = ["--model.adapter", str(first)]
-    assert resolve_adapter(
-        cli.read_recipe(second_flags(here, *flags))
-    ).model.target_modules == sorted(["q_proj", "v_proj", "up_proj", "down_proj"])
+def test_a_base_model_that_numbers_tokens_otherwise_is_refused(first, here, capsys):
+    other_base = str(ROOT / "demo/columns/model")
+    flags = second_flags(here, "--model.adapter", str(first), "--model-name", other_base)
+    for more in ([], ["--check"]):
+        assert train_model.main([*flags, *more]) == 2
+        output = "".join(capsys.readouterr())
+        assert "model.adapter: " in output
+        assert "its tokenizer has another vocabulary; give the model that it was trained" in output
+    assert not list((here / "runs").glob("second*"))
+
+
+def test_the_adapters_layers_keep_the_recipes_order(first, here):
+    def resolved_layers() -> list[str]:
+        recipe = cli.read_recipe(second_flags(here, "--model.adapter", str(first)))
+        return resolve_adapter(recipe).model.target_modules
+
+    assert resolved_layers() == ["down_proj", "q_proj", "up_proj", "v_proj"]
+    layers = cli.read_recipe(second_flags(here)).model.target_modules
     config = json.loads((first / "adapter_config.json").read_text())
-    section = cli.read_recipe(second_flags(here)).model
     (first / "adapter_config.json").write_text(
-        json.dumps({**config, "target_modules": list(reversed(section.target_modules))})
+        json.dumps({**config, "target_modules": layers[::-1]})
     )
-    assert (
-        resolve_adapter(cli.read_recipe(second_flags(here, *flags))).model.target_modules
-        == section.target_modules
-    )
+    assert resolved_layers() == layers
 
 
-def test_the_same_settings_may_be_given_and_another_base_is_said(first, here, tiny_policy, caplog):
-    flags = [
-        "--model.adapter",
-        str(first),
-        "--model.lora_rank",
-        "4",
-        "--model.target_modules",
-        "down_proj",
-        "up_proj",
-        "v_proj",
-        "q_proj",
-    ]
-    assert resolve_adapter(cli.read_recipe(second_flags(here, *flags))).model.target_modules == [
-        "down_proj",
-        "up_proj",
-        "v_proj",
-        "q_proj",
-    ]
+def test_training_uses_the_adapters_tokenizer_unless_a_chat_template_is_given(
+    tmp_path, tiny_policy
+):
+    adapter = save_adapter(tmp_path / "adapter", tiny_policy)
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.chat_template = "adapter {{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(adapter)
+
+    def source_and_template(**keys) -> tuple[str, str]:
+        section = ModelSection(model_name=tiny_policy, adapter=str(adapter), **keys)
+        loaded = training_tokenizer(section, "transformers")
+        return loaded.name_or_path, loaded.chat_template
+
+    given = "given {{ messages[0]['content'] }}"
+    assert source_and_template() == (str(adapter), tokenizer.chat_template)
+    assert source_and_template(chat_template=given) == (tiny_policy, given)
+    (adapter / "tokenizer_config.json").unlink()
+    assert source_and_template() == (tiny_policy, tiny.CHAT_TEMPLATE)
+
+
+def test_the_same_settings_may_be_given_and_another_base_model_is_a_warning(
+    first, here, tiny_policy, caplog
+):
+    layers = ["down_proj", "up_proj", "v_proj", "q_proj"]
+    flags = ["--model.lora_rank", "4", "--model.target_modules", *layers]
+    recipe = cli.read_recipe(second_flags(here, "--model.adapter", str(first), *flags))
+    assert resolve_adapter(recipe).model.target_modules == layers
     assert not caplog.records
     flags = second_flags(here, "--model.adapter", str(first), "--model-name", tiny_policy)
     resolve_adapter(cli.read_recipe(flags))

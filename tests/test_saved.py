@@ -1,6 +1,4 @@
-"""What somebody names to use a model: found without loading, loaded as it was trained, refused with
-a sentence.
-"""
+"""Runs, checkpoints, adapters and base models are found, loaded as trained, or refused."""
 
 import json
 import logging
@@ -24,22 +22,21 @@ from gtpo.recipe.yaml_text import write_yaml
 TEXT = "How many are left?"
 
 
-def save_adapter(folder: Path, base: str, *, tokenizer=None, **model_options) -> Path:
-    """An adapter that is not zero on the tiny model `base`, with its tokenizer."""
-    model = (
-        AutoModelForCausalLM.from_pretrained(base)
-        if not model_options
-        else tiny.tiny_model(tiny.tiny_tokenizer(), **model_options)
-    )
+def save_adapter(folder: Path, base: str) -> Path:
+    """Save an adapter for the tiny model `base`, which is not zero, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(base)
     model.name_or_path = base
     tiny.with_lora(model).save_pretrained(folder)
-    (tokenizer or tiny.tiny_tokenizer()).save_pretrained(folder)
+    tiny.tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, tiny_policy) -> Path:
-    """A run directory as training leaves it: recipe, two checkpoints, adapter and tokenizer."""
+    """A run directory as training leaves it: recipe, two checkpoints, adapter and tokenizer.
+
+    It is shared, so tests take their own copy, `run_dir`.
+    """
     folder = tmp_path_factory.mktemp("runs") / "a-run"
     recipe = read_recipe(
         [str(ROOT / "recipes/demo.yaml"), "--model-name", tiny_policy, "--model.lora_rank", "4"]
@@ -67,34 +64,31 @@ def logits(policy) -> torch.Tensor:
 
 
 def refusal(target, **options) -> str:
+    """The error of `find_saved`, which is a single line."""
     with pytest.raises(RecipeError) as error:
         find_saved(str(target), **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-# ---- found
+# ---- find
 
 
-def test_a_run_is_its_adapter_its_base_and_its_recipe(run_dir, tiny_policy):
+def test_a_run_has_an_adapter_a_base_model_and_a_recipe(run_dir, tiny_policy):
     saved = find_saved(str(run_dir))
-    assert (saved.kind, saved.base, saved.adapter, saved.run_dir) == (
-        "run",
-        tiny_policy,
-        run_dir,
-        run_dir,
-    )
+    assert (saved.kind, saved.base) == ("run", tiny_policy)
+    assert saved.adapter == saved.run_dir == run_dir
     assert saved.recipe.run_name == "demo" and saved.section.max_seq_length == 96
 
 
-def test_a_run_that_did_not_finish_is_its_newest_checkpoint_and_says_so(run_dir, caplog):
+def test_an_unfinished_run_has_the_adapter_of_its_newest_checkpoint(run_dir, caplog):
     remove_adapter(run_dir)
     with caplog.at_level(logging.WARNING):
         assert find_saved(str(run_dir)).adapter == run_dir / "checkpoint-10"
     assert "did not finish: its newest checkpoint, checkpoint-10, is used" in caplog.text
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over_and_named(run_dir, caplog):
+def test_a_checkpoint_that_was_cut_off_is_skipped_with_a_warning(run_dir, caplog):
     remove_adapter(run_dir)
     weights = run_dir / "checkpoint-10/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -103,26 +97,18 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over_and_named(run_dir, caplog)
     assert "checkpoint-10: the adapter is damaged" in caplog.text
 
 
-def test_a_checkpoint_knows_the_recipe_of_its_run(run_dir, tiny_policy, monkeypatch):
+def test_a_checkpoint_has_the_recipe_of_its_run(run_dir, tiny_policy, monkeypatch):
     saved = find_saved(str(run_dir / "checkpoint-5"))
-    assert (saved.kind, saved.base, saved.adapter, saved.run_dir) == (
-        "checkpoint",
-        tiny_policy,
-        run_dir / "checkpoint-5",
-        run_dir,
-    )
+    assert (saved.kind, saved.base) == ("checkpoint", tiny_policy)
+    assert (saved.adapter, saved.run_dir) == (run_dir / "checkpoint-5", run_dir)
     monkeypatch.chdir(run_dir / "checkpoint-5")
     assert find_saved(".").recipe == saved.recipe
 
 
-def test_a_plain_adapter_names_its_base_itself(tmp_path, tiny_policy):
+def test_an_adapter_of_no_run_names_its_base_model_itself(tmp_path, tiny_policy):
     saved = find_saved(str(save_adapter(tmp_path / "adapter", tiny_policy)))
-    assert (saved.kind, saved.base, saved.recipe, saved.run_dir) == (
-        "adapter",
-        tiny_policy,
-        None,
-        None,
-    )
+    assert (saved.kind, saved.base) == ("adapter", tiny_policy)
+    assert saved.recipe is None and saved.run_dir is None
 
 
 def test_a_base_model_is_a_folder_or_a_hub_name(tiny_policy, tmp_path, monkeypatch):
@@ -135,13 +121,13 @@ def test_a_base_model_is_a_folder_or_a_hub_name(tiny_policy, tmp_path, monkeypat
     assert find_saved("owner/name").base == "owner/name"
 
 
-def test_a_recipe_whose_rewards_are_gone_still_names_its_model(run_dir):
+def test_a_run_is_found_although_its_reward_function_no_longer_exists(run_dir):
     recipe = (run_dir / "recipe.yaml").read_text()
     (run_dir / "recipe.yaml").write_text(recipe.replace("reward_math.final_reward", "gone.reward"))
     assert find_saved(str(run_dir)).recipe.trainer.reward_funcs == ["gone.reward"]
 
 
-def test_a_relative_base_counts_from_the_current_directory(run_dir, tiny_policy, monkeypatch):
+def test_a_relative_base_model_counts_from_the_current_directory(run_dir, tiny_policy, monkeypatch):
     text = (run_dir / "recipe.yaml").read_text()
     (run_dir / "recipe.yaml").write_text(text.replace(tiny_policy, Path(tiny_policy).name))
     monkeypatch.chdir(Path(tiny_policy).parent)
@@ -151,11 +137,11 @@ def test_a_relative_base_counts_from_the_current_directory(run_dir, tiny_policy,
     assert find_saved(str(run_dir), base=tiny_policy).base == tiny_policy
 
 
-# ---- loaded
+# ---- load
 
 
 @pytest.mark.parametrize("place", [".", "checkpoint-5"])
-def test_what_is_loaded_is_what_peft_loads(run_dir, tiny_policy, place):
+def test_the_loaded_model_computes_what_peft_computes(run_dir, tiny_policy, place):
     saved = find_saved(str(run_dir / place))
     policy = load_saved(saved)
     expected = PeftModel.from_pretrained(
@@ -163,30 +149,35 @@ def test_what_is_loaded_is_what_peft_loads(run_dir, tiny_policy, place):
     )
     ids = policy.tokenizer(TEXT, return_tensors="pt")["input_ids"]
     base = AutoModelForCausalLM.from_pretrained(tiny_policy)(ids).logits
-    assert torch.equal(logits(policy), expected(ids).logits) and not torch.allclose(
-        logits(policy), base, atol=0.1
-    )
+    assert torch.equal(logits(policy), expected(ids).logits)
+    assert not torch.allclose(logits(policy), base, atol=0.1)
     assert torch.equal(logits(load_saved(saved, adapter=False)), base)
     assert not policy.model.training and policy.backend == "transformers"
 
 
-def test_a_trainable_one_has_its_lora_weights_and_no_others_to_train(run_dir):
+def test_a_trainable_model_trains_its_lora_weights_and_no_others(run_dir):
     policy = load_saved(find_saved(str(run_dir)), trainable=True)
     names = [name for name, parameter in policy.model.named_parameters() if parameter.requires_grad]
-    assert (
-        policy.model.training and len(names) == 2 * 7 * 2 and all("lora_" in name for name in names)
-    )
+    # two factors, for seven kinds of layers, in two blocks
+    assert policy.model.training and len(names) == 2 * 7 * 2
+    assert all("lora_" in name for name in names)
 
 
-def test_the_tokenizer_and_chat_template_saved_with_the_adapter_are_kept(run_dir, tiny_policy):
+def test_the_tokenizer_and_chat_template_that_are_saved_with_the_adapter_are_used(
+    run_dir, tiny_policy
+):
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = "mine {{ messages[0]['content'] }}"
     tokenizer.save_pretrained(run_dir)
-    assert load_saved(find_saved(str(run_dir))).tokenizer.chat_template == tokenizer.chat_template
+    saved, given = find_saved(str(run_dir)), "given {{ messages[0]['content'] }}"
+    assert load_saved(saved).tokenizer.chat_template == tokenizer.chat_template
+    assert load_saved(saved, chat_template=given).tokenizer.chat_template == given
     assert load_saved(find_saved(tiny_policy)).tokenizer.chat_template == tiny.CHAT_TEMPLATE
+    (run_dir / "tokenizer_config.json").unlink()
+    assert load_saved(saved).tokenizer.chat_template == tiny.CHAT_TEMPLATE
 
 
-def test_an_adapter_on_the_embeddings_is_loaded_too(tmp_path, tiny_policy):
+def test_an_adapter_on_the_embeddings_can_be_loaded(tmp_path, tiny_policy):
     model = AutoModelForCausalLM.from_pretrained(tiny_policy)
     adapted = get_peft_model(
         model, LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
@@ -196,14 +187,12 @@ def test_an_adapter_on_the_embeddings_is_loaded_too(tmp_path, tiny_policy):
     )
     adapted.save_pretrained(tmp_path / "adapter")
     policy = load_saved(find_saved(str(tmp_path / "adapter")))
-    assert torch.equal(
-        logits(policy),
-        adapted.eval()(policy.tokenizer(TEXT, return_tensors="pt")["input_ids"]).logits,
-    )
+    ids = policy.tokenizer(TEXT, return_tensors="pt")["input_ids"]
+    assert torch.equal(logits(policy), adapted.eval()(ids).logits)
 
 
 def test_a_model_without_a_recipe_is_loaded_within_its_context(tiny_policy):
-    # shorter than the default length
+    # That is shorter than the default of model.max_seq_length.
     assert load_saved(find_saved(tiny_policy)).model.config.max_position_embeddings == 2048
     with pytest.raises(
         RecipeError, match="model.max_seq_length: 4000 is more than the 2048 tokens"
@@ -211,7 +200,7 @@ def test_a_model_without_a_recipe_is_loaded_within_its_context(tiny_policy):
         load_saved(find_saved(tiny_policy), max_seq_length=4000, max_prompt_length=4000)
 
 
-def test_a_run_trained_with_unsloth_loads_where_there_is_no_gpu(run_dir):
+def test_a_run_that_was_trained_with_unsloth_loads_without_a_gpu(run_dir):
     text = (run_dir / "recipe.yaml").read_text()
     (run_dir / "recipe.yaml").write_text(
         text.replace("backend: transformers", "backend: unsloth").replace(
@@ -221,18 +210,17 @@ def test_a_run_trained_with_unsloth_loads_where_there_is_no_gpu(run_dir):
     assert load_saved(find_saved(str(run_dir))).backend == "transformers"
 
 
-# ---- refused
+# ---- refusals
 
 
-def test_what_is_not_there_or_no_model_is_refused_with_a_sentence(tmp_path):
+def test_a_missing_folder_and_one_without_a_model_are_refused(tmp_path):
     assert "there is no folder" in refusal(tmp_path / "absent")
     assert "holds no recipe.yaml, adapter_config.json or config.json" in refusal(tmp_path)
     (tmp_path / "file").touch()
     assert "it is a file" in refusal(tmp_path / "file")
-    told = refusal("runs/mistyped")
-    assert "'runs/mistyped' is not in the local cache" in told and told.endswith(
-        "use a local folder (there is none called 'runs/mistyped' here)"
-    )
+    error = refusal("runs/mistyped")
+    assert "'runs/mistyped' is not in the local cache" in error
+    assert error.endswith("use a local folder (there is none called 'runs/mistyped' here)")
 
 
 def test_a_run_without_an_adapter_is_refused(run_dir):
@@ -254,7 +242,7 @@ def test_a_damaged_recipe_or_adapter_is_refused(run_dir):
         find_saved(str(run_dir))
 
 
-def test_an_adapter_that_names_no_base_or_one_that_is_gone_is_refused(tmp_path, tiny_policy):
+def test_an_adapter_without_a_base_model_is_refused(tmp_path, tiny_policy):
     folder = save_adapter(tmp_path / "adapter", tiny_policy)
     config = json.loads((folder / "adapter_config.json").read_text())
     for base, expected in (
@@ -268,10 +256,12 @@ def test_an_adapter_that_names_no_base_or_one_that_is_gone_is_refused(tmp_path, 
 
 
 def misfit(saved) -> str:
+    """The error of `load_saved` about a base model that does not fit, which is a single line."""
     with pytest.raises(RecipeError) as error:
         load_saved(saved)
-    assert "does not fit the base model" in str(error.value) and "\n" not in str(error.value)
-    return str(error.value)
+    sentence = str(error.value)
+    assert "does not fit the base model" in sentence and "\n" not in sentence
+    return sentence
 
 
 def test_a_base_model_of_other_shapes_is_refused(run_dir, tmp_path):
@@ -286,19 +276,11 @@ def test_a_base_model_of_other_shapes_is_refused(run_dir, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "layers, expected",
-    [
-        (
-            1,
-            (
-                "the adapter has weights for model.layers.1.mlp.down_proj, which the model does not"
-                " have"
-            ),
-        ),
-        (3, "the adapter has no weights for model.layers.2.mlp.down_proj"),
-    ],
-)
+EXTRA = "the adapter has weights for model.layers.1.mlp.down_proj, which the model does not have"
+MISSING = "the adapter has no weights for model.layers.2.mlp.down_proj"
+
+
+@pytest.mark.parametrize("layers, expected", [(1, EXTRA), (3, MISSING)])
 def test_a_base_model_with_other_layers_is_refused(run_dir, tmp_path, layers, expected):
     tokenizer = tiny.tiny_tokenizer()
     config = tiny.tiny_model(tokenizer).config
@@ -321,11 +303,9 @@ def test_a_base_model_without_its_weights_is_refused(run_dir, tiny_policy, tmp_p
         load_saved(find_saved(str(run_dir), base=str(base)))
 
 
-def test_weights_with_other_names_are_refused_not_left_out(run_dir):
+def test_weights_with_other_names_are_refused_instead_of_ignored(run_dir):
     file = run_dir / "adapter_model.safetensors"
-    save_file(
-        {name.replace("q_proj", "query"): tensor for name, tensor in load_file(file).items()}, file
-    )
-    assert "which the model does not have" in misfit(
-        find_saved(str(run_dir))
-    ) or "has no weights for" in misfit(find_saved(str(run_dir)))
+    weights = load_file(file)
+    save_file({name.replace("q_proj", "query"): weights[name] for name in weights}, file)
+    error = misfit(find_saved(str(run_dir)))
+    assert "which the model does not have" in error or "has no weights for" in error
