@@ -156,7 +156,7 @@ def _train(
     )
     # 7. Trainer.
     trainer = trainers.make_trainer(trainer_class, policy, rewards.functions, arguments, problems)
-    model_card.describe_saves(policy.model, trainer, recipe, start.run_dir)
+    model_card.write_with_each_save(policy.model, trainer, recipe, start.run_dir)
     run = trainers.attach_hooks(
         trainers.TrainingRun(
             trainer, recipe, start, policy, rewards, held_out_problems, interruption

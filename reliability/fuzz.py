@@ -256,7 +256,7 @@ def _check_group(run, step: int, group: dict, texts: list[str]) -> None:
         if c.group == group["group"]
     }
     for row in group["rows"]:
-        if "tokens" in row and row["left"] == row["length"]:
+        if "tokens" in row and row["head"] == row["length"]:
             shown = [texts[i] for i in row["tokens"]]
             assert shown == recorded[row["row"]].tokens, "tokens differ from those recorded"
 

@@ -1,6 +1,4 @@
-"""Run directories made in code: what a run leaves behind, with conflict runs and weights from
-gtpo.shaping.
-"""
+"""Run directories made without training; conflict runs and weights come from gtpo.shaping."""
 
 import json
 from pathlib import Path
@@ -17,32 +15,12 @@ RECIPE = {
     "training": {"learning_rate": 1e-4, "report_to": ["none"]},
     "trainer": {"class_path": "gtpo.gtpo_training.UnslothGTPOTrainer"},
 }
-RIGHT = [
-    "<reasoning>",
-    "\n",
-    "2+2",
-    "=4",
-    "\n",
-    "</reasoning>",
-    "\n",
-    "<answer>",
-    "4",
-    "</answer>",
-    "<end>",
-]
-WRONG = [
-    "<reasoning>",
-    "\n",
-    "2+2",
-    "=5",
-    "\n",
-    "</reasoning>",
-    "\n",
-    "<answer>",
-    "5",
-    "</answer>",
-    "<end>",
-]
+# fmt: off
+RIGHT = ["<reasoning>", "\n", "2+2", "=4", "\n", "</reasoning>", "\n",
+         "<answer>", "4", "</answer>", "<end>"]
+WRONG = ["<reasoning>", "\n", "2+2", "=5", "\n", "</reasoning>", "\n",
+         "<answer>", "5", "</answer>", "<end>"]
+# fmt: on
 
 
 def group(
@@ -54,8 +32,9 @@ def group(
     rollout: int | None = None,
     **more,
 ) -> list[dict]:
-    """One group as lines of completions.jsonl: tokens and reward per row; `weight` None for a
-    trainer without weights.
+    """One group as lines of completions.jsonl; a row has tokens and a reward.
+
+    `weight` is None for a trainer without token weights.
     """
     rewards = torch.tensor([reward for _, reward in rows])
     advantages = rewards - rewards.mean()
@@ -94,7 +73,7 @@ def group(
 
 
 def _id(token: str) -> int:
-    return hash(token) % 2**31  # equal within a test run, which is all that is asked of it
+    return hash(token) % 2**31  # the same in one test run, which is enough
 
 
 def write_run(
@@ -106,8 +85,9 @@ def write_run(
     max_steps: int | None = None,
     checkpoint: int | None = None,
 ) -> Path:
-    """A run directory; with `checkpoint`, of a run that has not finished. `recipe` holds sections
-    to lay over RECIPE.
+    """A run directory; with `checkpoint`, of a run that has not finished.
+
+    `recipe` has values that replace those of RECIPE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     sections = {
@@ -132,8 +112,9 @@ def write_run(
 
 
 def rising(steps: int, **changes) -> list[dict]:
-    """A log history in which everything goes well; `changes` maps a metric to a function of the
-    step.
+    """A log history of a run that learns; `changes` maps metrics to functions of the step.
+
+    In a metric's name, `__` stands for `/`.
     """
     metrics = {
         "reward": lambda s: 5 + 10 * s / steps,
@@ -157,7 +138,7 @@ def rising(steps: int, **changes) -> list[dict]:
 
 
 def write_evaluation(file: Path, correct: list[list[bool]], **settings) -> None:
-    """An evaluation file: one row of verdicts per problem."""
+    """Writes an evaluation file; `correct` has a list of samples per problem."""
     header = {
         "problems": len(correct),
         "samples": len(correct[0]),

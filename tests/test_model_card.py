@@ -1,6 +1,4 @@
-"""What a run's model card says: the method by its name, the numbers of its files, and nothing of
-this machine.
-"""
+"""The model cards of runs and merged models: the method, the numbers, and nothing private."""
 
 import json
 import re
@@ -22,15 +20,15 @@ from gtpo.report import model_card
 
 
 class MyTrainer(UnslothGTPOTrainer):
-    """Somebody's variant."""
+    """A user's variant of GTPO."""
 
 
 class MyBaseline(UnslothGRPOTrainer):
-    """Somebody's variant of the baseline."""
+    """A user's variant of the baseline."""
 
 
 def card_of(recipe, trainer: type, folder, history=()) -> str:
-    made = object.__new__(trainer)  # its class and its state are all that a card looks at
+    made = object.__new__(trainer)  # a card uses its class and its state alone
     made.state = SimpleNamespace(global_step=7, log_history=list(history))
     return model_card.adapter_card(recipe, folder, made)
 
@@ -39,7 +37,7 @@ def recipe_with(*flags: str):
     return cli.read_recipe([str(ROOT / "recipes/gsm8k_qwen3b.yaml"), *flags])
 
 
-def test_a_run_writes_its_card_and_one_into_every_checkpoint(here, monkeypatch):  # noqa: F811
+def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):  # noqa: F811
     monkeypatch.setenv("SOME_API_KEY", "x" * 8)
     assert (
         train_model.main(
@@ -138,7 +136,7 @@ def test_a_run_writes_its_card_and_one_into_every_checkpoint(here, monkeypatch):
         ),
     ],
 )
-def test_the_method_is_named_for_what_it_is(tmp_path, path, trainer, tag, expected):
+def test_the_method_is_named(tmp_path, path, trainer, tag, expected):
     text = card_of(recipe_with("--trainer.class_path", path), trainer, tmp_path)
     assert expected in text and ModelCard(text).data.tags[0] == tag
     assert ("gamma 0.1" in text) == (tag == "gtpo")
@@ -146,7 +144,7 @@ def test_the_method_is_named_for_what_it_is(tmp_path, path, trainer, tag, expect
         assert "GRPO" not in text
 
 
-def test_hub_names_are_metadata_and_local_ones_are_not(tmp_path):
+def test_only_names_on_the_hub_are_metadata(tmp_path):
     data = ModelCard(card_of(recipe_with(), UnslothGTPOTrainer, tmp_path)).data
     assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-3B-Instruct", "adapter")
     assert data.datasets == ["openai/gsm8k"]
@@ -162,7 +160,7 @@ def test_hub_names_are_metadata_and_local_ones_are_not(tmp_path):
         assert str(tmp_path.parent) not in text
 
 
-def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
+def test_a_merged_variant_has_the_method_of_its_run_s_card(tmp_path):
     recipe = recipe_with("--trainer.class_path", "test_model_card.MyTrainer")
     (tmp_path / "README.md").write_text(card_of(recipe, MyTrainer, tmp_path))
     saved = SimpleNamespace(
@@ -170,10 +168,10 @@ def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
     )
     text = model_card.merged_card(saved, "bfloat16", "as good as equal")
     assert "a variant of **GTPO**" in text
-    assert "Held against base model and adapter after merging: as good as equal." in text
+    assert "Compared with base model and adapter after merging: as good as equal." in text
     assert (
-        "The recipe loads the base model in 4 bits; merged into, and compared on, is the one in 16"
-        " bits." in text
+        "The adapter was trained on the base model in 4 bits. It was merged into the base model in"
+        " 16 bits and compared with that." in text
     )
     assert ModelCard(text).data.base_model_relation == "finetune"
     (tmp_path / "README.md").unlink()
@@ -183,7 +181,7 @@ def test_a_merged_variant_keeps_the_method_that_its_run_told(tmp_path):
     )
 
 
-def test_a_merged_checkpoint_has_no_other_adapters_figures(tmp_path):
+def test_a_merged_checkpoint_has_no_evaluations_of_other_adapters(tmp_path):
     run, evaluations = tmp_path / "run", tmp_path / "run/evaluation"
     for folder, step in ((run, 12), (run / "checkpoint-6", 6)):
         folder.mkdir(exist_ok=True, parents=True)
@@ -199,15 +197,15 @@ def test_a_merged_checkpoint_has_no_other_adapters_figures(tmp_path):
         ("checkpoint-6-test", {"adapter": str(run / "checkpoint-6")}),
     ):
         write_evaluation(evaluations / f"{name}.jsonl", [[True]], **header)
-    found = {}
+    listed = {}
     for adapter in (run, run / "checkpoint-6"):
         text = model_card.merged_card(
             SimpleNamespace(recipe=recipe_with(), base="a/b", adapter=adapter, run_dir=run),
             "bfloat16",
             "equal",
         )
-        found[adapter.name] = set(re.findall(r"^\| (\S+) \| 1 \| 1 \|", text, re.MULTILINE))
-    assert found == {
+        listed[adapter.name] = set(re.findall(r"^\| (\S+) \| 1 \| 1 \|", text, re.MULTILINE))
+    assert listed == {
         "run": {"before", "after", "test"},
         "checkpoint-6": {"before", "step-6", "checkpoint-6-test"},
     }
@@ -216,11 +214,11 @@ def test_a_merged_checkpoint_has_no_other_adapters_figures(tmp_path):
 def test_an_adapter_without_a_recipe_claims_no_method(tmp_path):
     saved = SimpleNamespace(recipe=None, base="owner/name", adapter=tmp_path, run_dir=None)
     text = model_card.merged_card(saved, "float16", "equal")
-    assert "how the adapter was trained is not recorded with it" in text and "GTPO" not in text
+    assert "The files do not say how the adapter was trained." in text and "GTPO" not in text
     assert ModelCard(text).data.tags is None
 
 
-def test_a_damaged_evaluation_is_left_out_and_said(tmp_path, caplog):
+def test_a_damaged_evaluation_is_left_out_with_a_warning(tmp_path, caplog):
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation/after.jsonl").write_text("{\n")
     assert "## Evaluation" not in card_of(recipe_with(), UnslothGTPOTrainer, tmp_path)

@@ -1,5 +1,5 @@
-"""A report in a real headless Chromium: what is seen, what pointing and keys do, and that nothing
-is fetched or run.
+"""A report in headless Chromium: what it shows, what pointing and keys do, and that it fetches
+nothing.
 """
 
 import json
@@ -21,7 +21,7 @@ GROUPS = {  # number -> rows
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two steps, in which one completion, prompt, reference and name are hostile."""
+    """A run of two steps with hostile text in a completion, a prompt, a reference and its name."""
     lines = [
         line
         for step in (1, 2)
@@ -51,7 +51,7 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, run):
-    """The report, freshly opened in light colours, with logs emptied before."""
+    """The report, opened anew in light colours and with empty logs."""
     set_scheme(chromium, dark=False)
     chromium.get("about:blank")
     for log in ("browser", "performance"):
@@ -78,7 +78,8 @@ def shown_tokens(page) -> list[list[str]]:
     """The text of every token by completion, in the order of the page."""
     return page.execute_script(
         """
-        return [...document.querySelectorAll('.tokens')].map(row => [...row.querySelectorAll('.token')].map(t => t.textContent))"""
+        return [...document.querySelectorAll('.tokens')].map(
+          row => [...row.querySelectorAll('.token')].map(token => token.textContent))"""
     )
 
 
@@ -89,15 +90,15 @@ def press(page, *keys) -> None:
 
 
 def current(page) -> tuple[int, int]:
-    """Row and place of the token that has the focus."""
+    """Row and position of the focused token."""
     return tuple(
         page.execute_script(
-            "const d = document.activeElement.dataset; return [Number(d.row), Number(d.place)]"
+            "const d = document.activeElement.dataset; return [Number(d.row), Number(d.position)]"
         )
     )
 
 
-def test_the_page_has_no_console_errors_and_asks_for_nothing(page):
+def test_the_page_has_no_console_errors_and_requests_nothing(page):
     for dark in (False, True):
         set_scheme(page, dark=dark)
         for number in ("prompt 1", "prompt 2"):
@@ -113,10 +114,8 @@ def test_the_page_has_no_console_errors_and_asks_for_nothing(page):
     assert [url for url in requested if url.startswith("file:")] == [page.current_url]
 
 
-def test_a_request_would_be_seen_and_is_forbidden(page):
-    """The two checks above can fail: the console and the page's own policy see a script that wants
-    something.
-    """
+def test_a_request_is_forbidden_and_shows_in_the_console(page):
+    """So the test above can fail."""
     page.execute_script(
         "const i = new Image(); i.src = 'http://127.0.0.1:9/x.png'; document.body.append(i)"
     )
@@ -125,7 +124,7 @@ def test_a_request_would_be_seen_and_is_forbidden(page):
     )
 
 
-def test_the_completions_are_there_token_by_token_better_beside_worse(page):
+def test_completions_are_shown_token_by_token_better_beside_worse(page):
     assert [heading.text for heading in find(page, ".sides h3")] == [
         "Better than the group (2)",
         "Worse than the group (2)",
@@ -141,7 +140,7 @@ def test_the_completions_are_there_token_by_token_better_beside_worse(page):
     )
     better, worse = (side.rect for side in find(page, ".sides > div"))
     assert better["y"] == worse["y"] and better["x"] + better["width"] <= worse["x"]
-    assert "A +5.00" in find(page, ".about")[0].text
+    assert "advantage +5.00" in find(page, ".about")[0].text
     assert "reward 20.00" in find(page, ".about")[0].text
     assert (
         "What is 2+2?" in find(page, "#prompt")[0].text
@@ -149,30 +148,31 @@ def test_the_completions_are_there_token_by_token_better_beside_worse(page):
     )
 
 
-def test_colours_and_lines_say_what_weights_and_runs_are(page, run):
+def test_colours_and_lines_show_weights_and_runs(page, run):
     lines = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()][:4]
-    found = page.execute_script(
+    tokens = page.execute_script(
         """
-        return [...document.querySelectorAll('.tokens .token')].map(t => [t.dataset.row, t.dataset.place, t.className])"""
+        return [...document.querySelectorAll('.tokens .token')].map(
+          token => [token.dataset.row, token.dataset.position, token.className])"""
     )
     names = {0.0: "protected", 1.0: "", 2.0: "amplified"}
-    for row, place, classes in found:
-        line, place = lines[int(row)], int(place)
+    for row, position, classes in tokens:
+        line, position = lines[int(row)], int(position)
         expected = {
             "token",
-            names[line["weights"][place]],
-            "prefix" if place < line["prefix"] else "",
-            "suffix" if place >= len(line["ids"]) - line["suffix"] else "",
+            names[line["weights"][position]],
+            "prefix" if position < line["prefix"] else "",
+            "suffix" if position >= len(line["ids"]) - line["suffix"] else "",
         } - {""}
         assert set(classes.split()) == expected
-    assert len(found) == sum(len(line["ids"]) for line in lines)
+    assert len(tokens) == sum(len(line["ids"]) for line in lines)
 
 
-def test_a_filtered_completion_says_so(page):
+def test_a_filtered_completion_is_marked(page):
     choose(page, "#group", "prompt 2")
     kept, filtered = find(page, ".completion")
     assert "kept ✓" in kept.text and "filtered" not in kept.get_attribute("class")
-    assert "filtered ✗ no gradient" in filtered.text
+    assert "filtered ✗, no gradient" in filtered.text
     assert "filtered" in filtered.get_attribute("class")
 
 
@@ -180,46 +180,48 @@ def test_pointing_at_a_token_shows_its_entropy_its_weight_and_why_it_is_in_confl
     from selenium.webdriver import ActionChains
 
     assert "entropy" not in find(page, "#inspector")[0].text
-    ActionChains(page).move_to_element(find(page, '[data-row="1"][data-place="2"]')[0]).perform()
-    said = find(page, "#inspector")[0].text
+    ActionChains(page).move_to_element(find(page, '[data-row="1"][data-position="2"]')[0]).perform()
+    inspector = find(page, "#inspector")[0].text
     assert (
-        "2+2 entropy 0.003 nats · weight 0, protected · place 3 from the left, 9 from the right ·"
-        " prefix run" in said
+        "2+2 entropy 0.003 nats · weight 0, protected · position 3 from the start, 9 from the end"
+        " · prefix run" in inspector
     )
     assert (
-        "the same token stands at this place from the left in 2 better completions, so it is not"
-        " unlearnt here" in said
+        "2 better completions have the same token at this position from the start, so it is"
+        " protected here" in inspector
     )
-    assert "the same in #1+, #3+, #4−." in said
+    assert "the same token in: #1+, #3+, #4−." in inspector
 
 
-def test_pointing_highlights_the_same_token_at_the_same_place(page):
+def test_pointing_highlights_the_same_token_at_the_same_position(page):
     from selenium.webdriver import ActionChains
 
     def marked(name):
         cells = find(page, f"#completions .{name}")
         return {
-            (cell.get_attribute("data-row"), cell.get_attribute("data-place")) for cell in cells
+            (cell.get_attribute("data-row"), cell.get_attribute("data-position")) for cell in cells
         }
 
-    # the last one: from the right
-    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="10"]')[0]).perform()
+    # the last token, aligned at the end
+    ActionChains(page).move_to_element(
+        find(page, '[data-row="0"][data-position="10"]')[0]
+    ).perform()
     assert marked("same-opposite") == {("1", "10"), ("3", "11")}
     assert marked("same-side") == {("2", "10")}
-    # =4, which no worse one has
-    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="3"]')[0]).perform()
+    # =4, which no worse completion has
+    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-position="3"]')[0]).perform()
     assert marked("same-opposite") == set()
-    assert "no worse completion has this token at this place" in find(page, "#inspector")[0].text
+    assert "no worse completion has this token at this position" in find(page, "#inspector")[0].text
 
 
-def test_a_token_after_the_end_of_a_run_says_that_the_run_has_ended(page):
+def test_a_token_after_a_run_says_that_the_run_ends_before_it(page):
     from selenium.webdriver import ActionChains
 
-    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-place="5"]')[0]).perform()
-    assert "but the unbroken run has ended before it" in find(page, "#inspector")[0].text
+    ActionChains(page).move_to_element(find(page, '[data-row="0"][data-position="5"]')[0]).perform()
+    assert "but the run of conflict tokens ends before it" in find(page, "#inspector")[0].text
 
 
-def test_the_keyboard_reaches_and_walks_the_tokens(page):
+def test_tab_and_the_arrow_keys_move_between_tokens(page):
     from selenium.webdriver.common.keys import Keys
 
     page.execute_script("document.getElementById('group').focus()")
@@ -246,10 +248,10 @@ def test_the_keyboard_reaches_and_walks_the_tokens(page):
     press(page, Keys.NULL)
     page.execute_script("document.querySelector('#question summary').focus()")
     press(page, Keys.TAB)
-    assert current(page) == (0, 10), "Tab comes back to the token that was left"
+    assert current(page) == (0, 10), "Tab returns to the token that was focused last"
 
 
-def test_every_token_and_control_has_a_name_for_those_who_hear_the_page(page):
+def test_every_token_and_control_has_a_name_for_screen_readers(page):
     labels = [cell.get_attribute("aria-label") for cell in find(page, "[role=gridcell]")]
     assert labels[0] == "<reasoning>, weight 2, entropy 0.001 nats" and all(labels)
     assert page.execute_script(
@@ -261,7 +263,7 @@ def test_every_token_and_control_has_a_name_for_those_who_hear_the_page(page):
     assert find(page, "[aria-live=polite]")
 
 
-def test_script_tags_from_a_model_stay_text(page):
+def test_script_tags_of_a_model_stay_text(page):
     choose(page, "#group", "prompt 2")
     assert EVIL in shown_tokens(page)[0]
     assert find(page, "#prompt")[0].text.count(EVIL) == 3
@@ -270,9 +272,9 @@ def test_script_tags_from_a_model_stay_text(page):
     assert not find(page, "img") and len(find(page, "script")) == 2
 
 
-def test_signs_that_cannot_be_seen_are_written_out(chromium, tmp_path):
-    signs = ["\u202eabc", "\u200b", "a\x00", "\ttab", "", "a\n\nb\n"]
-    run = write_run(tmp_path / "run", group([([*RIGHT[:3], *signs], 20.0), (WRONG, 1.0)]))
+def test_invisible_characters_are_shown_as_escapes(chromium, tmp_path):
+    characters = ["\u202eabc", "\u200b", "a\x00", "\ttab", "", "a\n\nb\n"]
+    run = write_run(tmp_path / "run", group([([*RIGHT[:3], *characters], 20.0), (WRONG, 1.0)]))
     assert report_run.main([str(run)]) == 0
     chromium.get((run / "report.html").as_uri())
     assert shown_tokens(chromium)[0][3:] == [
@@ -291,7 +293,7 @@ def test_another_step_can_be_chosen(page):
     assert len(find(page, ".completion")) == 2
 
 
-def test_light_and_dark_follow_the_system_and_the_button(page):
+def test_the_theme_follows_the_system_and_the_button(page):
     def background():
         return page.execute_script("return getComputedStyle(document.body).backgroundColor")
 
@@ -313,7 +315,8 @@ const rgb = (name) => {
   return [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map(v => v / 255);
 };
 const linear = (v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
-const luminance = (name) => rgb(name).map(linear).reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const share = [.2126, .7152, .0722];
+const luminance = (name) => rgb(name).map(linear).reduce((sum, v, i) => sum + v * share[i], 0);
 return arguments[0].map((pair) => {
   const [light, dark] = pair.map(luminance).sort((x, y) => y - x);
   return (light + .05) / (dark + .05);
@@ -322,7 +325,7 @@ return arguments[0].map((pair) => {
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_stands_out_from_its_ground_in_light_and_in_dark(page, dark):
+def test_text_has_enough_contrast_in_light_and_dark(page, dark):
     set_scheme(page, dark=dark)
     text = [
         [ink, ground] for ink in ("--ink", "--faint", "--link") for ground in ("--page", "--card")
@@ -342,7 +345,7 @@ def test_text_stands_out_from_its_ground_in_light_and_in_dark(page, dark):
     assert min(page.execute_script(CONTRAST, lines)) >= 3
 
 
-def test_a_narrow_screen_shows_everything_below_each_other(run):
+def test_on_a_narrow_screen_worse_completions_are_below_better_ones(run):
     with browser(NARROW) as page:
         page.get((run / "report.html").as_uri())
         assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
@@ -351,7 +354,7 @@ def test_a_narrow_screen_shows_everything_below_each_other(run):
     assert NARROW[0] < WIDE[0]
 
 
-def test_long_words_and_labels_make_no_page_wider(chromium, tmp_path):
+def test_long_words_and_labels_do_not_make_the_page_wider(chromium, tmp_path):
     layers = [f"layer_{i}_with_a_long_name" for i in range(30)]
     runs = [
         write_run(
@@ -377,7 +380,7 @@ def test_long_words_and_labels_make_no_page_wider(chromium, tmp_path):
         assert narrow.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_two_configurations_have_a_legend_and_a_run_to_choose(chromium, tmp_path):
+def test_two_configurations_have_a_legend_and_a_choice_of_run(chromium, tmp_path):
     runs = [
         write_run(tmp_path / name, group(GROUPS[0], weight=weight), rising(3), recipe=recipe)
         for name, weight, recipe in (

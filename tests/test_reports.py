@@ -1,6 +1,4 @@
-"""Reports without a browser: what is read from a run directory, what is said of it, and what is
-written.
-"""
+"""Reports without a browser: reading a run directory, the summary, and the files written."""
 
 import json
 import random
@@ -17,10 +15,10 @@ import report_run
 from gtpo.errors import RecipeError
 from gtpo.report import curves
 from gtpo.report import page as reports
-from gtpo.report.comparison import configurations, differences
-from gtpo.report.completion_log import Completion, CompletionLog
+from gtpo.report.comparison import configurations, differing_keys
+from gtpo.report.completion_log import CompletionLog, RecordedCompletion
 from gtpo.report.conflict_view import choose_steps, conflict_view
-from gtpo.report.run_record import read_run
+from gtpo.report.run_record import AlarmEvent, read_run
 from gtpo.report.summary import answers
 
 TWO = [(RIGHT, 20.0), (WRONG, 10.0)]
@@ -31,8 +29,8 @@ def log_of(tmp_path, lines) -> CompletionLog:
     return read_run(write_run(tmp_path / "run", lines)).completions
 
 
-def told(record) -> dict[str, object]:
-    """The three answers of one run, by the first words of their questions."""
+def answers_of(record) -> dict[str, object]:
+    """The three answers of one run by short names of the questions."""
     return dict(
         zip(("learn", "stable", "protected"), answers(configurations([record])[0]), strict=True)
     )
@@ -43,7 +41,7 @@ def told(record) -> dict[str, object]:
 
 def test_protected_texts_are_counted_once_per_completion(tmp_path):
     log = log_of(tmp_path, group([(RIGHT, 20.0), (WRONG, 10.0), (WRONG, 10.0)]))
-    assert dict(log.pieces) == {"<reasoning>\n": 2, "2+2": 2, "</answer><end>": 2}
+    assert dict(log.protected_pieces) == {"<reasoning>\n": 2, "2+2": 2, "</answer><end>": 2}
     assert (log.protected_completions, log.worse, log.protected_tokens, log.amplified_tokens) == (
         2,
         2,
@@ -52,13 +50,13 @@ def test_protected_texts_are_counted_once_per_completion(tmp_path):
     )
 
 
-def test_tags_in_a_row_are_one_text(tmp_path):
+def test_consecutive_tags_are_one_text(tmp_path):
     longer = [*RIGHT[:-3], "4", "!", "</answer>", "<end>"]
     log = log_of(tmp_path, group([(RIGHT, 20.0), (longer, 3.0)]))
-    assert log.pieces["</reasoning>\n<answer>"] == 1
+    assert log.protected_pieces["</reasoning>\n<answer>"] == 1
 
 
-def test_a_cut_last_line_is_left_out_and_counted(tmp_path):
+def test_an_incomplete_last_line_is_left_out_and_counted(tmp_path):
     run = write_run(tmp_path / "run", group(TWO))
     whole = (run / "completions.jsonl").read_text()
     (run / "completions.jsonl").write_text(whole + whole[:200])
@@ -78,7 +76,7 @@ def test_a_cut_last_line_is_left_out_and_counted(tmp_path):
         "{" * 5000,
     ],
 )
-def test_a_line_that_is_no_completion_is_left_out(tmp_path, line):
+def test_a_line_that_is_not_a_completion_is_left_out(tmp_path, line):
     run = write_run(tmp_path / "run", group(TWO))
     with (run / "completions.jsonl").open("a") as file:
         file.write(line + "\n")
@@ -86,7 +84,7 @@ def test_a_line_that_is_no_completion_is_left_out(tmp_path, line):
     assert (log.completions, log.unreadable) == (2, 1)
 
 
-def test_what_a_resumed_run_did_again_replaces_what_it_did_before(tmp_path):
+def test_steps_that_a_resumed_run_repeats_replace_the_earlier_ones(tmp_path):
     before = [
         line for step in (1, 2, 3) for line in group([(RIGHT, 20.0), (WRONG, 0.0)], step=step)
     ]
@@ -111,24 +109,24 @@ def test_a_group_whose_rows_are_trained_on_at_two_steps_is_one_group(tmp_path):
     assert [(group.step, len(log.read(group))) for group in log.groups] == [(1, 3)]
 
 
-def test_weights_that_would_be_are_the_ones_gtpo_gives():
+def test_weights_that_gtpo_would_have_used_are_those_that_it_uses():
     for rewards in ((20.0, 10.0, 10.0), (1.0, 1.0, 4.0), (3.0, 3.0, 3.0)):
         rows = list(zip((RIGHT, WRONG, RIGHT[:4]), rewards, strict=True))
         theirs = group(rows, weight=3.0)
         for line, other in zip(theirs, group(rows, weight=None), strict=True):
-            assert Completion(**other).weights is None
-            assert Completion(**other).token_weights(3.0) == line["weights"]
+            assert RecordedCompletion(**other).weights is None
+            assert RecordedCompletion(**other).token_weights(3.0) == line["weights"]
 
 
-def test_lists_that_do_not_fit_together_are_not_shown():
+def test_per_token_lists_of_different_lengths_are_not_shown():
     line = group(TWO)[0]
-    assert Completion(**{**line, "tokens": line["tokens"][1:]}).ids is None
-    assert Completion(**{**line, "entropies": [0.1]}).entropies is None
-    assert Completion(**{**line, "prefix": 99, "suffix": -1}).conflicts == len(RIGHT)
+    assert RecordedCompletion(**{**line, "tokens": line["tokens"][1:]}).ids is None
+    assert RecordedCompletion(**{**line, "entropies": [0.1]}).entropies is None
+    assert RecordedCompletion(**{**line, "prefix": 99, "suffix": -1}).conflicts == len(RIGHT)
 
 
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), "9" * 5000, -0.0, 10**30, None])
-def test_numbers_that_are_none_do_not_stop_a_report(tmp_path, nonsense):
+def test_values_that_are_not_finite_numbers_do_not_stop_a_report(tmp_path, nonsense):
     lines = group(TWO)
     lines[0] |= {
         "reward": nonsense,
@@ -167,10 +165,10 @@ def test_a_run_without_a_final_state_reports_from_its_newest_readable_checkpoint
         10,
         "checkpoint-4",
     )
-    assert "step 4 of 10 is the last one known" in " ".join(told(record)["stable"].sentences)
+    assert "Its last known step is 4 of 10" in " ".join(answers_of(record)["stable"].sentences)
 
 
-def test_completions_go_on_where_the_checkpoint_ends(tmp_path):
+def test_metrics_after_the_checkpoint_come_from_the_completions(tmp_path):
     lines = [line for step in (1, 2, 3) for line in group(TWO, step=step)]
     record = read_run(
         write_run(tmp_path / "run", lines, [{"step": 1, "reward": 7.0}], checkpoint=1)
@@ -181,7 +179,7 @@ def test_completions_go_on_where_the_checkpoint_ends(tmp_path):
     )
 
 
-def test_a_run_with_completions_alone_has_a_report(tmp_path):
+def test_a_run_with_only_completions_has_a_report(tmp_path):
     run = write_run(tmp_path / "run", group(TWO))
     assert report_run.main([str(run)]) == 0
     assert "Metrics from completions.jsonl alone" in (run / "report.html").read_text()
@@ -190,7 +188,7 @@ def test_a_run_with_completions_alone_has_a_report(tmp_path):
 # ---- several runs
 
 
-def test_runs_that_differ_in_the_seed_and_the_name_are_one_configuration(tmp_path):
+def test_runs_that_differ_in_seed_and_name_are_one_configuration(tmp_path):
     runs = [
         read_run(
             write_run(
@@ -201,15 +199,15 @@ def test_runs_that_differ_in_the_seed_and_the_name_are_one_configuration(tmp_pat
         )
         for seed in (1, 2, 3)
     ]
-    found = configurations(runs)
-    assert [(configuration.label, len(configuration.runs)) for configuration in found] == [
+    grouped = configurations(runs)
+    assert [(configuration.label, len(configuration.runs)) for configuration in grouped] == [
         ("s1 (3 seeds)", 3)
     ]
-    assert found[0].series("reward") == {1: [1.0, 2.0, 3.0]}
-    assert differences(runs) == {"run_name": ["s1", "s2", "s3"], "model.random_seed": [1, 2, 3]}
+    assert grouped[0].series("reward") == {1: [1.0, 2.0, 3.0]}
+    assert differing_keys(runs) == {"run_name": ["s1", "s2", "s3"], "model.random_seed": [1, 2, 3]}
 
 
-def test_runs_with_the_same_seed_are_no_seeds(tmp_path):
+def test_runs_with_the_same_seed_are_called_runs_and_not_seeds(tmp_path):
     runs = [
         read_run(write_run(tmp_path / name, history=ONE_CURVE, recipe={"run_name": name}))
         for name in "ab"
@@ -235,18 +233,20 @@ def test_the_legend_names_what_differs_between_recipes(tmp_path):
 
 
 def test_curves_of_seeds_have_their_mean_and_one_standard_deviation(tmp_path):
-    assert curves._binned({1: [1.0, 3.0], 2: [5.0]}, most=10) == (
+    assert curves.line_points({1: [1.0, 3.0], 2: [5.0]}, max_points=10) == (
         [1, 2],
         [2.0, 5.0],
         [pytest.approx(2 - 2**0.5), 5.0],
         [pytest.approx(2 + 2**0.5), 5.0],
     )
-    steps, means, _, _ = curves._binned({step: [float(step)] for step in range(1, 1001)}, most=100)
+    steps, means, _, _ = curves.line_points(
+        {step: [float(step)] for step in range(1, 1001)}, max_points=100
+    )
     assert (len(steps), steps[0], means[-1]) == (100, 5.5, 995.5)
 
 
-def test_every_metric_of_the_list_has_a_panel_and_the_entropy_its_threshold(tmp_path):
-    found = configurations(
+def test_every_metric_has_a_panel_and_the_entropy_its_threshold(tmp_path):
+    grouped = configurations(
         [
             read_run(
                 write_run(
@@ -257,7 +257,7 @@ def test_every_metric_of_the_list_has_a_panel_and_the_entropy_its_threshold(tmp_
             )
         ]
     )
-    svgs = curves.inline_svgs(found)
+    svgs = curves.inline_svgs(grouped)
     assert set(svgs) == {panel.name for panel in curves.PANELS}
     assert [name for name, svg in svgs.items() if "threshold 0.65" in svg] == ["entropy"]
     for svg in svgs.values():
@@ -281,39 +281,37 @@ def test_a_rising_reward_is_learning_and_a_falling_one_is_not(tmp_path):
         ("flat", lambda s: 5 + s % 2, "no clear change"),
     ):
         assert (
-            told(read_run(write_run(tmp_path / name, history=rising(40, reward=reward))))[
+            answers_of(read_run(write_run(tmp_path / name, history=rising(40, reward=reward))))[
                 "learn"
-            ].word
+            ].headline
             == word
         )
     assert (
-        told(read_run(write_run(tmp_path / "short", history=rising(3))))["learn"].word
+        answers_of(read_run(write_run(tmp_path / "short", history=rising(3))))["learn"].headline
         == "too early to say"
     )
 
 
-def test_the_summary_gives_the_numbers(tmp_path):
+def test_the_summary_has_the_numbers(tmp_path):
     run = write_run(
         tmp_path / "run", [line for step in (1, 40) for line in group(TWO, step=step)], rising(40)
     )
     for name, right in (("before", 1), ("after", 3)):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[i < right] for i in range(4)])
-    learn, stable, protected = told(read_run(run)).values()
+    learn, stable, protected = answers_of(read_run(run)).values()
     assert learn.sentences[:3] == [
         "The mean reward went from 5.75 (steps 1 to 5) to 14.50 (steps 36 to 40).",
-        "Meanwhile well-formed completions went from 100% to 100%, correct ones from 50% to 50%.",
-        (
-            "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 %"
-            " interval +0.0 to +100.0), format from 100.0% to 100.0%."
-        ),
+        "The share of well-formed completions went from 100% to 100%. The share of correct"
+        " completions went from 50% to 50%.",
+        "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 %"
+        " interval +0.0 to +100.0), and the share of well-formed completions from 100.0% to"
+        " 100.0%.",
     ]
-    assert stable.word == "yes"
+    assert stable.headline == "yes"
     assert "between 0.300 and 0.398 nats (threshold 0.7)" in stable.sentences[0]
-    assert (
-        protected.sentences[1]
-        == "GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage,"
-        " and "
-        "amplified 10 in better ones."
+    assert protected.sentences[1] == (
+        "GTPO protected 10 tokens (weight 0) in 2 of 2 completions with a negative advantage. It"
+        " amplified 10 tokens in completions with a positive one."
     )
     assert protected.texts[0] == ("<reasoning>\n", 2)
 
@@ -330,21 +328,21 @@ def test_the_summary_gives_the_numbers(tmp_path):
         ({"alarm__low_entropy": lambda s: 0.001 if s in (7, 9) else None}, "2 alarms"),
     ],
 )
-def test_what_is_not_stable_is_named(tmp_path, changes, worry):
+def test_a_reason_to_worry_is_named(tmp_path, changes, worry):
     history = [
         {name: value for name, value in entry.items() if value is not None}
         for entry in rising(40, **changes)
     ]
-    stable = told(read_run(write_run(tmp_path / "run", history=history)))["stable"]
-    assert (stable.verdict, stable.word) == ("careful", worry)
+    stable = answers_of(read_run(write_run(tmp_path / "run", history=history)))["stable"]
+    assert (stable.verdict, stable.headline) == ("careful", worry)
 
 
-def test_alarms_are_told_with_their_evidence_and_drawn(tmp_path):
+def test_alarms_are_listed_with_their_evidence_and_drawn(tmp_path):
     history = rising(30)
     for step, condition in ((12, "entropy_low"), (12, "truncated"), (20, "entropy_low")):
         history[step - 1][f"alarm/{condition}"] = 1.0
     run = write_run(tmp_path / "run", history=history[:25], checkpoint=25)
-    said = [
+    alarms = [
         (12, "the mean entropy is 0.001"),
         (12, "90% are cut off"),
         (20, "still low"),
@@ -353,26 +351,26 @@ def test_alarms_are_told_with_their_evidence_and_drawn(tmp_path):
     (run / "train.log").write_text(
         "".join(
             f"WARNING gtpo.hooks.alarm: [GTPO] Alarm at step {step}: {text}\n"
-            for step, text in said
+            for step, text in alarms
         )
     )
-    stable = told(read_run(run))["stable"]
-    assert stable.word == "4 alarms; not finished"
+    stable = answers_of(read_run(run))["stable"]
+    assert stable.headline == "4 alarms; not finished"
     assert [sentence for sentence in stable.sentences if sentence.startswith("Alarm")] == [
         "Alarm (entropy low) 2 times, first at step 12: the mean entropy is 0.001.",
         "Alarm (truncated) at step 12: 90% are cut off.",
         "Alarm at step 27: after the checkpoint.",
     ]
     assert report_run.main([str(run)]) == 0
-    assert "Dotted verticals are alarms." in (run / "report.html").read_text()
+    assert "Vertical dotted lines are alarms." in (run / "report.html").read_text()
 
 
-def test_a_trainer_without_weights_protected_nothing_and_the_report_says_what_gtpo_would_have(
+def test_for_a_trainer_without_weights_the_report_says_what_gtpo_would_have_protected(
     tmp_path,
 ):
     run = write_run(tmp_path / "run", group(TWO, weight=None))
-    protected = told(read_run(run))["protected"]
-    assert protected.word == "nothing: no token weights"
+    protected = answers_of(read_run(run))["protected"]
+    assert protected.headline == "nothing: no token weights"
     assert protected.sentences[1].startswith("GTPO would have protected 5 tokens")
 
 
@@ -387,20 +385,20 @@ def test_the_first_the_middle_the_last_and_the_steps_with_most_conflicts_are_sho
     record = read_run(write_run(tmp_path / "run", lines))
     assert list(choose_steps(record, [])) == [1, 4, 6, 8, 11]
     assert list(choose_steps(record, [2])) == [1, 2, 4, 6, 8, 11]
-    record.alarms.append((9, "truncated", ""))
+    record.alarms.append(AlarmEvent(9, "truncated", ""))
     assert choose_steps(record, [])[9].startswith("first alarm")
     with pytest.raises(RecipeError, match="--steps: 99 is not in .*, which has steps 1 to 11"):
         choose_steps(record, [99])
 
 
-def test_a_completion_too_long_to_show_keeps_both_its_ends(tmp_path):
+def test_both_ends_of_a_completion_that_is_too_long_are_shown(tmp_path):
     long = ["<start>", *(f"w{i}" for i in range(30_000)), "<end>"]
-    found = configurations(
+    grouped = configurations(
         [read_run(write_run(tmp_path / "run", group([(long, 1.0), (["<start>", "<end>"], 0.0)])))]
     )
-    view = conflict_view(found, [], size=10**7)
+    view = conflict_view(grouped, [], size=10**7)
     row = view["runs"][0]["steps"][0]["groups"][0]["rows"][0]
-    assert (row["length"], row["left"], len(row["tokens"])) == (30_002, 6_000, 12_000)
+    assert (row["length"], row["head"], len(row["tokens"])) == (30_002, 6_000, 12_000)
     assert [view["tokens"][row["tokens"][i]] for i in (0, 5_999, 6_000, -1)] == [
         "<start>",
         "w5998",
@@ -410,7 +408,7 @@ def test_a_completion_too_long_to_show_keeps_both_its_ends(tmp_path):
     assert row["weights"] == [[2.0, 1], [1.0, 30_000], [2.0, 1]]
 
 
-def test_steps_whose_tokens_were_thinned_out_are_not_chosen(tmp_path):
+def test_steps_without_recorded_tokens_are_not_chosen(tmp_path):
     lines = [line for step in range(1, 10) for line in group(TWO, step=step)]
     for line in lines:
         if line["step"] % 4 != 1:
@@ -457,7 +455,7 @@ def data_of(page: str) -> str:
     ]
 
 
-def test_texts_of_a_model_cannot_leave_their_place(tmp_path):
+def test_texts_of_a_model_cannot_become_elements_of_the_page(tmp_path):
     evil = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>\"'&amp;\u2028\ud800"
     lines = group(
         [([*RIGHT, evil], 20.0), ([*WRONG, evil], 10.0)],
@@ -466,7 +464,7 @@ def test_texts_of_a_model_cannot_leave_their_place(tmp_path):
         completion=evil,
     )
     run = write_run(tmp_path / "run", lines, ONE_CURVE, recipe={"run_name": "x<b>&"})
-    # half of a pair is no JSON for everybody
+    # some JSON parsers refuse half of a surrogate pair
     text = (run / "completions.jsonl").read_text().replace("\\ud800", "")
     (run / "completions.jsonl").write_text(text)
     assert report_run.main([str(run)]) == 0
@@ -499,7 +497,7 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
         kept = (run / name).read_bytes()
         (run / name).write_text("mine")
         assert report_run.main([str(run)]) == 2
-        assert f"{name}: exists and is no report of ours" in capsys.readouterr().err
+        assert f"{name}: exists and is not a report" in capsys.readouterr().err
         assert (run / name).read_text() == "mine"
         (run / name).write_bytes(kept)
     assert {path.name for path in run.iterdir()} == {
@@ -511,7 +509,7 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
     }
 
 
-def test_several_runs_go_into_a_folder_of_their_own(tmp_path, monkeypatch):
+def test_a_report_of_several_runs_goes_into_a_folder_of_its_own(tmp_path, monkeypatch):
     runs = [str(write_run(tmp_path / name, history=ONE_CURVE)) for name in "ab"]
     monkeypatch.chdir(tmp_path)
     assert report_run.main(runs) == 0 and report_run.main([*runs, "--out", "other"]) == 0
@@ -537,7 +535,7 @@ def test_a_recipe_and_its_flags_name_the_run_directory(tmp_path, monkeypatch, ca
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
 
 
-def test_evaluations_are_tabled_with_their_intervals_and_in_their_order(tmp_path):
+def test_the_table_of_evaluations_has_intervals_and_is_in_order(tmp_path):
     run = write_run(tmp_path / "run", history=ONE_CURVE)
     for name in ("mine", "after", "step-100", "step-20", "before"):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[True], [False]])
@@ -568,7 +566,7 @@ def test_evaluations_are_tabled_with_their_intervals_and_in_their_order(tmp_path
     assert dict(zip(rows[0], rows[1], strict=True))["pass@2"] == "-"
 
 
-def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
+def test_a_damaged_evaluation_is_left_out_with_a_note(tmp_path):
     run = write_run(tmp_path / "run", history=ONE_CURVE)
     write_evaluation(run / "evaluation" / "cut.jsonl", [[True], [True]])
     cut = run / "evaluation" / "cut.jsonl"
@@ -577,31 +575,31 @@ def test_a_damaged_evaluation_is_left_out_and_said(tmp_path):
     record = read_run(run)
     assert (record.evaluations["cut"].scores.problems, list(record.evaluations)) == (1, ["cut"])
     assert len(record.notes) == 2
-    assert "cut.jsonl: its last line was cut, and is left out" in record.notes[0]
+    assert "cut.jsonl: the last line is incomplete and is left out" in record.notes[0]
     assert "other.jsonl: the first line is not the header of an evaluation" in record.notes[1]
 
 
-def test_what_was_evaluated_on_fewer_problems_after_is_no_change_of_accuracy(tmp_path):
+def test_evaluations_of_different_numbers_of_problems_are_not_compared(tmp_path):
     run = write_run(tmp_path / "run", history=rising(40))
     for name in ("before", "after"):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[True]] * 4)
-    assert "held-out problems" in " ".join(told(read_run(run))["learn"].sentences)
+    assert "held-out problems" in " ".join(answers_of(read_run(run))["learn"].sentences)
     cut = run / "evaluation" / "after.jsonl"
     cut.write_text(cut.read_text()[:-20])
-    assert "held-out problems" not in " ".join(told(read_run(run))["learn"].sentences)
+    assert "held-out problems" not in " ".join(answers_of(read_run(run))["learn"].sentences)
 
 
 @pytest.mark.parametrize("steps", [6, 12, 20])
-def test_noise_alone_is_seldom_called_learning_or_a_fall(tmp_path, steps):
-    draw, verdicts, falls = random.Random(steps), [], 0
+def test_noise_is_seldom_called_learning_or_a_fall(tmp_path, steps):
+    draw, headlines, falls = random.Random(steps), [], 0
     for i in range(60):
         run = write_run(
             tmp_path / f"run-{i}", history=rising(steps, reward=lambda s: 10 + draw.gauss(0, 1))
         )
-        learn, stable, _ = told(read_run(run)).values()
-        verdicts.append(learn.word)
-        falls += "reward fell" in stable.word
-    assert verdicts.count("too early to say" if steps < 10 else "no clear change") >= 45
+        learn, stable, _ = answers_of(read_run(run)).values()
+        headlines.append(learn.headline)
+        falls += "reward fell" in stable.headline
+    assert headlines.count("too early to say" if steps < 10 else "no clear change") >= 45
     assert falls <= 10
 
 
@@ -628,7 +626,7 @@ def test_help_needs_neither_matplotlib_nor_jinja2():
     assert "--steps" in done.stdout and done.stdout.endswith("set()\n")
 
 
-# ---- what cannot be reported
+# ---- errors
 
 
 @pytest.mark.parametrize(
@@ -642,13 +640,13 @@ def test_help_needs_neither_matplotlib_nor_jinja2():
                 " last"
             ),
         ),
-        (["empty"], "empty: is no run directory (it has no recipe.yaml)"),
+        (["empty"], "empty: is not a run directory (it has no recipe.yaml)"),
         (
             ["run/checkpoint-3"],
-            "run/checkpoint-3: is no run directory (it has no recipe.yaml); give ",
+            "run/checkpoint-3: is not a run directory (it has no recipe.yaml); give ",
         ),
         (["new"], "new: there is nothing to report yet"),
-        (["broken"], "broken/recipe.yaml: is no recipe"),
+        (["broken"], "broken/recipe.yaml: is not a recipe"),
         (["run", "--outt", "x"], "--outt: unknown flag; use --out and --steps"),
         (["run", "--out"], "--out: needs a value"),
         (["run", "--out", "file"], "--out: file is a file; give a folder"),
@@ -657,9 +655,7 @@ def test_help_needs_neither_matplotlib_nor_jinja2():
         (["nothing.yaml"], "nothing.yaml: there is no such recipe file"),
     ],
 )
-def test_what_cannot_be_reported_is_one_sentence_and_exit_code_2(
-    tmp_path, monkeypatch, capsys, words, sentence
-):
+def test_an_error_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

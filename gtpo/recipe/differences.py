@@ -55,7 +55,12 @@ class Difference(NamedTuple):
         """Whether the difference has no influence on the policy at the steps already done."""
         if self.key in MAY_GROW:
             return self.earlier is not None and self.now is not None and 0 < self.earlier < self.now
-        return any(fnmatch.fnmatchcase(self.key, pattern) for pattern in HARMLESS)
+        return is_harmless(self.key)
+
+
+def is_harmless(key: str) -> bool:
+    """Whether a key has no influence on the policy, whatever its value."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS)
 
 
 def recipe_differences(

@@ -1,1 +1,1 @@
-"""What a run leaves for people: pages, curves, model cards."""
+"""What people read about a run: report pages, curves and model cards."""

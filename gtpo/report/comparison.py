@@ -1,41 +1,26 @@
-"""Runs sorted by what differs between their recipes: runs that differ in the seed alone are one
-configuration.
-"""
+"""Runs grouped by what differs between their recipes, and windows of their metrics."""
 
 import math
 import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from gtpo.recipe.differences import flatten
+from gtpo.recipe.differences import flatten, is_harmless
 from gtpo.report.run_record import RunRecord
 
-SEEDS = {"model.random_seed", "training.seed", "training.data_seed"}
-SAYS_NOTHING = (  # of what is trained
-    "run_name",
-    "output_root",
-    "env",
-    "wandb",
-    "watch",
-    "alarm",
-    "rewards",
-    "evaluation.batch_size",
-    "training.report_to",
-    "training.logging_steps",
-    "training.save_steps",
-    "training.save_total_limit",
-    "training.max_skipped_steps",
-)
-SHORTEST = 5  # steps of a window: of fewer, nobody knows how far their mean may be off
+SEEDS = ("model.random_seed", "training.data_seed", "training.seed")
+MIN_WINDOW, MAX_WINDOW = 5, 50  # steps; the mean of fewer than 5 is too uncertain
 
 
 @dataclass(frozen=True)
 class Configuration:
+    """Runs that train the same, seeds aside."""
+
     label: str
     runs: list[RunRecord]
 
     def series(self, name: str) -> dict[int, list[float]]:
-        """A metric by step: one value per run that has one there."""
+        """Returns a metric by step: one value for each run that has one."""
         values: dict[int, list[float]] = {}
         for run in self.runs:
             for step, value in run.series(name).items():
@@ -44,45 +29,68 @@ class Configuration:
 
 
 def configurations(runs: list[RunRecord]) -> list[Configuration]:
-    """The runs by recipe, in the order given; labels name the keys that differ, or the run where
-    none does.
+    """Returns the runs grouped by recipe, in the order given.
+
+    Runs are one configuration if their recipes differ only in seeds and in keys without influence
+    on the policy. A label names the keys that differ, or the first run if none does.
     """
-    flat = [flatten(run.recipe) for run in runs]
-    keys = sorted({key for recipe in flat for key in recipe if _tells(key)})
-    differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in flat}) > 1]
-    groups: dict[tuple, list[RunRecord]] = {}
-    for run, recipe in zip(runs, flat, strict=True):
-        groups.setdefault(tuple(repr(recipe.get(key)) for key in differing), []).append(run)
-    found = []
-    for members in groups.values():
-        recipe = flatten(members[0].recipe)
-        parts = [
-            _part(key, recipe.get(key), [other.get(key) for other in flat]) for key in differing
-        ]
-        label = ", ".join(parts) or members[0].name
-        seeds = {repr([flatten(run.recipe).get(key) for key in sorted(SEEDS)]) for run in members}
-        noun = "seeds" if len(seeds) == len(members) else "runs"
-        found.append(
-            Configuration(
-                label + (f" ({len(members)} {noun})" if len(members) > 1 else ""), members
-            )
-        )
-    return found
-
-
-def differences(runs: list[RunRecord]) -> dict[str, list[Any]]:
-    """Every recipe key whose values differ, seeds and names included, with each run's value."""
-    flat = [flatten(run.recipe) for run in runs]
-    keys = dict.fromkeys(key for recipe in flat for key in recipe)
-    return {
-        key: [recipe.get(key) for recipe in flat]
-        for key in keys
-        if len({repr(recipe.get(key)) for recipe in flat}) > 1
+    differing = {
+        key: values
+        for key, values in sorted(differing_keys(runs).items())
+        if _makes_a_configuration(key)
     }
+    places: dict[tuple[str, ...], list[int]] = {}  # values of those keys -> places in `runs`
+    for place in range(len(runs)):
+        identity = tuple(repr(values[place]) for values in differing.values())
+        places.setdefault(identity, []).append(place)
+    grouped = []
+    for first, *others in places.values():
+        members = [runs[place] for place in (first, *others)]
+        parts = [_label_part(key, values[first], values) for key, values in differing.items()]
+        label = ", ".join(parts) or members[0].name
+        grouped.append(Configuration(label + _how_many(members), members))
+    return grouped
+
+
+def differing_keys(runs: list[RunRecord]) -> dict[str, list[Any]]:
+    """Returns each recipe key whose values differ, with one value per run; None if it is not set.
+
+    Seeds and names are included.
+    """
+    recipes = [flatten(run.recipe) for run in runs]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    columns = {key: [recipe.get(key) for recipe in recipes] for key in keys}
+    return {key: values for key, values in columns.items() if len(set(map(repr, values))) > 1}
+
+
+def _makes_a_configuration(key: str) -> bool:
+    # How rewards are called has no influence on what they return, failures aside.
+    return not (key in SEEDS or is_harmless(key) or key.startswith("rewards."))
+
+
+def _label_part(key: str, value: Any, values: list[Any]) -> str:
+    """`learning_rate 0.003`. Of a dotted path only its last name, if the last names all differ."""
+    paths = set(map(str, values))
+    if key.endswith("class_path") and len({_last_name(path) for path in paths}) == len(paths):
+        return _last_name(str(value))
+    return f"{_last_name(key)} {'default' if value is None else value}"
+
+
+def _last_name(dotted: str) -> str:
+    return dotted.rpartition(".")[2]
+
+
+def _how_many(members: list[RunRecord]) -> str:
+    """` (3 seeds)`, or ` (3 runs)` if some have the same seeds; nothing for one run."""
+    if len(members) == 1:
+        return ""
+    recipes = [flatten(run.recipe) for run in members]
+    seeds = {repr([recipe.get(key) for key in SEEDS]) for recipe in recipes}
+    return f" ({len(members)} {'seeds' if len(seeds) == len(members) else 'runs'})"
 
 
 class Window(NamedTuple):
-    """A stretch of a series: its values, and its steps as a person says them."""
+    """Consecutive steps of a series: all values, and the steps as text."""
 
     values: list[float]
     steps: str
@@ -94,12 +102,13 @@ class Window(NamedTuple):
     @property
     def error(self) -> float:
         """The standard error of the mean."""
-        return spread(self.values) / math.sqrt(len(self.values))
+        return standard_deviation(self.values) / math.sqrt(len(self.values))
 
 
 def windows(series: dict[int, list[float]]) -> tuple[Window, Window]:
-    """The first and the last tenth of the steps that have values, but 5 to 50 of them, and no more
-    than half.
+    """Returns the first and the last tenth of the steps that have values.
+
+    A window has 5 to 50 steps, but at most half of them.
     """
     steps = list(series)
     width = _width(steps)
@@ -107,40 +116,24 @@ def windows(series: dict[int, list[float]]) -> tuple[Window, Window]:
 
 
 def best_window(series: dict[int, list[float]]) -> Window:
-    """The stretch of that length with the highest mean, among those that follow one another."""
+    """Returns the window with the highest mean, of those that follow one another from the start."""
     steps = list(series)
     width = _width(steps)
     starts = range(0, len(steps) - width + 1, width)
-    return max(
-        (_window(series, steps[start : start + width]) for start in starts),
-        key=lambda window: window.mean,
-    )
+    candidates = [_window(series, steps[start : start + width]) for start in starts]
+    return max(candidates, key=lambda window: window.mean)
 
 
 def _width(steps: list[int]) -> int:
-    return max(1, min(50, max(SHORTEST, len(steps) // 10), len(steps) // 2))
+    tenth = max(MIN_WINDOW, len(steps) // 10)
+    return max(1, min(MAX_WINDOW, tenth, len(steps) // 2))
 
 
 def _window(series: dict[int, list[float]], steps: list[int]) -> Window:
-    return Window(
-        [value for step in steps for value in series[step]],
-        f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}",
-    )
+    text = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    return Window([value for step in steps for value in series[step]], text)
 
 
-def spread(values: list[float]) -> float:
+def standard_deviation(values: list[float]) -> float:
+    """Returns the sample standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _tells(key: str) -> bool:
-    return key not in SEEDS and not any(
-        key == name or key.startswith(f"{name}.") for name in SAYS_NOTHING
-    )
-
-
-def _part(key: str, value: Any, others: list[Any]) -> str:
-    """`learning_rate 0.003`; of a dotted path its last name, where that tells the runs apart."""
-    short = {str(other).rpartition(".")[2] for other in others}
-    if key.endswith("class_path") and len(short) == len({str(other) for other in others}):
-        return str(value).rpartition(".")[2]
-    return f"{key.rpartition('.')[2]} {'default' if value is None else value}"

@@ -1,4 +1,4 @@
-// The page's two live parts: the theme, and the conflict view over the JSON in #view. Text only ever goes in as text.
+// The theme, and the conflict view of the JSON in #view. Text is inserted as text, never as HTML.
 "use strict";
 
 (() => {
@@ -22,7 +22,7 @@
   if (!view.runs) return;
   const at = (id) => document.getElementById(id);
   const runs = view.runs, texts = view.tokens;
-  let run, group, rows, cells;  // cells: per row, its token elements by place from the left
+  let run, group, rows, cells;  // cells: for each row, its token elements by position
 
   // ---- small helpers
 
@@ -45,16 +45,16 @@
   const hidden = (text) => text.replace(HIDDEN, (sign) => `\\u${sign.codePointAt(0).toString(16).padStart(4, "0")}`);
   const visible = (text) => hidden(text.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·")) || "∅";
 
-  // ---- a token by its place: completions too long to show have a gap in their middle
+  // ---- a token by its position in the completion: a completion that is too long has a gap
 
-  const slot = (row, place) => {  // index into row.tokens, or -1
-    if (!row.tokens || place < 0 || place >= row.length) return -1;
-    if (place < row.left) return place;
-    const fromRight = row.length - place;
-    return fromRight <= row.tokens.length - row.left ? row.tokens.length - fromRight : -1;
+  const slot = (row, position) => {  // index into row.tokens, or -1
+    if (!row.tokens || position < 0 || position >= row.length) return -1;
+    if (position < row.head) return position;
+    const fromEnd = row.length - position;
+    return fromEnd <= row.tokens.length - row.head ? row.tokens.length - fromEnd : -1;
   };
-  const tokenAt = (row, place) => { const i = slot(row, place); return i < 0 ? undefined : row.tokens[i]; };
-  const places = (row) => row.tokens.map((_, i) => i < row.left ? i : row.length - (row.tokens.length - i));
+  const tokenAt = (row, position) => { const i = slot(row, position); return i < 0 ? undefined : row.tokens[i]; };
+  const positions = (row) => row.tokens.map((_, i) => i < row.head ? i : row.length - (row.tokens.length - i));
   const weightsOf = (row) => row.weights.flatMap(([weight, count]) => Array(count).fill(weight));
 
   // ---- choosing
@@ -88,13 +88,13 @@
     at("prompt").replaceChildren(...lines.flatMap(([role, text]) => [element("b", "", `${role}: `), `${text}\n`]));
   };
 
-  // ---- completions: the better ones beside the worse ones, as one grid of tokens
+  // ---- completions: a grid of tokens, better completions beside worse ones
 
   const showCompletions = () => {
     cells = rows.map(() => new Map());
     const sides = element("div", "sides");
     sides.setAttribute("role", "grid");
-    sides.setAttribute("aria-label", "Tokens of the group's completions; arrow keys move between tokens");
+    sides.setAttribute("aria-label", "Tokens of the group's completions. Arrow keys move between tokens.");
     const signal = rows.some((row) => sign(row) !== 0);
     for (const [title, wanted] of [["Better than the group", 1], ["Worse than the group", -1], ["No advantage", 0]]) {
       const members = rows.map((_, i) => i).filter((i) => sign(rows[i]) === wanted);
@@ -113,11 +113,11 @@
     const box = element("article", `completion${row.kept === false ? " filtered" : ""}`);
     const about = element("div", "about");
     const facts = [`reward ${number(row.reward, 2)}`, `mean entropy ${number(row.entropy, 3)}`,
-                   row.kept === null ? "no filter" : row.kept ? "kept ✓" : "filtered ✗ no gradient"];
+                   row.kept === null ? "no filter" : row.kept ? "kept ✓" : "filtered ✗, no gradient"];
     if (row.length !== undefined) facts.push(counted(row.length, "token"));
     if (row.truncated) facts.push("truncated ✂");
     for (const [name, value] of Object.entries(row.rewards)) facts.push(`${name} ${number(value, 2)}`);
-    about.append(element("strong", "", `#${row.row + 1}  A ${signed(row.advantage)}`), ...facts.map((fact) => element("span", "", fact)));
+    about.append(element("strong", "", `#${row.row + 1}  advantage ${signed(row.advantage)}`), ...facts.map((fact) => element("span", "", fact)));
     const tokens = element("div", "tokens");
     tokens.setAttribute("role", "row");
     tokens.setAttribute("aria-label", `Completion ${row.row + 1}, advantage ${signed(row.advantage)}`);
@@ -128,31 +128,31 @@
   };
   const tokenElements = (row, index) => {
     const weights = weightsOf(row), made = [];
-    places(row).forEach((place, i) => {
-      if (i === row.left && row.tokens.length < row.length) {
+    positions(row).forEach((position, i) => {
+      if (i === row.head && row.tokens.length < row.length) {
         const hidden = row.length - row.tokens.length;
         made.push(element("span", "gap", ` … ${counted(hidden, "token")} not shown … `));
       }
-      const weight = weights[place];
+      const weight = weights[position];
       const cell = element("span", "token");
       cell.classList.toggle("protected", weight === 0);
       cell.classList.toggle("damped", weight > 0 && weight < 1);
       cell.classList.toggle("amplified", weight > 1);
-      cell.classList.toggle("prefix", place < row.prefix);
-      cell.classList.toggle("suffix", place >= row.length - row.suffix);
+      cell.classList.toggle("prefix", position < row.prefix);
+      cell.classList.toggle("suffix", position >= row.length - row.suffix);
       const text = texts[row.tokens[i]], ends = /\n*$/.exec(text)[0];
       fill(cell, text);
       cell.tabIndex = -1;
       cell.setAttribute("role", "gridcell");
       cell.setAttribute("aria-label", `${visible(texts[row.tokens[i]])}, weight ${weight}, entropy ${entropyOf(row, i)}`);
       cell.dataset.row = index;
-      cell.dataset.place = place;
-      cells[index].set(place, cell);
-      made.push(cell, ends);  // the line breaks that end a token stand behind it: its box ends with the line
+      cell.dataset.position = position;
+      cells[index].set(position, cell);
+      made.push(cell, ends);  // line breaks at a token's end follow its box, so that the box ends with the line
     });
     return made;
   };
-  const fill = (cell, text) => {  // white space gets a sign; a line break within a token stays one
+  const fill = (cell, text) => {  // white space gets a sign; a line break within a token also breaks the line
     const inner = text.replace(/\n+$/, "");
     for (const part of inner.split(/(\n|\t|^ +| +$)/).filter(Boolean)) {
       cell.append(/^[\n\t ]+$/.test(part) ? element("span", "blank", visible(part) + (part === "\n" ? "\n" : "")) : hidden(part));
@@ -161,62 +161,64 @@
   };
   const entropyOf = (row, i) => row.entropies && row.entropies[i] !== null ? `${(row.entropies[i] / 1000).toFixed(3)} nats` : "not recorded";
 
-  // ---- one token: what it weighs, where else it stands, and why that makes it a conflict or not
+  // ---- one token: its weight, where the group has it too, and why it is in conflict or not
 
   const inspect = (cell) => {
     for (const marked of at("completions").querySelectorAll(".current, .same-opposite, .same-side")) {
       marked.classList.remove("current", "same-opposite", "same-side");
     }
     if (!cell) {
-      at("inspector").replaceChildren(element("p", "", "Point at a token, or press Tab and then the arrow keys."));
+      at("inspector").replaceChildren(element("p", "", "Point at a token, or press Tab and use the arrow keys."));
       return;
     }
     cell.classList.add("current");
-    const index = Number(cell.dataset.row), place = Number(cell.dataset.place), row = rows[index];
-    const right = row.length - 1 - place, i = slot(row, place), weight = weightsOf(row)[place];
-    const runsOf = [place < row.prefix && "prefix run", right < row.suffix && "suffix run"].filter(Boolean);
-    const fromTheLeft = () => place, fromTheRight = (other) => other.length - 1 - right;
-    const left = matches(index, row.tokens[i], fromTheLeft), fromRight = matches(index, row.tokens[i], fromTheRight);
-    const sides = [["left", "prefix run", left, fromTheLeft], ["right", "suffix run", fromRight, fromTheRight]]
+    const index = Number(cell.dataset.row), position = Number(cell.dataset.position), row = rows[index];
+    const fromEnd = row.length - 1 - position, i = slot(row, position), weight = weightsOf(row)[position];
+    const runsOf = [position < row.prefix && "prefix run", fromEnd < row.suffix && "suffix run"].filter(Boolean);
+    const alignedAtStart = () => position, alignedAtEnd = (other) => other.length - 1 - fromEnd;
+    const atStart = matches(index, row.tokens[i], alignedAtStart), atEnd = matches(index, row.tokens[i], alignedAtEnd);
+    const sides = [["start", "prefix run", atStart, alignedAtStart], ["end", "suffix run", atEnd, alignedAtEnd]]
       .filter(([, name]) => !runsOf.length || runsOf.includes(name));
     for (const [other, where] of sides.flatMap(([, , found]) => found)) {
       const same = cells[other].get(where);
       if (same) same.classList.add(sign(rows[other]) * sign(row) < 0 ? "same-opposite" : "same-side");
     }
     const what = element("p");
-    const word = weight === 0 ? "protected" : weight > 1 ? "amplified" : weight < 1 ? "damped" : "untouched";
-    what.append(element("b", "", visible(texts[row.tokens[i]])), ` entropy ${entropyOf(row, i)} · weight ${weight}${run.wouldBe && weight !== 1 ? " (would be)" : ""}, ${word}`
-      + ` · place ${place + 1} from the left, ${right + 1} from the right${runsOf.length ? ` · ${runsOf.join(" and ")}` : ""}`);
-    const lines = [what, element("p", "", reason(row, runsOf, left, fromRight, weight))];
-    for (const [side, , found, placeIn] of sides) lines.push(element("p", "about", elsewhere(index, side, found, placeIn)));
+    const word = weight === 0 ? "protected" : weight > 1 ? "amplified" : weight < 1 ? "damped" : "unchanged";
+    const facts = [`entropy ${entropyOf(row, i)}`, `weight ${weight}${run.wouldBe && weight !== 1 ? " (would be)" : ""}, ${word}`,
+                   `position ${position + 1} from the start, ${fromEnd + 1} from the end`, ...runsOf];
+    what.append(element("b", "", visible(texts[row.tokens[i]])), ` ${facts.join(" · ")}`);
+    const lines = [what, element("p", "", reason(row, runsOf, atStart, atEnd, weight))];
+    for (const [side, , found, positionIn] of sides) lines.push(element("p", "about", elsewhere(index, side, found, positionIn)));
     at("inspector").replaceChildren(...lines);
   };
-  const matches = (index, token, placeIn) =>  // [row, place] of the same token at the aligned place in the other completions
-    rows.map((other, j) => [j, placeIn(other)]).filter(([j, where]) => j !== index && tokenAt(rows[j], where) === token);
-  const elsewhere = (index, side, found, placeIn) => {
+  const matches = (index, token, positionIn) =>  // [row, position] of the same token at the aligned position of other completions
+    rows.map((other, j) => [j, positionIn(other)]).filter(([j, where]) => j !== index && tokenAt(rows[j], where) === token);
+  const elsewhere = (index, side, found, positionIn) => {
     const same = found.map(([j]) => name(rows[j]));
     const different = rows.map((_, j) => j).filter((j) => j !== index && rows[j].tokens && !found.some(([k]) => k === j)).map((j) => {
-      const token = tokenAt(rows[j], placeIn(rows[j]));
+      const token = tokenAt(rows[j], positionIn(rows[j]));
       return `${name(rows[j])} ${token === undefined ? "nothing shown" : visible(texts[token])}`;
     });
-    return `Same place from the ${side}: the same in ${same.length ? same.join(", ") : "none"}${different.length ? `; other in ${different.slice(0, 12).join(", ")}` : ""}.`;
+    const others = different.length ? ` Another token in: ${different.slice(0, 12).join(", ")}.` : "";
+    return `At this position from the ${side}, the same token in: ${same.length ? same.join(", ") : "none"}.${others}`;
   };
   const name = (row) => `#${row.row + 1}${sign(row) > 0 ? "+" : sign(row) < 0 ? "−" : ""}`;
-  const reason = (row, runsOf, left, fromRight, weight) => {
+  const reason = (row, runsOf, atStart, atEnd, weight) => {
     const opposite = (found) => found.filter(([j]) => sign(rows[j]) * sign(row) < 0).length;
     const other = sign(row) > 0 ? "worse" : "better";
     if (runsOf.length) {
-      const side = runsOf[0] === "prefix run" ? "left" : "right";
-      const count = opposite(side === "left" ? left : fromRight);
-      const so = weight === 0 ? "so it is not unlearnt here" : weight > 1 ? "so it counts more here" : `but its weight is ${weight}`;
-      return `In conflict: the same token stands at this place from the ${side} in ${counted(count, `${other} completion`)}, ${so}.`;
+      const side = runsOf[0] === "prefix run" ? "start" : "end";
+      const count = opposite(side === "start" ? atStart : atEnd);
+      const effect = weight === 0 ? "so it is protected here" : weight > 1 ? "so it is amplified here" : `but its weight is ${weight}`;
+      return `In conflict: ${counted(count, `${other} completion`)} ${count === 1 ? "has" : "have"} the same token at this position from the ${side}, ${effect}.`;
     }
-    if (sign(row) === 0) return "No conflict: a completion without advantage neither votes nor is marked.";
-    if (opposite(left) || opposite(fromRight)) {
-      const side = opposite(left) ? "left" : "right";
-      return `No conflict: a ${other} completion has it at this place from the ${side}, but the unbroken run has ended before it.`;
+    if (sign(row) === 0) return "No conflict: a completion without an advantage is not compared with the others.";
+    if (opposite(atStart) || opposite(atEnd)) {
+      const side = opposite(atStart) ? "start" : "end";
+      return `No conflict: a ${other} completion has the same token at this position from the ${side}, but the run of conflict tokens ends before it.`;
     }
-    return `No conflict: no ${other} completion has this token at this place, from the left or from the right.`;
+    return `No conflict: no ${other} completion has this token at this position, from the start or from the end.`;
   };
 
   // ---- pointing and keys
@@ -240,9 +242,9 @@
     const all = [...grid.querySelectorAll(".tokens .token")];
     const line = all.filter((other) => other.dataset.row === cell.dataset.row), i = line.indexOf(cell);
     const lines = [...new Set(all.map((other) => other.dataset.row))], j = lines.indexOf(cell.dataset.row);
-    const beside = (row) => {  // the token at the same place in another completion, or its last one
+    const beside = (row) => {  // the token at the same position in another completion, or its last one
       const other = all.filter((token) => token.dataset.row === row);
-      return other.find((token) => token.dataset.place === cell.dataset.place) || other[other.length - 1];
+      return other.find((token) => token.dataset.position === cell.dataset.position) || other[other.length - 1];
     };
     const target = {
       ArrowRight: () => line[i + 1], ArrowLeft: () => line[i - 1], Home: () => line[0], End: () => line[line.length - 1],
