@@ -538,7 +538,7 @@ def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypa
     capsys.readouterr()
     assert train_model.main([*flags, "--resume"]) == 0
     assert (
-        "This run is finished, after 4 steps; to train on, raise training.max_steps"
+        "This run is finished, after 4 steps; to train further, raise training.max_steps"
         in capsys.readouterr().err
     )
 
