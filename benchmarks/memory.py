@@ -65,7 +65,7 @@ def print_kept() -> int:
     """Numbers per token and layer that autograd saves, from three layers against two, beside
     gtpo/runs/memory.py's.
     """
-    from gtpo.runs.memory import Load, Shape, _kept
+    from gtpo.runs.memory import DeviceLoad, ModelSize, saved_per_token
 
     rows, length = 2, 128
     print(f"{'hidden':>8}{'intermediate':>14}{'keys':>8}{'bits':>6}{'kept':>9}{'estimate':>10}")
@@ -82,8 +82,11 @@ def print_kept() -> int:
                 _saved_bytes(hidden, intermediate, heads, key_heads, layers, rows, length, bits)
                 for layers in (3, 2)
             )
-            load = Load(completions=rows, rollout=rows, prompt=0, completion=length, bits=bits)
-            estimate = _kept(Shape(0, 0, 0, 1, hidden, intermediate, kv, heads, 0), load)
+            load = DeviceLoad(
+                rows, rows, prompt_tokens=0, completion_tokens=length, weight_bits=bits
+            )
+            size = ModelSize(0, 0, 0, 1, hidden, intermediate, kv, heads, 0)
+            estimate = saved_per_token(size, load)
             print(
                 f"{hidden:>8}{intermediate:>14}{kv:>8}{bits:>6}{(three - two) / (rows * length * bits / 8):>9,.0f}{estimate:>10,}",
                 flush=True,
@@ -207,9 +210,11 @@ from gtpo.models import backends
 from gtpo.recipe import command_line as cli
 from gtpo.runs import memory
 recipe = cli.read_recipe(sys.argv[1:])
-shape = memory.shape(recipe.model, backends.lora_config(recipe.model, None))
-load = memory._load(recipe, backend="transformers", processes=1, longest=31, optimizer=8, cuda=False)
-print(json.dumps(memory.peak(shape, load)))
+size = memory.model_size(recipe.model, backends.lora_config(recipe.model, None))
+load = memory.device_load(
+    recipe, backend="transformers", processes=1, longest_prompt=31, optimizer_bytes=8, cuda=False
+)
+print(json.dumps(memory.peak_memory(size, load)))
 """
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gtpo.runs.memory import Load, Shape, optimizer_bytes, peak  # noqa: E402
+from gtpo.runs.memory import DeviceLoad, ModelSize, optimizer_bytes, peak_memory  # noqa: E402
 
 # ---- assumptions: an H100 of 80 GB, eight in a node
 # bf16, dense; the share that training reaches: 0.22 in the Unsloth step of docs/performance.md
@@ -24,7 +24,7 @@ SYNC = 1.0  # seconds: the adapter merged and handed to vLLM, rewards
 
 # ---- the run: 8 prompts x 8 generations per GPU and step, micro-batches of 8
 PROMPT, COMPLETION, LONGEST, ROWS, MICRO = 250, 1000, 1500, 64, 8  # tokens; completions
-SHAPE = Shape(
+SIZE = ModelSize(
     parameters=8_030_261_248,
     quantizable=6_979_321_856,
     adapter=335_544_320,
@@ -35,16 +35,16 @@ SHAPE = Shape(
     heads=32,
     vocabulary=128_256,
 )  # with rank 128
-CACHE, GIB = 2 * 2 * SHAPE.kv * SHAPE.layers, 2**30  # bytes of keys and values per token
+CACHE, GIB = 2 * 2 * SIZE.kv * SIZE.layers, 2**30  # bytes of keys and values per token
 
 
 def step_seconds() -> tuple[float, float]:
     """Sampling and training of one GPU's rows, with nobody to wait for."""
     # a token of each row
-    decode = (2 * SHAPE.parameters + ROWS * (PROMPT + COMPLETION / 2) * CACHE) / (BANDWIDTH * READ)
+    decode = (2 * SIZE.parameters + ROWS * (PROMPT + COMPLETION / 2) * CACHE) / (BANDWIDTH * READ)
     # per token: forward, again for the checkpoints, and back to the adapters (no gradients of
     # frozen weights)
-    flops = 6 * SHAPE.parameters
+    flops = 6 * SIZE.parameters
     return COMPLETION * decode, ROWS * (PROMPT + COMPLETION) * flops / (FLOPS * USED)
 
 
@@ -52,7 +52,7 @@ def reduce_seconds(gpus: int) -> float:
     """The adapter's float32 gradients summed over all GPUs, once per step, by a ring over the
     slowest of its links.
     """
-    return 2 * 4 * SHAPE.adapter * (gpus - 1) / gpus / (NVLINK if gpus <= 8 else NETWORK)
+    return 2 * 4 * SIZE.adapter * (gpus - 1) / gpus / (NVLINK if gpus <= 8 else NETWORK)
 
 
 def gather_seconds(gpus: int) -> float:
@@ -62,7 +62,7 @@ def gather_seconds(gpus: int) -> float:
         / MICRO
         * 3
         * 2
-        * SHAPE.parameters
+        * SIZE.parameters
         * (gpus - 1)
         / gpus
         / (NVLINK if gpus <= 8 else NETWORK)
@@ -77,20 +77,20 @@ def memory(gpus: int, spread: bool) -> float:
     FSDP it has its own. Logits are streamed, by Unsloth or by gtpo/hooks/streaming_head.py, but not with
     FSDP: there TRL keeps those of a micro-batch.
     """
-    load = Load(
+    load = DeviceLoad(
         completions=MICRO,
         rollout=MICRO,
-        prompt=PROMPT,
-        completion=LONGEST,
-        optimizer=optimizer_bytes("adamw_8bit"),
+        prompt_tokens=PROMPT,
+        completion_tokens=LONGEST,
+        optimizer_bytes=optimizer_bytes("adamw_8bit"),
         unsloth=not spread,
         sharded=spread,
     )
-    parts = peak(SHAPE, load)
+    parts = peak_memory(SIZE, load)
     shared = parts["weights"] + parts["adapter and optimizer"]
     rest = sum(parts.values()) - shared
-    layer = 2 * SHAPE.quantizable / SHAPE.layers
-    vllm = ROWS * (PROMPT + LONGEST) * CACHE + (2 * SHAPE.parameters if spread else 0)
+    layer = 2 * SIZE.quantizable / SIZE.layers
+    vllm = ROWS * (PROMPT + LONGEST) * CACHE + (2 * SIZE.parameters if spread else 0)
     return (rest + vllm + (shared / gpus + 2 * layer if spread and gpus > 1 else shared)) / GIB
 
 

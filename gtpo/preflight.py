@@ -49,7 +49,7 @@ class Facts:
     tokenizer: Any = None  # from "tokenizer"
     problems: Any = None  # from "dataset": those to train on
     longest_prompt: int | None = None  # from "dataset": in tokens
-    shape: Any = None  # from "model": a gtpo.runs.memory.Shape
+    model_size: Any = None  # from "model": a gtpo.runs.memory.ModelSize
 
 
 def _check_recipe(facts: Facts) -> str:
@@ -226,15 +226,13 @@ def _check_rewards(facts: Facts) -> list[Finding]:
 
 def _check_model(facts: Facts) -> str:
     from gtpo.models.backends import lora_config
-    from gtpo.runs.memory import shape
+    from gtpo.runs.memory import model_size
 
     section = facts.recipe.model
     adapter = section.adapter and Path(section.adapter)
-    facts.shape = shape(section, lora_config(section, adapter))
-    return (
-        f"{facts.shape.parameters:,} parameters in the base model, {facts.shape.adapter:,} in the"
-        " adapter"
-    )
+    facts.model_size = model_size(section, lora_config(section, adapter))
+    size = facts.model_size
+    return f"{size.parameters:,} parameters in the base model, {size.adapter:,} in the adapter"
 
 
 def _check_memory(facts: Facts) -> str:
@@ -242,16 +240,16 @@ def _check_memory(facts: Facts) -> str:
 
     return check_memory(
         facts.recipe,
-        facts.shape,
+        facts.model_size,
         backend=facts.backend,
         processes=facts.processes,
-        longest=facts.longest_prompt,
-        optimizer=facts.optimizer_bytes,
+        longest_prompt=facts.longest_prompt,
+        optimizer_bytes=facts.optimizer_bytes,
     )
 
 
 def _check_disk(facts: Facts) -> str:
-    from gtpo.runs.memory import check_disk, checkpoint
+    from gtpo.runs.memory import check_disk, checkpoint_bytes
 
     with tempfile.TemporaryDirectory() as folder:
         facts.tokenizer.save_pretrained(folder)
@@ -260,7 +258,7 @@ def _check_disk(facts: Facts) -> str:
     existing = next(path for path in (run_dir, *run_dir.absolute().parents) if path.is_dir())
     return check_disk(
         facts.recipe,
-        checkpoint(facts.shape, facts.optimizer_bytes, tokenizer_bytes),
+        checkpoint_bytes(facts.model_size, facts.optimizer_bytes, tokenizer_bytes),
         free=shutil.disk_usage(existing).free,
         problems=len(facts.problems),
         processes=facts.processes,

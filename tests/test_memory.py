@@ -1,4 +1,4 @@
-"""The worst-case estimate, against cases computed by hand, and against what a GPU used."""
+"""The worst-case estimate of memory, against cases computed by hand and against a GPU's figures."""
 
 import json
 
@@ -7,9 +7,19 @@ from conftest import ROOT
 
 from gtpo.errors import RecipeError
 from gtpo.recipe.sections import ModelSection
-from gtpo.runs.memory import LIBRARIES, Load, Shape, checkpoint, optimizer_bytes, peak, shape
+from gtpo.runs.memory import (
+    LIBRARIES,
+    OWN_CHUNK,
+    OWN_ROWS,
+    DeviceLoad,
+    ModelSize,
+    checkpoint_bytes,
+    model_size,
+    optimizer_bytes,
+    peak_memory,
+)
 
-LLAMA_8B = Shape(
+LLAMA_8B = ModelSize(
     parameters=8_030_261_248,
     quantizable=6_979_321_856,
     adapter=335_544_320,
@@ -21,6 +31,7 @@ LLAMA_8B = Shape(
     vocabulary=128_256,
 )
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GIB = 2**30
 
 
 def lora(rank: int, targets=LINEAR):
@@ -29,9 +40,15 @@ def lora(rank: int, targets=LINEAR):
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM")
 
 
+def load(rollout: int = 1, prompt: int = 100, completion: int = 900, **values) -> DeviceLoad:
+    """A load with micro-batches of one completion, unless `values` says otherwise."""
+    values = {"completions": 1, **values}
+    return DeviceLoad(rollout=rollout, prompt_tokens=prompt, completion_tokens=completion, **values)
+
+
 @pytest.fixture
 def llama_8b(tmp_path) -> ModelSection:
-    """Llama-3.1-8B's configuration, and nothing else of it."""
+    """A folder with the configuration of Llama-3.1-8B and no weights."""
     from transformers import LlamaConfig
 
     LlamaConfig(
@@ -48,77 +65,16 @@ def llama_8b(tmp_path) -> ModelSection:
     return ModelSection(model_name=str(tmp_path))
 
 
-def test_the_shape_of_llama_8b_is_counted_without_its_weights(llama_8b):
-    assert shape(llama_8b, lora(128)) == LLAMA_8B
-    assert shape(llama_8b, lora(16)).adapter == 41_943_040
+# ---- the size of a model
+
+
+def test_the_size_of_llama_8b_is_counted_without_its_weights(llama_8b):
+    assert model_size(llama_8b, lora(128)) == LLAMA_8B
+    assert model_size(llama_8b, lora(16)).adapter == 41_943_040
     with pytest.raises(
         RecipeError, match=r"model.target_modules: \['nothing'\] does not fit this model"
     ):
-        shape(llama_8b, lora(16, ["nothing"]))
-
-
-def test_weights_take_what_their_bits_say():
-    def weights(**load):
-        return peak(LLAMA_8B, Load(completions=1, rollout=1, prompt=1, completion=1, **load))[
-            "weights"
-        ]
-
-    assert weights(bits=16) == 2 * 8_030_261_248 and weights(bits=32) == 4 * 8_030_261_248
-    # weights, and the double-quantised scales of their blocks
-    four_bits = 6_979_321_856 * (4 + 8 / 64 + 32 / 64 / 256) / 8
-    embeddings_head_and_norms = 2 * 128_256 * 4096 + (2 * 32 + 1) * 4096
-    assert weights(bits=4, unsloth=True) == int(four_bits + 2 * embeddings_head_and_norms)
-    assert weights(bits=4) == int(four_bits + 4 * embeddings_head_and_norms)
-
-
-def test_the_documented_recipe_by_hand():
-    """8 completions of 1,500 tokens after prompts of 4,000, rank 128, an 8-bit optimizer, Unsloth
-    without vLLM.
-    """
-    found = peak(
-        LLAMA_8B,
-        Load(
-            completions=8,
-            rollout=8,
-            prompt=4000,
-            completion=1500,
-            bits=4,
-            unsloth=True,
-            optimizer=2.1,
-        ),
-    )
-    tokens = 8 * 5500
-    assert found["adapter and optimizer"] == int(335_544_320 * 10.1)
-    one_layer = tokens * (8 * 4096 + 2 * 1024 + 4 * 14_336) * 2
-    assert found["activations"] == tokens * 4096 * 2 * 32 + 2 * one_layer
-    assert found["logits"] == int(8 * 1500 * 128_256 * 14 / 4)
-    assert found["sampling"] == 0 and found["libraries"] == LIBRARIES
-    assert sum(found.values()) / 2**30 == pytest.approx(
-        5.31 + 3.16 + 10.74 + 15.11 + 5.02 + 1.0, abs=0.02
-    )
-
-
-def test_on_transformers_logits_are_streamed_and_where_they_cannot_be_trl_keeps_those_of_the_whole_micro_batch():
-    load = Load(completions=2, rollout=8, prompt=500, completion=1000)
-    rows = 2**27 // 128_256  # of 2,000 tokens
-    assert peak(LLAMA_8B, load)["logits"] == rows * 128_256 * 8 + 2000 * 4096 * 2
-    assert peak(LLAMA_8B, load._replace(bits=32))["logits"] == 128 * 128_256 * 12 + 2000 * 4096 * 4
-    whole = 2 * 1000 * 128_256 * 18
-    assert (
-        peak(LLAMA_8B._replace(plain_head=False), load)["logits"]
-        == peak(LLAMA_8B, load._replace(sharded=True))["logits"]
-        == whole
-    )
-
-
-def test_the_chunks_are_those_of_the_streaming_head():
-    from gtpo.hooks import streaming_head
-    from gtpo.runs import memory
-
-    assert (
-        streaming_head.CHUNK == {"cuda": memory.OWN_CHUNK[16], "cpu": memory.OWN_CHUNK[32]}
-        and streaming_head.LEAST == memory.OWN_ROWS
-    )
+        model_size(llama_8b, lora(16, ["nothing"]))
 
 
 def test_a_model_that_caps_its_logits_has_no_plain_head(tmp_path):
@@ -134,88 +90,119 @@ def test_a_model_that_caps_its_logits_has_no_plain_head(tmp_path):
         head_dim=8,
         architectures=["Gemma2ForCausalLM"],
     ).save_pretrained(tmp_path)
-    assert not shape(ModelSection(model_name=str(tmp_path)), lora(4)).plain_head
+    assert not model_size(ModelSection(model_name=str(tmp_path)), lora(4)).plain_head
+
+
+# ---- each part of the estimate
+
+
+def test_weights_take_the_bytes_of_their_bits():
+    def weights(**values):
+        return peak_memory(LLAMA_8B, load(**values))["weights"]
+
+    assert weights(weight_bits=16) == 2 * 8_030_261_248
+    assert weights(weight_bits=32) == 4 * 8_030_261_248
+    # The weights, the scales of their blocks, and the scales of those scales.
+    four_bits = 6_979_321_856 * (4 + 8 / 64 + 32 / 64 / 256) / 8
+    embeddings_head_and_norms = 2 * 128_256 * 4096 + (2 * 32 + 1) * 4096
+    assert weights(weight_bits=4, unsloth=True) == int(four_bits + 2 * embeddings_head_and_norms)
+    assert weights(weight_bits=4) == int(four_bits + 4 * embeddings_head_and_norms)
+
+
+def test_the_documented_recipe_is_estimated_as_by_hand():
+    """8 completions of 1,500 tokens after prompts of 4,000 tokens.
+
+    The rank is 128, the optimizer has 8 bits, and Unsloth samples without vLLM.
+    """
+    parts = peak_memory(
+        LLAMA_8B,
+        load(8, 4000, 1500, completions=8, weight_bits=4, unsloth=True, optimizer_bytes=2.1),
+    )
+    tokens = 8 * 5500
+    assert parts["adapter and optimizer"] == int(335_544_320 * 10.1)
+    one_layer = tokens * (8 * 4096 + 2 * 1024 + 4 * 14_336) * 2
+    assert parts["activations"] == tokens * 4096 * 2 * 32 + 2 * one_layer
+    assert parts["logits"] == int(8 * 1500 * 128_256 * 14 / 4)
+    assert parts["sampling"] == 0 and parts["libraries"] == LIBRARIES
+    by_hand = 5.31 + 3.16 + 10.74 + 15.11 + 5.02 + 1.0
+    assert sum(parts.values()) / GIB == pytest.approx(by_hand, abs=0.02)
+
+
+def test_logits_are_streamed_with_transformers():
+    batch = load(8, 500, 1000, completions=2)
+    rows = 2**27 // 128_256  # of 2,000 tokens
+    assert peak_memory(LLAMA_8B, batch)["logits"] == rows * 128_256 * 8 + 2000 * 4096 * 2
+    float32 = batch._replace(weight_bits=32)
+    assert peak_memory(LLAMA_8B, float32)["logits"] == 128 * 128_256 * 12 + 2000 * 4096 * 4
+
+
+def test_logits_of_the_whole_micro_batch_count_where_they_cannot_be_streamed():
+    batch, all_logits = load(8, 500, 1000, completions=2), 2 * 1000 * 128_256 * 18
+    assert peak_memory(LLAMA_8B._replace(plain_head=False), batch)["logits"] == all_logits
+    assert peak_memory(LLAMA_8B, batch._replace(sharded=True))["logits"] == all_logits
+
+
+def test_the_chunks_are_those_of_the_streaming_head():
+    from gtpo.hooks import streaming_head
+
+    assert streaming_head.CHUNK == {"cuda": OWN_CHUNK[16], "cpu": OWN_CHUNK[32]}
+    assert streaming_head.LEAST == OWN_ROWS
 
 
 def test_without_checkpointing_every_layer_keeps_its_activations():
     few, many = (
-        peak(LLAMA_8B, Load(completions=1, rollout=1, prompt=500, completion=500, checkpointing=c))[
-            "activations"
-        ]
-        for c in (True, False)
+        peak_memory(LLAMA_8B, load(1, 500, 500, checkpointing=checkpointing))["activations"]
+        for checkpointing in (True, False)
     )
     one_layer = 1000 * (16 * 4096 + 2 * 1024 + 4 * 14_336 + 32 * 1000) * 2
     assert many == 33 * one_layer and few == 2 * one_layer + 32 * 1000 * 4096 * 2
 
 
 def test_sampling_and_training_take_turns_so_the_larger_one_counts():
-    found = peak(
-        LLAMA_8B, Load(completions=1, rollout=512, prompt=100, completion=900, unsloth=True)
-    )
-    assert found["activations"] == found["logits"] == 0
-    assert (
-        found["sampling"]
-        == 512 * 1000 * 32 * 2 * 1024 * 2
-        + 512 * 100 * (4 * 4096 + 2 * 14_336) * 2
-        + 512 * 128_256 * 12
-    )
+    parts = peak_memory(LLAMA_8B, load(512, unsloth=True))
+    assert parts["activations"] == parts["logits"] == 0
+    cache = 512 * 1000 * 32 * 2 * 1024 * 2
+    prefill = 512 * 100 * (4 * 4096 + 2 * 14_336) * 2
+    assert parts["sampling"] == cache + prefill + 512 * 128_256 * 12
 
 
-def test_vllm_takes_its_share_and_holds_the_weights():
-    found = peak(
-        LLAMA_8B,
-        Load(
-            completions=1,
-            rollout=512,
-            prompt=100,
-            completion=900,
-            bits=16,
-            unsloth=True,
-            vllm=40 * 2**30,
-        ),
-    )
-    assert found["vLLM"] == 40 * 2**30 and found["sampling"] == found["weights"] == 0
-    small = peak(
-        LLAMA_8B,
-        Load(
-            completions=1, rollout=8, prompt=100, completion=900, bits=16, unsloth=True, vllm=2**30
-        ),
-    )
-    assert small["vLLM"] == 2 * 8_030_261_248
-    # TRL's, colocated
-    beside = peak(
-        LLAMA_8B,
-        Load(completions=1, rollout=8, prompt=100, completion=900, bits=16, vllm=40 * 2**30),
-    )
-    assert (
-        beside["vLLM"] == 40 * 2**30
-        and beside["weights"] == 2 * 8_030_261_248
-        and beside["sampling"] == 0
-    )
+def test_unsloth_trains_on_the_weights_in_vllms_share():
+    parts = peak_memory(LLAMA_8B, load(512, unsloth=True, vllm_bytes=40 * GIB))
+    assert parts["vLLM"] == 40 * GIB and parts["sampling"] == parts["weights"] == 0
+    too_small_a_share = load(8, unsloth=True, vllm_bytes=GIB)
+    assert peak_memory(LLAMA_8B, too_small_a_share)["vLLM"] == 2 * 8_030_261_248
+
+
+def test_trl_has_weights_of_its_own_beside_vllms_share():
+    parts = peak_memory(LLAMA_8B, load(8, vllm_bytes=40 * GIB))
+    assert parts["vLLM"] == 40 * GIB and parts["sampling"] == 0
+    assert parts["weights"] == 2 * 8_030_261_248
+
+
+def test_a_small_float32_model_counts_twice_while_it_samples_with_its_adapter_merged():
+    small = LLAMA_8B._replace(parameters=2**28, quantizable=2**28)
+    batch = load(512, weight_bits=32)
+    cache = 512 * 1000 * 32 * 2 * 1024 * 4
+    prefill = 512 * 100 * (4 * 4096 + 2 * 14_336) * 4
+    without_copy = cache + prefill + 512 * 128_256 * 12
+    assert peak_memory(small, batch)["sampling"] == without_copy + 4 * 2**28
+    # A larger model is not merged.
+    larger = small._replace(quantizable=2**28 + 1)
+    assert peak_memory(larger, batch)["sampling"] == without_copy
 
 
 def test_a_checkpoint_holds_adapter_optimizer_and_tokenizer():
-    assert checkpoint(LLAMA_8B, 8, 17 * 10**6) == 335_544_320 * 12 + 17 * 10**6 + 2**20
-    assert [
-        optimizer_bytes(name) for name in ("adamw_torch", "paged_adamw_8bit", "adamw_8bit", "sgd")
-    ] == [8, 2.1, 2.1, 8]
+    expected = 335_544_320 * 12 + 17 * 10**6 + 2**20
+    assert checkpoint_bytes(LLAMA_8B, 8, 17 * 10**6) == expected
+    names = ("adamw_torch", "paged_adamw_8bit", "adamw_8bit", "sgd")
+    assert [optimizer_bytes(name) for name in names] == [8, 2.1, 2.1, 8]
 
 
-def test_float32_weights_of_a_small_model_are_there_twice_while_it_samples_with_its_adapter_merged():
-    small = LLAMA_8B._replace(parameters=2**28, quantizable=2**28)
-    load = Load(completions=1, rollout=512, prompt=100, completion=900, bits=32)
-    plain = (
-        512 * 1000 * 32 * 2 * 1024 * 4
-        + 512 * 100 * (4 * 4096 + 2 * 14_336) * 4
-        + 512 * 128_256 * 12
-    )
-    assert peak(small, load)["sampling"] == plain + 4 * 2**28
-    # more than that is not merged
-    assert peak(small._replace(quantizable=2**28 + 1), load)["sampling"] == plain
+# ---- the estimate against a GPU
 
 
 @pytest.fixture
-def qwen_3b(tmp_path) -> Shape:
+def qwen_3b(tmp_path) -> ModelSize:
     from transformers import Qwen2Config
 
     Qwen2Config(
@@ -228,29 +215,22 @@ def qwen_3b(tmp_path) -> Shape:
         tie_word_embeddings=True,
         architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(tmp_path)
-    return shape(ModelSection(model_name=str(tmp_path)), lora(16))
+    return model_size(ModelSection(model_name=str(tmp_path)), lora(16))
 
 
 @pytest.mark.parametrize(
-    "case, most, load",
+    "case, most, values",
     [
-        ("--backend transformers", 1.1, {"checkpointing": False}),  # as it was then
-        ("--backend unsloth", 2.2, {"unsloth": True}),  # which keeps less than it might
-        ("--backend unsloth --bits 4", 3.2, {"unsloth": True, "bits": 4}),
+        ("--backend transformers", 1.1, {"checkpointing": False}),  # as that run had it
+        ("--backend unsloth", 2.2, {"unsloth": True}),  # Unsloth keeps less than it might
+        ("--backend unsloth --bits 4", 3.2, {"unsloth": True, "weight_bits": 4}),
     ],
 )
-def test_it_is_above_what_an_h200_used(qwen_3b, case, most, load):
-    """The steps of docs/gpu: 8 completions of at most 1,024 tokens on a prompt of 256."""
-    ran = json.loads((ROOT / "docs/gpu/2026-11-27-NVIDIA-H200-03e5e3f.json").read_text())["cases"][
-        f"step qwen2.5-3b {case}"
-    ]
-    used = ran["peak_bytes"]["GTPO"] + ran["weights_bytes"]  # of the allocator: no CUDA context
-    estimate = (
-        sum(
-            peak(
-                qwen_3b, Load(completions=8, rollout=8, prompt=256, completion=1024, **load)
-            ).values()
-        )
-        - LIBRARIES
-    )
-    assert 1.0 < estimate / used < most
+def test_the_estimate_is_above_what_an_h200_used(qwen_3b, case, most, values):
+    """The steps in docs/gpu: 8 completions of at most 1,024 tokens after a prompt of 256 tokens."""
+    report = json.loads((ROOT / "docs/gpu/2026-11-27-NVIDIA-H200-03e5e3f.json").read_text())
+    figures = report["cases"][f"step qwen2.5-3b {case}"]
+    # The allocator's figures do not contain the CUDA context.
+    used = figures["peak_bytes"]["GTPO"] + figures["weights_bytes"]
+    parts = peak_memory(qwen_3b, load(8, 256, 1024, completions=8, **values))
+    assert 1.0 < (sum(parts.values()) - LIBRARIES) / used < most

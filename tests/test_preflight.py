@@ -17,7 +17,7 @@ from gtpo import preflight
 from gtpo.preflight import Check
 from gtpo.recipe import command_line as cli
 from gtpo.runs import memory
-from gtpo.runs.memory import Load, Shape
+from gtpo.runs.memory import DeviceLoad, ModelSize
 from gtpo.runs.start import Request
 from gtpo.system.console import Finding, conclusion, finding_line
 
@@ -306,7 +306,7 @@ def test_a_line_is_coloured_on_a_terminal_only():
     )
 
 
-BIG = Shape(
+BIG = ModelSize(
     parameters=10**9,
     quantizable=9 * 10**8,
     adapter=10**7,
@@ -319,9 +319,9 @@ BIG = Shape(
 )
 
 
-def test_too_little_memory_names_three_keys_that_help(monkeypatch):
+def test_too_little_memory_names_three_keys_that_save(monkeypatch):
     recipe = cli.read_recipe([str(ROOT / "recipes/demo.yaml"), "--model.max_seq_length", "2000"])
-    monkeypatch.setattr(memory, "_free", lambda cuda: (2 * 2**30, "the card"))
+    monkeypatch.setattr(memory, "free_memory", lambda cuda: (2 * 2**30, "the card"))
     with pytest.raises(
         memory.RecipeError,
         match=r"at worst .* GiB \(logits .*\), and the card has 2.0 GiB free; lower "
@@ -332,12 +332,12 @@ def test_too_little_memory_names_three_keys_that_help(monkeypatch):
             BIG._replace(plain_head=False),
             backend="transformers",
             processes=1,
-            longest=60,
-            optimizer=8,
+            longest_prompt=60,
+            optimizer_bytes=8,
         )
-    assert memory._keys_that_help({"sampling": 5, "weights": 3, "libraries": 1}, Load(1, 1, 1, 1))[
-        :1
-    ] == ["training.gradient_accumulation_steps"]
+    assert memory.keys_that_save(
+        {"sampling": 5, "weights": 3, "libraries": 1}, DeviceLoad(1, 1, 1, 1)
+    )[:1] == ["training.gradient_accumulation_steps"]
 
 
 def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_records():

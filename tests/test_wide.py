@@ -315,15 +315,15 @@ def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(
     file = ROOT / f"recipes/{name}.yaml"
     recipe = cli.read_recipe([str(file), "--model-name", str(tmp_path)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(memory, "_free", lambda cuda: (int(gib * 2**30), "the card"))
-    shape = memory.shape(recipe.model, lora_config(recipe.model, None))
+    monkeypatch.setattr(memory, "free_memory", lambda cuda: (int(gib * 2**30), "the card"))
+    size = memory.model_size(recipe.model, lora_config(recipe.model, None))
     told = memory.check_memory(
         recipe,
-        shape,
+        size,
         backend="unsloth",
         processes=1,
-        longest=recipe.max_prompt_length,
-        optimizer=memory.optimizer_bytes(recipe.training.optimizer),
+        longest_prompt=recipe.max_prompt_length,
+        optimizer_bytes=memory.optimizer_bytes(recipe.training.optimizer),
     )
     assert f"#   {told.split(', and the card')[0]}\n" in file.read_text(), told
 

@@ -1,8 +1,8 @@
-"""What a run takes of memory and disk at worst, by arithmetic from the model's configuration;
-nothing is loaded.
+"""Worst-case memory and disk of a run, by arithmetic from the model's configuration.
 
-docs/small_cards.md explains each line. It is an estimate from above for one process: kernels that
-keep less are not credited, and memory that several processes share (FSDP, ZeRO) is not divided.
+Nothing is loaded. docs/small_cards.md explains each line. The estimate is an upper bound for one
+process. It gives no credit for kernels that keep less, and it does not divide memory that several
+processes share (FSDP, ZeRO).
 """
 
 import math
@@ -18,144 +18,164 @@ from gtpo.recipe.batch import batch_plan, optimizer_steps
 from gtpo.recipe.sections import ModelSection
 from gtpo.system.trl_options import grpo_options
 
-# bytes of a weight: 4 bits, an 8-bit scale per 64 weights, a float32 per 256 scales
-NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
-# bytes: trl 1.13.0 keeps logits, those by temperature and their gradient in float32, and copies
-# while it works
-PLAIN_LOGIT = 18
-# bytes, of a chunk: unsloth_zoo 2026.10.7 takes a quarter of the tokens at a time, or less; GTPO's
-# own head keeps less there
-STREAMED_LOGIT = 14
-OWN_LOGIT = {16: 8, 32: 12}  # bytes, of a chunk of gtpo/hooks/streaming_head.py
-# logits at a time and the fewest tokens there, on a GPU and on a CPU
-OWN_CHUNK, OWN_ROWS = {16: 2**27, 32: 2**22}, 128
-# what a configuration calls a change of logits after the head
-SCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-# bytes: CUDA context and workspaces, fragments; or torch and transformers themselves on a CPU
-LIBRARIES = 2**30
 GIB = 2**30
-TOKEN_BYTES = 25  # of completions.jsonl, with the per-token lists
+# Bytes per weight: 4 bits, an 8-bit scale per 64 weights, a float32 scale per 256 of those scales.
+NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Bytes per logit where all logits are kept. trl 1.13.0 keeps them, their quotient by the
+# temperature and their gradient in float32, and makes copies.
+WHOLE_LOGIT = 18
+# Bytes per logit of a chunk in unsloth_zoo 2026.10.7, which takes a quarter of the tokens at most.
+UNSLOTH_LOGIT = 14
+# The same for gtpo/hooks/streaming_head.py: bytes per logit by the bits of a weight, logits per
+# chunk (on a GPU and on a CPU), and the fewest tokens per chunk.
+OWN_LOGIT, OWN_CHUNK, OWN_ROWS = {16: 8, 32: 12}, {16: 2**27, 32: 2**22}, 128
+# Keys of a model's configuration that change the logits after the head.
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+# Bytes of the CUDA context, workspaces and fragments; on a CPU of torch and transformers.
+LIBRARIES = 2**30
+TOKEN_BYTES = 25  # per token in completions.jsonl, if its line has the lists per token
 
 
-class Shape(NamedTuple):
-    """A model's size."""
+class ModelSize(NamedTuple):
+    """The size of a model and its adapter."""
 
-    parameters: int
-    quantizable: int  # those of them in linear layers, the head aside
-    adapter: int  # parameters that are trained
+    parameters: int  # of the base model
+    quantizable: int  # of these, those in linear layers other than the head
+    adapter: int  # parameters that train
     layers: int
     hidden: int
     intermediate: int
-    kv: int  # key heads x their width
+    kv: int  # number of key heads x their width
     heads: int
     vocabulary: int
-    # logits are a matrix product and nothing else, so that they can be streamed
-    plain_head: bool = True
+    plain_head: bool = True  # logits are one matrix product, so they can be streamed
 
 
-class Load(NamedTuple):
-    """How it trains, per device."""
+class DeviceLoad(NamedTuple):
+    """What one device holds and computes at a time."""
 
     completions: int  # of a micro-batch
-    rollout: int  # completions sampled at a time
-    prompt: int  # tokens of the longest
-    completion: int
-    bits: int = 16  # of the base model's weights: 4, 16 or 32
+    rollout: int  # completions that are sampled at a time
+    prompt_tokens: int  # of the longest prompt
+    completion_tokens: int
+    weight_bits: int = 16  # of the base model: 4, 16 or 32
     unsloth: bool = False
-    sharded: bool = False  # by FSDP or DeepSpeed, where logits are not streamed
-    checkpointing: bool = True
-    optimizer: float = 8  # bytes per trained parameter
-    # bytes that vLLM takes, its copy of the weights included; Unsloth trains on that, TRL has
-    # another
-    vllm: int = 0
+    sharded: bool = False  # by FSDP or DeepSpeed, where logits cannot be streamed
+    checkpointing: bool = True  # of gradients: each layer's activations are computed again
+    optimizer_bytes: float = 8  # per parameter that trains
+    # vLLM's share of the device. It has a copy of the weights in it. With Unsloth the policy trains
+    # on that copy, with TRL the policy has its own.
+    vllm_bytes: int = 0
+
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of one number in an activation."""
+        return 4 if self.weight_bits == 32 else 2
+
+    @property
+    def sequence_tokens(self) -> int:
+        """Tokens of one prompt with its completion."""
+        return self.prompt_tokens + self.completion_tokens
 
 
-def peak(shape: Shape, load: Load) -> dict[str, int]:
-    """Bytes at the worst moment, by what takes them; sampling and training take turns, so the
-    smaller of the two is 0.
+# ---- the estimate
+
+
+def peak_memory(size: ModelSize, load: DeviceLoad) -> dict[str, int]:
+    """Bytes at the worst moment, by what takes them.
+
+    Sampling and training take turns, so the smaller one of the two counts as 0.
     """
-    number = 4 if load.bits == 32 else 2  # bytes of an activation
-    sequence = load.completions * (load.prompt + load.completion)  # tokens of a micro-batch
-    layer = sequence * _kept(shape, load) * number
-    checkpoints = sequence * shape.hidden * number * shape.layers  # what enters each layer
-    activations = checkpoints + 2 * layer if load.checkpointing else layer * (shape.layers + 1)
-    logits = _logits(shape, load, number)
-    sampling = 0
-    if not load.vllm:
-        cache = (
-            load.rollout * (load.prompt + load.completion) * shape.layers * 2 * shape.kv * number
-        )
-        prefill = load.rollout * load.prompt * (4 * shape.hidden + 2 * shape.intermediate) * number
-        # float32 logits of one place, and what warpers copy
-        sampling = cache + prefill + load.rollout * shape.vocabulary * 12
-        merged = 4 * shape.quantizable if load.bits == 32 and not load.unsloth else 0
-        sampling += merged if merged <= MOST_BYTES else 0
-    training = activations + logits
-    weights, shared = _weights(shape, load), load.vllm and load.unsloth
+    training = {"activations": _activations(size, load), "logits": _logits(size, load)}
+    sampling = 0 if load.vllm_bytes else _sampling(size, load)
+    if sum(training.values()) >= sampling:
+        sampling = 0
+    else:
+        training = dict.fromkeys(training, 0)
+    weights, trains_on_vllm = _weights(size, load), load.vllm_bytes and load.unsloth
     return {
-        "vLLM": max(load.vllm, weights) if shared else load.vllm,
-        "weights": 0 if shared else weights,
-        # float32 weights and gradients
-        "adapter and optimizer": int(shape.adapter * (4 + 4 + load.optimizer)),
-        "activations": int(activations) if training >= sampling else 0,
-        "logits": int(logits) if training >= sampling else 0,
-        "sampling": sampling if sampling > training else 0,
+        "vLLM": max(load.vllm_bytes, weights) if trains_on_vllm else load.vllm_bytes,
+        "weights": 0 if trains_on_vllm else weights,
+        # float32 weights and gradients, and the optimizer's state
+        "adapter and optimizer": int(size.adapter * (4 + 4 + load.optimizer_bytes)),
+        **{name: int(count) for name, count in training.items()},
+        "sampling": sampling,
         "libraries": LIBRARIES,
     }
 
 
-def _kept(shape: Shape, load: Load) -> int:
+def _weights(size: ModelSize, load: DeviceLoad) -> int:
+    if load.weight_bits != 4:
+        return size.parameters * load.weight_bits // 8
+    # peft's prepare_model_for_kbit_training casts to float32 what is not quantized.
+    other_bytes = 2 if load.unsloth else 4
+    return int(size.quantizable * NF4 + (size.parameters - size.quantizable) * other_bytes)
+
+
+def _activations(size: ModelSize, load: DeviceLoad) -> int:
+    tokens = load.completions * load.sequence_tokens
+    layer = tokens * saved_per_token(size, load) * load.number_bytes
+    if not load.checkpointing:
+        return layer * (size.layers + 1)
+    layer_inputs = tokens * size.hidden * load.number_bytes * size.layers
+    return layer_inputs + 2 * layer
+
+
+def saved_per_token(size: ModelSize, load: DeviceLoad) -> int:
     """Numbers that a layer keeps per token for its backward pass."""
-    if load.unsloth or load.bits == 32:
-        return 8 * shape.hidden + 2 * shape.kv + 4 * shape.intermediate
-    # a float32 adapter on half precision keeps copies of what enters it; an H200 kept something per
-    # pair of tokens and head
-    pairs = shape.heads * (load.prompt + load.completion)
-    return 16 * shape.hidden + 2 * shape.kv + 4 * shape.intermediate + pairs
+    if load.unsloth or load.weight_bits == 32:
+        return 8 * size.hidden + 2 * size.kv + 4 * size.intermediate
+    # A float32 adapter on half-precision weights keeps copies of its inputs. On an H200 something
+    # more was kept for each pair of tokens and each head.
+    pairs = size.heads * load.sequence_tokens
+    return 16 * size.hidden + 2 * size.kv + 4 * size.intermediate + pairs
 
 
-def _logits(shape: Shape, load: Load, number: int) -> float:
-    tokens = load.completions * load.completion
+def _logits(size: ModelSize, load: DeviceLoad) -> float:
+    tokens = load.completions * load.completion_tokens
     if load.unsloth:
-        return (
-            tokens
-            * shape.vocabulary
-            * STREAMED_LOGIT
-            / max(4, (load.prompt + load.completion) // 4096)
-        )
-    if load.sharded or not shape.plain_head:
-        return tokens * shape.vocabulary * PLAIN_LOGIT
-    bits = max(load.bits, 16)
-    rows = min(tokens, max(OWN_ROWS, OWN_CHUNK[bits] // shape.vocabulary))
-    return rows * shape.vocabulary * OWN_LOGIT[bits] + tokens * shape.hidden * number
+        chunks = max(4, load.sequence_tokens // 4096)
+        return tokens * size.vocabulary * UNSLOTH_LOGIT / chunks
+    if load.sharded or not size.plain_head:
+        return tokens * size.vocabulary * WHOLE_LOGIT
+    bits = max(load.weight_bits, 16)
+    rows = min(tokens, max(OWN_ROWS, OWN_CHUNK[bits] // size.vocabulary))
+    hidden_states = tokens * size.hidden * load.number_bytes
+    return rows * size.vocabulary * OWN_LOGIT[bits] + hidden_states
 
 
-def _weights(shape: Shape, load: Load) -> int:
-    # peft's prepare_model_for_kbit_training casts what is not quantised to float32
-    if load.bits == 4:
-        return int(
-            shape.quantizable * NF4
-            + (shape.parameters - shape.quantizable) * (2 if load.unsloth else 4)
-        )
-    return shape.parameters * load.bits // 8
+def _sampling(size: ModelSize, load: DeviceLoad) -> int:
+    number = load.number_bytes
+    tokens, prompt_tokens = (
+        load.rollout * load.sequence_tokens,
+        load.rollout * load.prompt_tokens,
+    )
+    cache = tokens * size.layers * 2 * size.kv * number
+    prefill = prompt_tokens * (4 * size.hidden + 2 * size.intermediate) * number
+    next_logits = load.rollout * size.vocabulary * 12  # float32, and copies of logits processors
+    # gtpo/hooks/merged_generation.py keeps a second copy of float32 weights, unless it is large.
+    merged = 4 * size.quantizable if load.weight_bits == 32 and not load.unsloth else 0
+    return cache + prefill + next_logits + (merged if merged <= MOST_BYTES else 0)
 
 
-def checkpoint(shape: Shape, optimizer: float, tokenizer: int) -> int:
-    """Bytes of a checkpoint: float32 adapter, optimizer, tokenizer, and a megabyte of small
-    files.
-    """
-    return int(shape.adapter * (4 + optimizer)) + tokenizer + 2**20
+def checkpoint_bytes(size: ModelSize, optimizer_bytes: float, tokenizer_bytes: int) -> int:
+    """Bytes of a checkpoint: float32 adapter, optimizer, tokenizer, a megabyte of small files."""
+    return int(size.adapter * (4 + optimizer_bytes)) + tokenizer_bytes + 2**20
 
 
 def optimizer_bytes(name: str) -> float:
-    """What an optimizer keeps per trained parameter."""
-    # Adam's two moments, in bytes with their scales or in float32; at most, for the others
+    """Bytes that an optimizer keeps per parameter; exact for Adam, an upper bound for others.
+
+    Adam keeps two moments, in float32 or in 8 bits with scales.
+    """
     return 2.1 if "8bit" in name else 8
 
 
-def shape(section: ModelSection, lora) -> Shape:
-    """The size of `section`'s model with an adapter of the peft.LoraConfig `lora`; raises
-    RecipeError if they do not go together.
+def model_size(section: ModelSection, lora) -> ModelSize:
+    """The size of a section's model with an adapter of the peft.LoraConfig `lora`.
+
+    The model is built without memory for its weights. Raises RecipeError if the adapter does not
+    fit the model.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -169,83 +189,119 @@ def shape(section: ModelSection, lora) -> Shape:
         )
         parameters = sum(p.numel() for p in model.parameters())
         head = model.get_output_embeddings()
-        quantizable = sum(
-            m.weight.numel()
-            for m in model.modules()
-            if isinstance(m, torch.nn.Linear) and m is not head
-        )
+        linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        quantizable = sum(m.weight.numel() for m in linear)
         model = add_lora(model, lora)
     text = config.get_text_config()
     heads = text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return Shape(
-        parameters,
-        quantizable,
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
-        text.num_hidden_layers,
-        text.hidden_size,
-        getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-        (getattr(text, "num_key_value_heads", None) or heads) * width,
-        heads,
-        text.vocab_size,
-        type(head) is torch.nn.Linear
-        and head.bias is None
-        and all(getattr(text, name, None) in (None, 1) for name in SCALED),
+    head_width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    changes = [name for name in LOGIT_CHANGES if getattr(text, name, None) not in (None, 1)]
+    return ModelSize(
+        parameters=parameters,
+        quantizable=quantizable,
+        adapter=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv=key_heads * head_width,
+        heads=heads,
+        vocabulary=text.vocab_size,
+        plain_head=type(head) is torch.nn.Linear and head.bias is None and not changes,
     )
 
 
-# ---- a recipe's memory and disk against what is free
+def device_load(
+    recipe: Recipe,
+    *,
+    backend: str,
+    processes: int,
+    longest_prompt: int,
+    optimizer_bytes: float,
+    cuda: bool,
+) -> DeviceLoad:
+    """What one device holds and computes in a run of `recipe`; `longest_prompt` is in tokens."""
+    plan, options = batch_plan(recipe, processes), recipe.training.trl_options()
+    unsloth, vllm_share = backend == "unsloth", 0.0
+    if unsloth and unsloth_uses_vllm(recipe.model):
+        vllm_share = recipe.model.gpu_memory_utilization
+    vllm_mode = options.get("vllm_mode", grpo_options()["vllm_mode"].default)
+    if options.get("use_vllm") and vllm_mode != "server":
+        vllm_share = options.get("vllm_gpu_memory_utilization", recipe.model.gpu_memory_utilization)
+    if not cuda or precision(recipe.training) == "float32":
+        weight_bits = 32
+    else:
+        weight_bits = 4 if recipe.model.load_in_4bit else 16
+    engines = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return DeviceLoad(
+        completions=plan.per_device,
+        rollout=plan.per_device * plan.steps_per_generation,
+        prompt_tokens=longest_prompt,
+        completion_tokens=recipe.max_completion_length,
+        weight_bits=weight_bits,
+        unsloth=unsloth,
+        sharded=any(os.environ.get(engine) == "true" for engine in engines),
+        checkpointing=options.get("gradient_checkpointing", True),
+        optimizer_bytes=optimizer_bytes,
+        vllm_bytes=int(vllm_share * gpu_bytes()) if cuda and vllm_share else 0,
+    )
+
+
+# ---- the estimate against what is free
 
 
 def check_memory(
-    recipe: Recipe, shape: Shape, *, backend: str, processes: int, longest: int, optimizer: float
+    recipe: Recipe,
+    size: ModelSize,
+    *,
+    backend: str,
+    processes: int,
+    longest_prompt: int,
+    optimizer_bytes: float,
 ) -> str:
-    """What a run takes at worst and what is free; raises RecipeError if that is not enough, with
-    the keys that help most.
+    """A sentence with the memory that a run needs at worst, and the memory that is free.
+
+    Raises RecipeError if it is not enough, with the keys that save most.
     """
     import torch
 
     cuda = torch.cuda.is_available()
-    free, place = _free(cuda)
-    load = _load(
+    free, device = free_memory(cuda)
+    load = device_load(
         recipe,
         backend=backend,
         processes=processes,
-        longest=longest,
-        optimizer=optimizer,
+        longest_prompt=longest_prompt,
+        optimizer_bytes=optimizer_bytes,
         cuda=cuda,
     )
-    parts = peak(shape, load)
+    parts = peak_memory(size, load)
     needed = sum(parts.values())
-    told = ", ".join(
-        f"{name} {_gib(size)}"
-        for name, size in sorted(parts.items(), key=lambda part: -part[1])
-        if size
-    )
-    sentence = f"at worst {_gib(needed)} GiB ({told}), and {place} has {_gib(free)} GiB free"
+    by_size = sorted(parts.items(), key=lambda part: -part[1])
+    details = ", ".join(f"{name} {_gib(count)}" for name, count in by_size if count)
+    sentence = f"at worst {_gib(needed)} GiB ({details}), and {device} has {_gib(free)} GiB free"
     if needed > free:
-        raise RecipeError("memory", f"{sentence}; lower {', '.join(_keys_that_help(parts, load))}")
+        raise RecipeError("memory", f"{sentence}; lower {', '.join(keys_that_save(parts, load))}")
     return sentence
 
 
 def check_disk(recipe: Recipe, checkpoint: int, *, free: int, problems: int, processes: int) -> str:
-    """What checkpoints and records take at most and what is free; raises RecipeError if that is not
-    enough.
+    """A sentence with the disk space that a run needs at most, and the space that is free.
+
+    `checkpoint` and `free` are in bytes. Raises RecipeError if it is not enough.
     """
-    total = optimizer_steps(recipe, problems, processes).count
-    interval = (
-        recipe.training.save_steps
-        if recipe.training.save_steps >= 1
-        else math.ceil(recipe.training.save_steps * total)
-    )
-    made = max(1, math.ceil(total / interval))
-    # the run's own adapter at the end is smaller than one
-    kept = min(made, recipe.training.save_total_limit or made) + 1
-    completions = (
-        total * batch_plan(recipe, processes).prompts_per_step * recipe.training.num_generations
-    )
-    tokens = completions * recipe.max_completion_length if recipe.watch.completions else 0
-    records = int(tokens * TOKEN_BYTES / recipe.watch.tokens_every)
+    training, steps = recipe.training, optimizer_steps(recipe, problems, processes).count
+    interval = training.save_steps  # below 1 it is a share of all steps
+    if interval < 1:
+        interval = math.ceil(interval * steps)
+    saved = max(1, math.ceil(steps / interval))
+    # One more for the adapter of the run itself, which is smaller than a checkpoint.
+    kept = min(saved, training.save_total_limit or saved) + 1
+    completions_per_step = batch_plan(recipe, processes).prompts_per_step * training.num_generations
+    records = 0
+    if recipe.watch.completions:
+        tokens = steps * completions_per_step * recipe.max_completion_length
+        records = int(tokens * TOKEN_BYTES / recipe.watch.tokens_every)
     needed = checkpoint * kept + records
     sentence = (
         f"at most {_gib(needed)} GiB ({kept} checkpoints of {checkpoint / 2**20:,.0f} MiB,"
@@ -260,94 +316,45 @@ def check_disk(recipe: Recipe, checkpoint: int, *, free: int, problems: int, pro
     return sentence
 
 
-def _load(
-    recipe: Recipe, *, backend: str, processes: int, longest: int, optimizer: float, cuda: bool
-) -> Load:
-    plan, unsloth, options = (
-        batch_plan(recipe, processes),
-        backend == "unsloth",
-        recipe.training.trl_options(),
-    )
-    share = (
-        recipe.model.gpu_memory_utilization if unsloth and unsloth_uses_vllm(recipe.model) else 0
-    )
-    if (
-        options.get("use_vllm")
-        and options.get("vllm_mode", grpo_options()["vllm_mode"].default) != "server"
-    ):
-        share = options.get("vllm_gpu_memory_utilization", recipe.model.gpu_memory_utilization)
-    bits = (
-        32
-        if not cuda or precision(recipe.training) == "float32"
-        else 4
-        if recipe.model.load_in_4bit
-        else 16
-    )
-    return Load(
-        completions=plan.per_device,
-        rollout=plan.per_device * plan.steps_per_generation,
-        prompt=longest,
-        completion=recipe.max_completion_length,
-        bits=bits,
-        unsloth=unsloth,
-        optimizer=optimizer,
-        sharded=any(
-            os.environ.get(f"ACCELERATE_USE_{engine}") == "true" for engine in ("FSDP", "DEEPSPEED")
-        ),
-        checkpointing=options.get("gradient_checkpointing", True),
-        vllm=int(share * _total_gpu()) if cuda and share else 0,
-    )
-
-
-def _free(cuda: bool) -> tuple[int, str]:
+def free_memory(cuda: bool) -> tuple[int, str]:
+    """Bytes that are free for one process, and the name of the device."""
     import psutil
     import torch
 
     if cuda:
         return torch.cuda.mem_get_info()[0], torch.cuda.get_device_name()
-    return (
-        psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        "this machine",
-    )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available // processes, "this machine"
 
 
-def _total_gpu() -> int:
+def gpu_bytes() -> int:
+    """All memory of the first GPU."""
     import torch
 
     return torch.cuda.get_device_properties(0).total_memory
 
 
-def _keys_that_help(parts: dict[str, int], load: Load) -> list[str]:
-    """Three keys, those first that act on what takes most."""
-    helps = {
-        "weights": [
-            (
-                "model.model_name to a smaller model"
-                if load.bits == 4
-                else "the weights with model.load_in_4bit true"
-            )
-        ],
+def keys_that_save(parts: dict[str, int], load: DeviceLoad) -> list[str]:
+    """Three keys to lower. Those that act on the largest part come first."""
+    if load.weight_bits == 4:
+        for_weights = "model.model_name to a smaller model"
+    else:
+        for_weights = "the weights with model.load_in_4bit true"
+    batch, length = "training.per_device_train_batch_size", "model.max_seq_length"
+    group = "training.num_generations"
+    keys = {
         "vLLM": ["model.gpu_memory_utilization"],
+        "weights": [for_weights],
         "adapter and optimizer": ["model.lora_rank"],
-        "activations": ["training.per_device_train_batch_size", "training.max_prompt_length"],
-        "logits": ["training.per_device_train_batch_size", "model.max_seq_length"],
-        "sampling": [
-            "training.gradient_accumulation_steps",
-            "training.num_generations",
-            "model.max_seq_length",
-        ],
+        "activations": [batch, "training.max_prompt_length"],
+        "logits": [batch, length],
+        "sampling": ["training.gradient_accumulation_steps", group, length],
         "libraries": [],
     }
-    wanted = [
-        key for name, _ in sorted(parts.items(), key=lambda part: -part[1]) for key in helps[name]
-    ]
-    more = [
-        "training.per_device_train_batch_size",
-        "model.max_seq_length",
-        "training.num_generations",
-    ]
-    return list(dict.fromkeys([*wanted, *more]))[:3]
+    by_size = sorted(parts, key=lambda name: -parts[name])
+    chosen = [key for name in by_size for key in keys[name]]
+    return list(dict.fromkeys([*chosen, batch, length, group]))[:3]
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f}" if size >= GIB / 20 else f"{size / GIB:.3f}"
+def _gib(count: float) -> str:
+    return f"{count / GIB:.1f}" if count >= GIB / 20 else f"{count / GIB:.3f}"
