@@ -5,23 +5,19 @@ calls each with one entry per completion: `completions` (strings or lists of mes
 and the columns of the dataset. The column `answer` holds references as
 `gtpo.answers.format_reference` makes them, or bare answers.
 
-| function                      | pays                                                          |
-scale      |
-|-------------------------------|---------------------------------------------------------------|------------|
-| `final_reward`                | the format score, + 10 for a correct answer in perfect format | 0
-to 20    |
-| `released_reward`             | what the authors' released code pays, which can be hacked     | 0
-to 20    |
-| `formatting_penalty`          | the format score - 10                                         |
--10 to 0   |
-| `scaled_adaptive_reward_func` | a correct answer in perfect format, more where it is rare     | 0,
-5 to 10 |
+- `final_reward`: the format score, + 10 for a correct answer in perfect format; 0 to 20.
+- `released_reward`: what the authors' released code pays, which can be hacked; 0 to 20.
+- `formatting_penalty`: the format score - 10; -10 to 0.
+- `scaled_adaptive_reward_func`: a correct answer in perfect format, more where it is rare; 0, or 5
+  to 10.
 
-`final_reward` and `released_reward` log the means of their parts as `reward/formatting_avg`,
-`reward/correctness_avg` and `reward/total_avg`, and the shares of completions in perfect format and
-with a correct answer as `reward/format_rate` and `reward/correct_rate`, through the `log_metric`
-that TRL hands them: use one of the two. The others log nothing and can stand beside either. A
-completion whose reference is None cannot be judged: its reward is None, which TRL leaves out.
+`final_reward` and `released_reward` log metrics through the `log_metric` that TRL hands them, so
+use one of the two. They log the means of their parts as `reward/formatting_avg`,
+`reward/correctness_avg` and `reward/total_avg`. They log the shares of completions in perfect
+format and with a correct answer as `reward/format_rate` and `reward/correct_rate`. The others log
+nothing and can stand beside either.
+
+A completion whose reference is None is not scored: its reward is None, which TRL leaves out.
 """
 
 from collections import defaultdict
@@ -34,8 +30,7 @@ CORRECT = 10.0
 
 
 def final_reward(completions, answer=None, **kwargs) -> list[float | None]:
-    """The format score, plus 10 where the format is perfect and the answer is correct: 0, 1, 1.5,
-    3, 10 or 20.
+    """The format score, + 10 for a correct answer in perfect format: 0, 1, 1.5, 3, 10 or 20.
 
     The rules are those of `gtpo.answers.format_score` and `same_answer`. An empty reference matches
     nothing.
@@ -46,12 +41,11 @@ def final_reward(completions, answer=None, **kwargs) -> list[float | None]:
 
 
 def released_reward(completions, answer=None, **kwargs) -> list[float | None]:
-    """What `final_reward` of the authors' released code pays for the same completions: 0, 1, 1.5,
-    10 or 20.
+    """What `final_reward` of the authors' released code pays: 0, 1, 1.5, 10 or 20.
 
-    For reproducing its logs, not for training: tags may be nested and repeated, and an answer
-    counts as correct that contains the reference somewhere (12 for 2, anything for an empty
-    reference) or is a number within 0.01 of it, while 1200 does not for 1,200.
+    It is for reproducing the logs of that code, not for training. Tags may be nested and repeated.
+    An answer counts as correct where it contains the reference: 12 for 2, or anything for an empty
+    reference. A number within 0.01 of the reference counts as well, while 1200 does not for 1,200.
     """
     return _format_and_correctness(
         completions, answer, _released_score, _released_correct, kwargs.get("log_metric")
@@ -59,58 +53,66 @@ def released_reward(completions, answer=None, **kwargs) -> list[float | None]:
 
 
 def formatting_penalty(completions, answer=None, **kwargs) -> list[float]:
-    """The format score less 10: 0 for perfect format, -10 for none. It needs no references."""
+    """The format score - 10: 0 for perfect format, -10 for none. It needs no references."""
     return [format_score(_text(completion)) - PERFECT_FORMAT for completion in completions]
 
 
 def scaled_adaptive_reward_func(
     completions, answer=None, prompts=None, **kwargs
 ) -> list[float | None]:
-    """10 (1 - p/2) for a correct answer in perfect format, else 0: 5 where all succeed, near 10 for
-    a rare success.
+    """10 (1 - p/2) for a correct answer in perfect format, else 0.
 
-    p is the share of such completions among those of the same prompt in this call (without
-    `prompts`: of the same reference); those that cannot be judged do not count.
+    p is the share of such completions among those of the same prompt in this call. So it pays 5
+    where all succeed, and nearly 10 for a rare success. Without `prompts`, completions with the
+    same reference count as a group. Completions that are not scored do not count.
     """
     rewards = final_reward(completions, answer)
     correct = [None if reward is None else reward == PERFECT_FORMAT + CORRECT for reward in rewards]
-    # messages are not hashable
+    # as text, because messages are not hashable
     groups = [repr(group) for group in (answer if prompts is None else prompts)]
-    judged = defaultdict(list)
-    for group, verdict in zip(groups, correct):
-        if verdict is not None:
-            judged[group].append(verdict)
-    pays = {
-        group: CORRECT * (1 - sum(verdicts) / len(verdicts) / 2)
-        for group, verdicts in judged.items()
-    }
+    scored = defaultdict(list)
+    for group, is_correct in zip(groups, correct, strict=False):
+        if is_correct is not None:
+            scored[group].append(is_correct)
+    pays = {group: CORRECT * (1 - sum(row) / len(row) / 2) for group, row in scored.items()}
     return [
-        None if verdict is None else verdict * pays[group]
-        for group, verdict in zip(groups, correct)
+        None if is_correct is None else is_correct * pays[group]
+        for group, is_correct in zip(groups, correct, strict=False)
     ]
 
 
 def _format_and_correctness(
     completions, answer, score, is_correct, log_metric
 ) -> list[float | None]:
-    parts = []  # (format score, correctness), or None where there is nothing to judge by
-    for completion, reference in zip(completions, _references(completions, answer)):
+    """The sums of format score and correctness, whose means are logged."""
+    parts = []  # (format score, correctness), or None where there is no reference
+    for completion, reference in zip(completions, _references(completions, answer), strict=True):
+        if reference is None:
+            parts.append(None)
+            continue
         text = _text(completion)
         formatting = score(text)
-        correct = (
-            reference is not None and formatting == PERFECT_FORMAT and is_correct(text, reference)
-        )
-        parts.append(None if reference is None else (formatting, CORRECT * correct))
+        correct = formatting == PERFECT_FORMAT and is_correct(text, reference)
+        parts.append((formatting, CORRECT * correct))
     if log_metric is not None:
-        judged = [(*part, part[0] == PERFECT_FORMAT) for part in parts if part is not None]
-        judged = judged or [(nan, nan, nan)]  # TRL gathers: every process must log
-        formatting, correctness, formed = (sum(column) / len(judged) for column in zip(*judged))
-        log_metric("reward/formatting_avg", formatting)
-        log_metric("reward/correctness_avg", correctness)
-        log_metric("reward/total_avg", formatting + correctness)
-        log_metric("reward/format_rate", formed)
-        log_metric("reward/correct_rate", correctness / CORRECT)
+        _log(log_metric, [part for part in parts if part is not None])
     return [None if part is None else sum(part) for part in parts]
+
+
+def _log(log_metric, parts: list[tuple[float, float]]) -> None:
+    """Log the metrics of pairs of format score and correctness, NaN where there are none.
+
+    They are logged in any case, because TRL gathers them from all processes.
+    """
+    rows = [(*part, part[0] == PERFECT_FORMAT) for part in parts] or [(nan, nan, nan)]
+    formatting, correctness, format_rate = (
+        sum(column) / len(rows) for column in zip(*rows, strict=True)
+    )
+    log_metric("reward/formatting_avg", formatting)
+    log_metric("reward/correctness_avg", correctness)
+    log_metric("reward/total_avg", formatting + correctness)
+    log_metric("reward/format_rate", format_rate)
+    log_metric("reward/correct_rate", correctness / CORRECT)
 
 
 def _references(completions, answer) -> list[str | None]:
@@ -131,11 +133,8 @@ def _text(completion) -> str:
     if isinstance(completion, str):
         return completion
     messages = [completion] if isinstance(completion, dict) else list(completion or [{}])
-    message = next(
-        (message for message in reversed(messages) if message.get("role") == "assistant"),
-        messages[-1],
-    )
-    content = message.get("content") or ""  # None beside a tool call
+    from_assistant = [message for message in messages if message.get("role") == "assistant"]
+    content = (from_assistant or messages)[-1].get("content") or ""  # None beside a tool call
     if isinstance(content, str):
         return content
     return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
@@ -159,15 +158,14 @@ def _released_score(text: str) -> float:
 
 
 def _released_answer(text: str) -> str | None:
-    """From the first opening tag to a closing tag that ends the text, whatever lies between; one
-    newline may follow.
+    """From the first opening tag to a closing tag that ends the text, whatever stands between.
+
+    One newline may follow the closing tag.
     """
     _, opening, content = text.removesuffix("\n").partition("<answer>")
-    return (
-        content.removesuffix("</answer>").strip()
-        if opening and content.endswith("</answer>")
-        else None
-    )
+    if not opening or not content.endswith("</answer>"):
+        return None
+    return content.removesuffix("</answer>").strip()
 
 
 def _released_correct(text: str, reference: str) -> bool:

@@ -1,45 +1,47 @@
-r"""Find the final answer in a text, score the text's format, and decide whether two answers are the
-same.
+r"""Finds the final answer in a text, formats references, and scores the format of a text.
 
-A completion should end as references do: `<reasoning>\n6 * 3 =
-18\n</reasoning>\n<answer>18</answer>`. Nothing here raises or hangs on any text, from any thread;
-the time is linear in its length. What a correct answer is worth is decided in `reward_math.py`.
+A completion should end as references do:
+`<reasoning>\n6 * 3 = 18\n</reasoning>\n<answer>18</answer>`.
+
+No function here raises or hangs on any text. Each takes time linear in its length. What a correct
+answer is worth is decided in `reward_math.py`.
 """
 
 import re
 
 
 def gsm8k_answer(text: str) -> str:
-    """The text after the final `####`; else after the final `###`; else the last word; "" where
-    there is none.
+    """The text after the last `####`, else after the last `###`, else the last word.
+
+    Returns "" where there is none of these.
     """
     mark = "####" if "####" in text else "###"
     return text.rpartition(mark)[2].strip() if mark in text else _last_word(text)
 
 
 def boxed_answer(text: str) -> str:
-    r"""The content of the last `\boxed{…}` or `\fbox{…}`, braces balanced, or of `\boxed 5`; else
-    the last word.
+    r"""The content of the last `\boxed{…}`, `\fbox{…}` or `\boxed 5`, else the last word.
 
-    Of nested boxes the inner one counts; `\{` and `\}` are no braces; a box that never closes is
-    none.
+    Braces inside a box are balanced; `\{` and `\}` do not count as braces. Of nested boxes the
+    inner one counts. A box that never closes does not count.
     """
     last, open_braces = None, []
     for token in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", text, re.DOTALL):
         is_box, start = token[1] is not None, token.end()
-        if is_box and not token[1] and text[start : start + 1] not in ("", "$", "}"):
-            last = slice(start, None)
-        elif token[1] or token[0] == "{":
+        if is_box and not token[1]:  # `\boxed 5`
+            if text[start : start + 1] not in ("", "$", "}"):
+                last = slice(start, None)
+        elif is_box or token[0] == "{":
             open_braces.append(start if is_box else -1)
-        elif (
-            token[0] == "}"
-            and open_braces
-            and (start := open_braces.pop()) > (last.start if last else -1)
-        ):
-            last = slice(start, token.start())
-    if last and last.stop is None:  # `\boxed 5` ends at white space, or where the formula does
+        elif token[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start > (last.start if last else -1):
+                last = slice(start, token.start())
+    if not last:
+        return _last_word(text)
+    if last.stop is None:  # `\boxed 5` ends at white space, or where the formula does
         return re.match(r"[^\s$]*", text[last])[0].rstrip(".,;")
-    return text[last].strip() if last else _last_word(text)
+    return text[last].strip()
 
 
 def _last_word(text: str) -> str:
@@ -47,8 +49,9 @@ def _last_word(text: str) -> str:
 
 
 def final_answer(text: str) -> str | None:
-    """The content of the answer block, stripped; None if it is not well formed (see
-    `format_score`), as two are not.
+    """The content of the answer block, stripped.
+
+    None where no answer block is well formed (see `format_score`), as where there are two.
     """
     block = _block(text, "answer")
     return text[block].strip() if block else None
@@ -60,20 +63,21 @@ def format_reference(reasoning: str, answer: str) -> str:
 
 
 def reference_answer(reference: str) -> str:
-    """What stands in the block that ends a formatted reference; all of a bare answer."""
+    """The content of the block that ends a formatted reference; a bare answer as it is."""
     content = reference.removesuffix("</answer>")
     return content.rpartition("<answer>")[2].strip() if content != reference else reference
 
 
 def format_score(text: str) -> float:
-    """How well a text keeps to the format: 10 for one reasoning block followed by one answer block
-    that ends the text.
+    """How well a text keeps to the format: 0, 1, 1.5, 3 or 10.
 
-    A block is well formed when each of its tags occurs exactly once, in order; after an answer
-    block only white space may follow. Text before the reasoning and between the blocks is allowed,
-    and a block may be empty. Otherwise each well-formed block scores 1.5 where the other one has a
-    tag in the text, else 1.0: two that overlap or nest score 3.0 together, and an answer inside the
-    reasoning, which cannot end the text, leaves 1.5.
+    10 is for one reasoning block followed by one answer block that ends the text. Otherwise each
+    well-formed block scores 1.5 where the text has a tag of the other one, else 1.0.
+
+    A block is well formed when each of its tags occurs exactly once, in order. Only white space may
+    follow an answer block. Text before the reasoning and between the blocks is allowed, and a block
+    may be empty. So two blocks that overlap or nest score 3.0 together. An answer inside the
+    reasoning does not end the text, which leaves 1.5.
     """
     reasoning, answer = _block(text, "reasoning"), _block(text, "answer")
     if reasoning and answer and reasoning.stop < answer.start - len("<answer>"):
@@ -86,8 +90,10 @@ def format_score(text: str) -> float:
 
 
 def _block(text: str, tag: str) -> slice | None:
-    if not text.count(f"<{tag}>") == 1 == text.count(f"</{tag}>"):
+    """Where the content of a well-formed block stands, None where there is no such block."""
+    opening, closing = f"<{tag}>", f"</{tag}>"
+    if not text.count(opening) == 1 == text.count(closing):
         return None
-    content = slice(text.find(f"<{tag}>") + len(f"<{tag}>"), text.find(f"</{tag}>"))
-    ends_text = not text[content.stop + len(f"</{tag}>") :].strip()
+    content = slice(text.find(opening) + len(opening), text.find(closing))
+    ends_text = not text[content.stop + len(closing) :].strip()
     return content if content.start <= content.stop and (ends_text or tag != "answer") else None
