@@ -1,5 +1,6 @@
-"""Hostile input, a little of it: reliability/fuzz.py brings more. Random texts by hypothesis;
-recipes, answers and runs by reliability/hostile_inputs.py.
+"""A little hostile input. reliability/fuzz.py, which these tests call, brings more of it.
+
+hypothesis draws random texts. reliability/hostile_inputs.py makes recipes, answers and runs.
 """
 
 import random
@@ -15,9 +16,8 @@ from reliability import fuzz, hostile_inputs
 from reward_math import final_reward, released_reward
 
 FEW = settings(max_examples=80, deadline=None, derandomize=True, database=None)
-TEXTS = st.lists(
-    st.one_of(st.sampled_from(hostile_inputs.PIECES), st.text(max_size=8)), max_size=12
-).map("".join)
+PIECES = st.one_of(st.sampled_from(hostile_inputs.PIECES), st.text(max_size=8))
+TEXTS = st.lists(PIECES, max_size=12).map("".join)
 NUMBERS = st.integers(-(10**12), 10**12)
 
 
@@ -26,15 +26,17 @@ NUMBERS = st.integers(-(10**12), 10**12)
     [("recipe", 80), ("answers", 200), ("rewards", 320), ("report", 256), ("console", 300)],
 )
 def test_hostile_input_does_no_harm(target, inputs, monkeypatch):
-    if target == "report":
-        monkeypatch.setitem(
-            fuzz.TARGETS, "report", (lambda dice: fuzz.check_report(dice, 256), inputs)
-        )
+    if target == "report":  # 256 lines in one report
+
+        def check(dice):
+            return fuzz.check_report(dice, 256)
+
+        monkeypatch.setitem(fuzz.TARGETS, "report", (check, inputs))
     outcome = fuzz.run(target, inputs, seed=2)
     assert outcome.failures == [] and outcome.inputs >= inputs
 
 
-def test_a_failure_is_found_with_the_seed_that_repeats_it(monkeypatch):
+def test_a_failure_is_reported_with_the_seed_that_repeats_it(monkeypatch):
     monkeypatch.setitem(fuzz.TARGETS, "answers", (lambda dice: 1 // (dice.random() > 0.5), 10))
     outcome = fuzz.run("answers", 10, seed=0)
     assert outcome.failures and outcome.inputs == 10
@@ -42,30 +44,29 @@ def test_a_failure_is_found_with_the_seed_that_repeats_it(monkeypatch):
     assert what.startswith("ZeroDivisionError") and random.Random(number).random() < 0.5
 
 
-@pytest.mark.parametrize(
-    "hack",
-    [
-        "<script>",
-        "<img src=x>",
-        "<!-- x -->",
-        "</details>",
-        "<a href='http://x'>x</a>",
-        "<p onclick=x>x</p>",
-    ],
-)
+HACKS = [
+    "<script>",
+    "<img src=x>",
+    "<!-- x -->",
+    "</details>",
+    "<a href='http://x'>x</a>",
+    "<p onclick=x>x</p>",
+]
+
+
+@pytest.mark.parametrize("hack", HACKS)
 def test_the_check_of_a_page_sees_what_has_escaped(hack, monkeypatch):
     import jinja2
 
-    monkeypatch.setattr(
-        jinja2.Environment, "__init__", _without_escaping(jinja2.Environment.__init__)
-    )
+    init = jinja2.Environment.__init__
+
+    def without_escaping(self, *args, **options):
+        init(self, *args, **{**options, "autoescape": False})
+
+    monkeypatch.setattr(jinja2.Environment, "__init__", without_escaping)
     monkeypatch.setattr(hostile_inputs, "text", lambda dice, pieces=12: hack)
     with pytest.raises(AssertionError):
         fuzz.check_report(random.Random(0), 16)
-
-
-def _without_escaping(init):
-    return lambda self, *args, **kwargs: init(self, *args, **{**kwargs, "autoescape": False})
 
 
 @FEW
@@ -78,13 +79,13 @@ def test_any_text_has_a_format_score_and_answers(text):
 @FEW
 @given(TEXTS, NUMBERS, NUMBERS)
 def test_only_the_right_number_is_paid(text, wrong, right):
-    answer = answers.format_reference(text, str(wrong))
-    for reward in (final_reward,):
-        [paid] = reward([answer], [str(right)])
-        assert paid == (20 if wrong == right and answers.format_score(answer) == 10 else paid) and (
-            paid < 20 or wrong == right
-        )
-    assert released_reward([answer], [str(right)])[0] >= 0
+    completion = answers.format_reference(text, str(wrong))
+    [paid] = final_reward([completion], [str(right)])
+    if wrong != right:
+        assert paid < 20
+    elif answers.format_score(completion) == 10:
+        assert paid == 20
+    assert released_reward([completion], [str(right)])[0] >= 0
 
 
 @FEW
@@ -95,12 +96,11 @@ def test_any_text_becomes_printable_once_and_for_all(text):
     assert all(c.isprintable() or c in "\n\t" or not c.isascii() for c in shown)
 
 
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(-(2**63), 2**63), st.floats(allow_nan=False), st.text()
+)
 PLAIN = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**63), 2**63)
-    | st.floats(allow_nan=False)
-    | st.text(),
+    SCALARS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=12,
 )
