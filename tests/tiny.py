@@ -1,6 +1,4 @@
-"""A tiny real policy for tests: a 2-layer Llama and a character tokenizer with a chat template,
-made in code.
-"""
+"""A tiny real policy for tests: a Llama with 2 layers and a character tokenizer, made in code."""
 
 import string
 
@@ -19,8 +17,9 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 def tiny_tokenizer(
     pad: str = "~", alphabet: str = string.printable[:95] + "\n"
 ) -> PreTrainedTokenizerFast:
-    """One token per character; `^` ends a sequence. `pad="^"` makes padding and end of sequence one
-    id.
+    """A tokenizer with one token per character, a chat template, and `^` as the end of a sequence.
+
+    With `pad="^"`, padding and end of sequence have the same id.
     """
     symbols = dict.fromkeys(["~", "^", *alphabet])
     tokenizer = Tokenizer(
@@ -39,8 +38,9 @@ def tiny_tokenizer(
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """Two layers, 16 hidden units, and weights far enough from zero that the logits are not
-    uniform.
+    """An untrained Llama with 2 layers and 16 hidden units.
+
+    Its weights are far enough from zero that the logits are not uniform.
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -61,9 +61,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
 
 
 def with_lora(model, rank: int = 4, seed: int = 1):
-    """`model` with a LoRA adapter whose B is not zero, so that both of its factors get
-    gradients.
-    """
+    """`model` with a LoRA adapter. Its factor B is not zero, so that both factors get gradients."""
     torch.manual_seed(seed)
     model = get_peft_model(
         model,
@@ -76,7 +74,7 @@ def with_lora(model, rank: int = 4, seed: int = 1):
 
 
 def save_tiny_policy(folder, **tokenizer_options) -> str:
-    """Model and tokenizer on disk, to be loaded by path as a user would."""
+    """Save a tiny model and its tokenizer to `folder`; returns the folder's path."""
     tokenizer = tiny_tokenizer(**tokenizer_options)
     tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
