@@ -1,7 +1,5 @@
 """`model.adapter`: a new run goes on training an earlier adapter, with that adapter's shape."""
 
-# ruff: noqa: F401, F811 (fixtures are imported by name and then requested as arguments)
-
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from test_saved import save_adapter
-from test_train_model import demo_flags, here, run_dir
+from test_train_model import demo_flags, here, run_dir  # noqa: F401
 
 import train_model
 from gtpo.errors import RecipeError
