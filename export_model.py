@@ -1,9 +1,9 @@
 """Merge a trained adapter into its base model: `python export_model.py RUN OUT [--dtype bfloat16]`.
 
 RUN is a run directory, a checkpoint or an adapter folder. OUT gets the whole model with tokenizer,
-generation config and model card, for transformers, vLLM or llama.cpp. It is loaded again and its
-logits are held against those of base model and adapter; if they differ beyond rounding, nothing is
-kept. Exit code 2: it could not be done.
+generation configuration and model card, for transformers, vLLM or llama.cpp. The model is loaded
+again, and its logits are compared with those of base model and adapter. If they differ by more than
+rounding, nothing is kept. Exit code 2 means that the export was refused or failed.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from gtpo.system.safe_text import SafeFormatter
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     made = argparse.ArgumentParser(
         prog="export_model.py",
         description=__doc__,
@@ -25,14 +26,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("run", metavar="RUN", help="run directory, checkpoint or adapter folder")
-    made.add_argument("out", metavar="OUT", type=Path, help="folder to make; must not exist")
+    made.add_argument("out", metavar="OUT", type=Path, help="new folder; it must not exist")
     made.add_argument(
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
         default="bfloat16",
         help=(
-            "of the merged weights (default: %(default)s); small updates survive in float16 and"
-            " float32 only"
+            "type of the merged weights (default: %(default)s); small updates survive only in"
+            " float16 and float32"
         ),
     )
     made.add_argument(
@@ -43,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--push",
         metavar="HUB_REPO",
-        help="upload OUT to this hub repository too (made private if it is new)",
+        help="also upload OUT to this hub repository (a new one is private)",
     )
     return made
 
@@ -75,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
 
     check_free(options.out)
     saved = find_saved(options.run, base=options.model_name)
-    # before torch, so that CUDA_VISIBLE_DEVICES counts
+    # This comes before torch is imported, so that it reads CUDA_VISIBLE_DEVICES.
     set_environment(saved.recipe.env if saved.recipe else {})
     if options.push:
         hub.check_push(options.push)
