@@ -481,7 +481,7 @@ NO_MODULE = (
         ("reward_math:final_rewrd", NO_REWRD),
         ("gtpo.recipe.sections.DATASET_ALIASES", f"is a collection, {NO_CALL}"),
         ("gtpo.gtpo_training.ENT_SCALE", f"is a float, {NO_CALL}"),
-        ("gtpo.shaping", "is a module; name a function or class in it"),
+        ("gtpo.recipe.batch", "is a module; name a function or class in it"),
         ("not a path", f"'not a path' {NOT_A_PATH}"),
         ("reward", f"'reward' {NOT_A_PATH}"),
     ],
