@@ -1,8 +1,16 @@
-"""What takes a run beyond one GPU, as far as a CPU shows: accelerate's configuration files, vLLM as
-a server, who speaks.
+"""Runs beyond one GPU, as far as a CPU can test them.
+
+These are accelerate's configuration files, vLLM as a server, which process prints, and the recipes
+for small cards.
 """
 
+import importlib.util
 import os
+import re
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -14,128 +22,97 @@ from gtpo.system import processes
 
 CONFIGURATIONS = sorted((ROOT / "recipes/accelerate").glob("*.yaml"))
 SERVER = [
-    "--training.use_vllm",
-    "true",
-    "--training.vllm_mode",
-    "server",
-    "--training.vllm_server_base_url",
-    "http://10.0.0.7:8000",
+    *("--training.use_vllm", "true"),
+    *("--training.vllm_mode", "server"),
+    *("--training.vllm_server_base_url", "http://10.0.0.7:8000"),
 ]
 DEMO = str(ROOT / "recipes/demo.yaml")
 
 
 @pytest.mark.parametrize("file", CONFIGURATIONS, ids=lambda f: f.stem)
-def test_accelerate_reads_its_configurations_as_meant(file, monkeypatch):
-    asked, environment = launched(str(file))
-    assert asked.num_processes == 8 and environment["ACCELERATE_MIXED_PRECISION"] == "no"
+def test_accelerate_reads_its_configuration_files_as_intended(file, monkeypatch):
+    arguments, environment = launched(str(file))
+    assert arguments.num_processes == 8 and environment["ACCELERATE_MIXED_PRECISION"] == "no"
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if file.stem == "ddp":
-        assert asked.multi_gpu
+        assert arguments.multi_gpu
     elif file.stem == "fsdp":
         from accelerate.utils import FullyShardedDataParallelPlugin
 
         plugin = FullyShardedDataParallelPlugin()
-        assert (
-            asked.use_fsdp
-            and plugin.fsdp_version == 2
-            and plugin.state_dict_type.name == "FULL_STATE_DICT"
-        )
-        assert (
-            plugin.reshard_after_forward
-            and not plugin.activation_checkpointing
-            and not plugin.cpu_ram_efficient_loading
-        )
+        assert arguments.use_fsdp and plugin.fsdp_version == 2
+        assert plugin.state_dict_type.name == "FULL_STATE_DICT" and plugin.reshard_after_forward
+        assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
     else:
         from accelerate.utils import DeepSpeedPlugin
 
         plugin, stage = DeepSpeedPlugin(), int(file.stem[-1])
-        assert asked.use_deepspeed and plugin.zero_stage == stage
-        told = plugin.deepspeed_config
-        # transformers fills in the recipe's
-        assert told["gradient_accumulation_steps"] == told["gradient_clipping"] == "auto"
-        assert told["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] == (
-            stage == 3
-        )
+        assert arguments.use_deepspeed and plugin.zero_stage == stage
+        config = plugin.deepspeed_config
+        # transformers fills in the values of the recipe.
+        assert config["gradient_accumulation_steps"] == config["gradient_clipping"] == "auto"
+        whole_adapter = config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+        assert whole_adapter == (stage == 3)
 
 
 def test_there_is_a_configuration_for_each_engine():
-    assert [file.stem for file in CONFIGURATIONS] == [
-        "ddp",
-        "deepspeed_zero2",
-        "deepspeed_zero3",
-        "fsdp",
-    ]
+    engines = ["ddp", "deepspeed_zero2", "deepspeed_zero3", "fsdp"]
+    assert [file.stem for file in CONFIGURATIONS] == engines
 
 
-def test_a_vllm_server_reaches_trl(tmp_path, monkeypatch):
-    import importlib.util
-
-    from gtpo.runs.arguments import training_arguments
-
+@pytest.fixture
+def vllm_is_installed(monkeypatch):
+    """The package vllm seems to be installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest)
     )
-    arguments = training_arguments(
-        cli.read_recipe([DEMO, *SERVER, "--training.vllm_server_timeout", "5"]), str(tmp_path)
-    )
-    assert (
-        arguments.use_vllm
-        and arguments.vllm_mode == "server"
-        and arguments.vllm_server_base_url == "http://10.0.0.7:8000"
-    )
+
+
+def test_the_options_of_a_vllm_server_reach_trl(tmp_path, vllm_is_installed):
+    from gtpo.runs.arguments import training_arguments
+
+    recipe = cli.read_recipe([DEMO, *SERVER, "--training.vllm_server_timeout", "5"])
+    arguments = training_arguments(recipe, str(tmp_path))
+    assert arguments.use_vllm and arguments.vllm_mode == "server"
+    assert arguments.vllm_server_base_url == "http://10.0.0.7:8000"
     assert arguments.vllm_server_timeout == 5 and arguments.vllm_importance_sampling_correction
+
+
+NEEDS_TRANSFORMERS = "server needs model.backend transformers, not"
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        (
-            SERVER[2:],
-            "training.vllm_mode: a server is not used without training.use_vllm; set that to true",
-        ),
+        (SERVER[2:], "a server is not used without training.use_vllm; set that to true"),
         (
             [*SERVER, "--model.backend", "unsloth"],
-            (
-                "training.vllm_mode: server needs model.backend transformers, not unsloth:"
-                " Unsloth generates"
-            ),
+            f"{NEEDS_TRANSFORMERS} unsloth: Unsloth generates",
         ),
-        (
-            [*SERVER, "--model.backend", "auto"],
-            (
-                "training.vllm_mode: server needs model.backend transformers, not auto: Unsloth"
-                " generates"
-            ),
-        ),
+        ([*SERVER, "--model.backend", "auto"], f"{NEEDS_TRANSFORMERS} auto: Unsloth generates"),
     ],
 )
-def test_a_server_that_would_not_be_asked_is_refused(flags, sentence):
+def test_a_server_that_nothing_would_use_is_refused(flags, sentence):
     with pytest.raises(RecipeError) as error:
         cli.read_recipe([DEMO, *flags])
-    assert str(error.value).startswith(sentence)
+    assert str(error.value).startswith(f"training.vllm_mode: {sentence}")
 
 
 def test_without_vllm_a_server_is_refused_in_one_sentence(tmp_path, capsys, monkeypatch):
     import train_model
 
     monkeypatch.chdir(ROOT)
-    assert (
-        train_model.main(
-            [DEMO, *SERVER, "--output_root", str(tmp_path), "--evaluation.path", "null"]
-        )
-        == 2
-    )
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert told.startswith(
-        "error: training.use_vllm: the package vllm is not installed"
-    ) and not list(tmp_path.iterdir())
+    flags = ["--output_root", str(tmp_path), "--evaluation.path", "null"]
+    assert train_model.main([DEMO, *SERVER, *flags]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert error.startswith("error: training.use_vllm: the package vllm is not installed")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_model_spread_over_processes_is_not_evaluated_by_one():
-    from types import SimpleNamespace
-
+def test_a_model_that_is_split_over_processes_is_not_evaluated_by_one_of_them():
     from accelerate.utils import DistributedType
 
     from gtpo.runs import trainers
@@ -146,10 +123,10 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
         )
         return SimpleNamespace(accelerator=SimpleNamespace(state=state, num_processes=1))
 
-    for spread in (trainer(DistributedType.FSDP), trainer(DistributedType.DEEPSPEED, 3)):
+    for split in (trainer(DistributedType.FSDP), trainer(DistributedType.DEEPSPEED, 3)):
         with pytest.raises(RecipeError, match="evaluation: one process evaluates"):
-            trainers.check_processes(spread, object())
-        trainers.check_processes(spread, None)
+            trainers.check_processes(split, object())
+        trainers.check_processes(split, None)
     for whole in (
         trainer(DistributedType.DEEPSPEED, 2),
         trainer(DistributedType.MULTI_GPU),
@@ -158,58 +135,37 @@ def test_a_model_spread_over_processes_is_not_evaluated_by_one():
         trainers.check_processes(whole, object())
 
 
-def test_processes_that_do_not_know_of_each_other_end_with_a_sentence(monkeypatch):
-    from types import SimpleNamespace
-
+def test_processes_that_accelerate_does_not_connect_end_with_a_sentence(monkeypatch):
     from gtpo.runs import trainers
 
     monkeypatch.setenv("WORLD_SIZE", "8")
-    with pytest.raises(
-        RecipeError,
-        match=(
-            "WORLD_SIZE: it is 8, and accelerate found 1 process; start with torchrun or accelerate"
-            " launch"
-        ),
-    ):
-        trainers.check_processes(
-            SimpleNamespace(accelerator=SimpleNamespace(num_processes=1)), None
-        )
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1))
+    sentence = "it is 8, and accelerate found 1 process; start with torchrun or accelerate launch"
+    with pytest.raises(RecipeError, match=f"WORLD_SIZE: {sentence}"):
+        trainers.check_processes(trainer, None)
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, several):
-    import importlib.util
-
+def test_vllm_inside_unsloth_is_for_one_process(monkeypatch, vllm_is_installed, several):
     from gtpo.models.generation import unsloth_uses_vllm
     from gtpo.recipe.sections import ModelSection
 
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: name == "vllm" or find(name, *rest)
-    )
     monkeypatch.setenv("WORLD_SIZE", "2" if several else "1")
     auto, yes, no = (
-        ModelSection(model_name="model", fast_inference=wanted) for wanted in ("auto", True, False)
+        ModelSection(model_name="model", fast_inference=value) for value in ("auto", True, False)
     )
     assert unsloth_uses_vllm(auto) is not several and not unsloth_uses_vllm(no)
     if not several:
         assert unsloth_uses_vllm(yes)
         return
-    with pytest.raises(
-        RecipeError,
-        match=(
-            "model.fast_inference: true is for one process, and there are 2; use auto or false, or"
-            " a vLLM server"
-        ),
-    ):
+    sentence = "true is for one process, and there are 2; use auto or false, or a vLLM server"
+    with pytest.raises(RecipeError, match=f"model.fast_inference: {sentence}"):
         unsloth_uses_vllm(yes)
 
 
 @pytest.fixture
 def second_of_two(monkeypatch):
-    """This process as the second that a torchrun has started; with the store that its agent
-    keeps.
-    """
+    """This process is the second that torchrun started; returns the store of torchrun's agent."""
     from torch.distributed import TCPStore
 
     agent = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -224,14 +180,12 @@ def second_of_two(monkeypatch):
         "TORCHELASTIC_RESTART_COUNT": "0",
     }.items():
         monkeypatch.setenv(name, value)
-    processes._store.cache_clear()
+    processes.agent_store.cache_clear()
     yield agent
-    processes._store.cache_clear()
+    processes.agent_store.cache_clear()
 
 
-def test_the_others_end_after_the_first(second_of_two, monkeypatch):
-    import threading
-
+def test_the_other_processes_end_after_the_first(second_of_two, monkeypatch):
     waiting = threading.Thread(target=processes.wait_for_first, daemon=True)
     waiting.start()
     waiting.join(timeout=1)
@@ -242,14 +196,14 @@ def test_the_others_end_after_the_first(second_of_two, monkeypatch):
     assert not waiting.is_alive()
 
 
-def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(second_of_two, monkeypatch):
+def test_each_sentence_is_printed_once_and_a_loss_only_if_nothing_was(second_of_two, monkeypatch):
     assert [processes.is_first_to_say(text) for text in ("bad", "bad", "worse")] == [
         True,
         False,
         True,
     ]
     assert not processes.is_first_to_say("lost", if_nobody_spoke=True)
-    # another attempt: nothing was said yet
+    # In torchrun's next attempt nothing was printed yet.
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert [
         processes.is_first_to_say(text, if_nobody_spoke=True) for text in ("lost", "lost too")
@@ -257,7 +211,7 @@ def test_each_sentence_is_said_once_and_a_loss_only_where_nobody_spoke(second_of
 
 
 def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
-    for rank, said in (("0", "hello\n"), ("1", "")):
+    for rank, printed in (("0", "hello\n"), ("1", "")):
         monkeypatch.setenv("WORLD_SIZE", "2")
         monkeypatch.setenv("RANK", rank)
         for name in processes.QUIET:
@@ -265,13 +219,14 @@ def test_one_process_prints_and_the_others_keep_quiet(monkeypatch, capsys):
         with processes.only_first_prints():
             print("hello")
             quiet = {name: os.environ.get(name) for name in processes.QUIET}
-        assert capsys.readouterr().out == said
+        assert capsys.readouterr().out == printed
         assert quiet == (processes.QUIET if rank == "1" else dict.fromkeys(processes.QUIET))
     for name in processes.QUIET:
         os.environ.pop(name, None)
 
 
-SHAPES = {  # of the models' configurations
+# The shapes of the models in the recipes for small cards.
+SHAPES = {
     "t4": (
         "Qwen2Config",
         {
@@ -301,7 +256,7 @@ SHAPES = {  # of the models' configurations
 
 
 @pytest.mark.parametrize("name, gib", [("t4", 14.6), ("card_24gb", 22.0)])
-def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(
+def test_the_recipes_for_small_cards_quote_the_memory_estimate_and_fit(
     name, gib, tmp_path, monkeypatch
 ):
     import torch
@@ -317,7 +272,7 @@ def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "free_memory", lambda cuda: (int(gib * 2**30), "the card"))
     size = memory.model_size(recipe.model, lora_config(recipe.model, None))
-    told = memory.check_memory(
+    sentence = memory.check_memory(
         recipe,
         size,
         backend="unsloth",
@@ -325,11 +280,11 @@ def test_the_recipes_for_small_cards_tell_what_check_would_and_fit(
         longest_prompt=recipe.max_prompt_length,
         optimizer_bytes=memory.optimizer_bytes(recipe.training.optimizer),
     )
-    assert f"#   {told.split(', and the card')[0]}\n" in file.read_text(), told
+    assert f"#   {sentence.split(', and the card')[0]}\n" in file.read_text(), sentence
 
 
 @pytest.mark.parametrize("name", ["t4", "card_24gb", "t4_grpo", "card_24gb_grpo"])
-def test_the_recipes_for_small_cards_say_what_they_would_do(name, capsys):
+def test_the_recipes_for_small_cards_train_on_one_prompt_per_step(name, capsys):
     import train_model
 
     assert train_model.main([str(ROOT / f"recipes/{name}.yaml"), "--dry-run"]) == 0
@@ -337,10 +292,6 @@ def test_the_recipes_for_small_cards_say_what_they_would_do(name, capsys):
 
 
 def test_the_page_on_scaling_quotes_the_estimate_and_names_files_that_exist():
-    import re
-    import subprocess
-    import sys
-
     page = (ROOT / "docs/scaling.md").read_text()
     printed = subprocess.run(
         [sys.executable, "benchmarks/paper_estimate.py"],

@@ -87,8 +87,8 @@ def is_first_to_say(sentence: str, *, if_nobody_spoke: bool = False) -> bool:
         return is_first() or not if_nobody_spoke
     digest = hashlib.blake2b(sentence.encode(), digest_size=16).hexdigest()
     try:
-        anything_said = _store().add(_key("anything"), 1) > 1
-        sentence_said = _store().add(_key(digest), 1) > 1
+        anything_said = agent_store().add(_key("anything"), 1) > 1
+        sentence_said = agent_store().add(_key(digest), 1) > 1
     except RuntimeError:  # the agent has ended, or its machine is lost
         return True
     return not (anything_said if if_nobody_spoke else sentence_said)
@@ -103,9 +103,9 @@ def wait_for_first() -> None:
         return
     with contextlib.suppress(RuntimeError):
         if is_first():
-            _store().set(_key("over"), "")
+            agent_store().set(_key("over"), "")
             return
-        while not _store().check([_key("over")]):
+        while not agent_store().check([_key("over")]):
             time.sleep(0.1)
         time.sleep(GRACE)
 
@@ -120,7 +120,7 @@ def _key(name: str) -> str:
 
 
 @functools.cache
-def _store():
+def agent_store():
     """The store of torchrun's agent, at the address where the processes connect (torch 2.13.0).
 
     Raises RuntimeError if it cannot be reached.
