@@ -1,131 +1,93 @@
-"""What GTPO relies on in other libraries, and the one function that wraps their members."""
+"""What the trainer relies on in trl 1.13.0; each test fails the day it stops being true."""
 
-import gc
-import inspect
-import sys
-import weakref
-from types import SimpleNamespace
-
+import gradients
 import pytest
+import torch
+import trl
 
-from gtpo.hooks import seams
-
-HERE = __name__
-
-
-@pytest.fixture
-def listed(monkeypatch):
-    """A table in which this module and two others wrap a member called `act`, in this order."""
-    row = seams.Seam(seams.TRL, "Thing.act", "wraps", ("inner", HERE, "outer"), "For the tests.")
-    monkeypatch.setattr(seams, "SEAMS", (row,))
+GRPO = "custom_trainer.original.UnslothGRPOTrainer"
 
 
-class Thing:
-    def act(self, value: int) -> int:
-        """Twice the value."""
-        return 2 * value
+def trainer_with_hook(folder, hook, **options):
+    trainer = gradients.make_trainer(GRPO, str(folder), top_entropy_quantile=0.5, **options)
+    trainer.get_high_entropy_mask = hook
+    return trainer
 
 
-def plus_one(original, *args, **kwargs):
-    return original(*args, **kwargs) + 1
+def test_the_hook_is_called_with_detached_two_dimensional_tensors_inside_the_loss(tmp_path):
+    calls = []
+
+    def hook(entropies, mask, threshold):
+        calls.append((entropies.shape, mask.shape, entropies.requires_grad))
+        return torch.ones_like(entropies)
+
+    trainer_with_hook(tmp_path, hook).train()
+    assert calls == [((8, 7), (8, 7), False)] * 2  # one call per micro-batch
 
 
-def of_layer(layer: str, add: int):
-    """A function as if it were defined in the module `layer`."""
-
-    def around(original, *args, **kwargs):
-        return original(*args, **kwargs) + add
-
-    around.__module__ = layer
-    return around
-
-
-def test_wrap_calls_around_with_the_original_and_undo_takes_it_away(listed):
-    thing = Thing()
-    undo = seams.wrap(thing, "act", plus_one)
-    assert thing.act(3) == 7
-    undo()
-    assert thing.act(3) == 6 and "act" not in vars(thing)
-    undo()  # a second time changes nothing
-    assert thing.act(3) == 6
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_the_hooks_result_multiplies_the_policy_term(tmp_path, factor):
+    gradients_by_factor = {}
+    for value in (1.0, factor):
+        trainer = trainer_with_hook(
+            tmp_path, lambda entropies, mask, threshold, v=value: torch.full_like(entropies, v)
+        )
+        seen = gradients.watch(trainer)
+        trainer.train()
+        gradients_by_factor[value] = seen["gradients"][0]
+    for name, gradient in gradients_by_factor[1.0].items():
+        assert torch.allclose(gradients_by_factor[factor][name], factor * gradient, atol=1e-7)
 
 
-def test_undo_puts_back_an_attribute_of_the_object_itself(listed):
-    def own(value):
-        return value
+def test_an_extra_key_of_the_rollout_survives_shuffle_and_split(tmp_path):
+    trainer = gradients.make_trainer(GRPO, str(tmp_path), gradient_accumulation_steps=2)
+    generate, loss, seen = trainer._generate_and_score_completions, trainer.compute_loss, []
 
-    thing = SimpleNamespace(act=own)
-    seams.wrap(thing, "act", plus_one)()
-    assert thing.act is own
+    def generate_with_tag(inputs):
+        rollout = generate(inputs)
+        # a (B, T) key that can be recognised
+        rollout["tag"] = rollout["completion_ids"].double() * 3
+        return rollout
 
-
-def test_a_wrapped_member_keeps_the_source_and_signature_of_the_original(listed):
-    thing = Thing()
-    seams.wrap(thing, "act", plus_one)
-    assert "return 2 * value" in inspect.getsource(inspect.unwrap(thing.act))
-    assert list(inspect.signature(thing.act).parameters) == ["value"]
-    assert thing.act.__doc__ == "Twice the value."
-
-
-def test_layers_stand_in_the_order_of_the_table(listed):
-    thing = Thing()
-    for layer, add in (("inner", 1), (HERE, 10), ("outer", 100)):
-        seams.wrap(thing, "act", of_layer(layer, add))
-    assert thing.act(0) == 111
+    trainer._generate_and_score_completions = generate_with_tag
+    trainer.compute_loss = lambda model, inputs, *a, **k: (
+        seen.append(inputs),
+        loss(model, inputs, *a, **k),
+    )[1]
+    trainer.train()
+    assert len(seen) == 2 and all(
+        torch.equal(batch["tag"], batch["completion_ids"].double() * 3) for batch in seen
+    )
 
 
-def test_a_layer_in_the_wrong_order_is_refused(listed):
-    thing = Thing()
-    seams.wrap(thing, "act", of_layer("outer", 100))
-    with pytest.raises(ValueError, match="inner must wrap act before outer does"):
-        seams.wrap(thing, "act", of_layer("inner", 1))
-    assert thing.act(0) == 100
+def test_advantages_arrive_one_dimensional(tmp_path):
+    trainer = gradients.make_trainer(GRPO, str(tmp_path))
+    seen = gradients.watch(trainer)
+    trainer.train()
+    assert seen["rollouts"][0]["advantages"].shape == (16,)
 
 
-def test_the_same_layer_twice_is_refused_until_it_is_undone(listed):
-    thing = Thing()
-    undo = seams.wrap(thing, "act", plus_one)
-    with pytest.raises(ValueError, match="already"):
-        seams.wrap(thing, "act", plus_one)
-    undo()
-    seams.wrap(thing, "act", plus_one)
-    assert thing.act(0) == 1
+def test_the_schema_knows_every_option_of_the_installed_grpo_config():
+    import dataclasses
+
+    from gtpo.system.trl_options import grpo_options
+
+    installed = {f.name: f for f in dataclasses.fields(trl.GRPOConfig) if f.init}
+    assert installed.keys() <= grpo_options().keys()
+    for name, default in (
+        ("temperature", "1.0"),
+        ("num_generations", "8"),
+        ("beta", "0.0"),
+        ("epsilon", "0.2"),
+    ):
+        assert grpo_options()[name].default == default == str(installed[name].default)
 
 
-def test_a_layer_that_is_undone_beneath_another_leaves_the_other_in_place(listed):
-    thing = Thing()
-    undo = seams.wrap(thing, "act", of_layer("inner", 1))
-    seams.wrap(thing, "act", of_layer("outer", 100))
-    undo()
-    assert thing.act(0) == 100
-
-
-def test_undo_frees_what_the_layer_held_without_a_garbage_collection(listed):
-    class Tensor:
-        pass
-
-    held = Tensor()
-    gone = weakref.ref(held)
-
-    def around(original, *args, held=held):
-        return undo  # a cycle: the layer refers to what undoes it
-
-    gc.disable()
-    try:
-        undo = seams.wrap(Thing(), "act", around)
-        undo()
-        del held, around
-        assert gone() is None
-    finally:
-        gc.enable()
-
-
-def test_a_layer_that_the_table_does_not_list_is_refused(listed):
-    with pytest.raises(ValueError, match=r"seams\.py does not list"):
-        seams.wrap(Thing(), "act", of_layer("somewhere.else", 1))
-
-
-def test_the_table_imports_no_library():
-    source = inspect.getsource(seams)
-    assert "import trl" not in source and "import torch" not in source
-    assert "gtpo.hooks.seams" in sys.modules
+def test_trl_leaves_a_completion_that_no_reward_judged_out_of_its_groups_mean(tmp_path):
+    rewards = iter([[None, 1.0, 3.0, 5.0] * 4])
+    trainer = gradients.make_trainer(
+        GRPO, str(tmp_path), reward=lambda completions, **kwargs: next(rewards)
+    )
+    seen = gradients.watch(trainer)
+    trainer.train()
+    assert seen["rollouts"][0]["advantages"][:4].tolist() == [0.0, -2.0, 0.0, 2.0]
