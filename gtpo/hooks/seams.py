@@ -69,7 +69,7 @@ SEAMS: tuple[Seam, ...] = (
          "The parent multiplies the factor by A_i, so the trainer replaces A_i = 0 by -1 before."),
     Seam(TRL, "GRPOTrainer.compute_loss", "wraps",
          ("gtpo.hooks.nonfinite", "gtpo.hooks.recorder"),
-         "The loss must be judged before the recorder writes a line about its micro-batch."),
+         "Both only look at the loss; the guard stands inside, because GTPO's trainer attaches it."),
     Seam(TRL, "GRPOTrainer.get_high_entropy_mask", "overrides", ("gtpo.gtpo_training",),
          "TRL and Unsloth multiply the policy loss by its result: GTPO's factor enters here."),
     Seam(TRL, "GRPOTrainer.top_entropy_quantile", "sets", ("gtpo.gtpo_training",),
@@ -242,8 +242,8 @@ SEAMS: tuple[Seam, ...] = (
          "TRL calls it too, and a failing tracker must not stop training."),
     Seam(WANDB, "sdk.lib.wbauth", "reads", ("gtpo.runs.trackers",),
          "It says whether a login is at hand; `wandb.login` would ask a question."),
-    Seam(VLLM, "config.lora.MaxLoRARanks", "reads", ("gtpo.models.generation",),
-         "vLLM accepts only certain values of `max_lora_rank`."),
+    Seam(VLLM, "config.LoRAConfig.max_lora_rank", "reads", ("gtpo.models.generation",),
+         "vLLM accepts only certain ranks, so a rank is rounded up to one of them."),
 )
 # fmt: on
 
