@@ -19,15 +19,17 @@ from gtpo.system.safe_text import SafeFormatter
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
-    made = argparse.ArgumentParser(
+    command_line = argparse.ArgumentParser(
         prog="export_model.py",
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("run", metavar="RUN", help="run directory, checkpoint or adapter folder")
-    made.add_argument("out", metavar="OUT", type=Path, help="new folder; it must not exist")
-    made.add_argument(
+    command_line.add_argument(
+        "run", metavar="RUN", help="run directory, checkpoint or adapter folder"
+    )
+    command_line.add_argument("out", metavar="OUT", type=Path, help="new folder; it must not exist")
+    command_line.add_argument(
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
         default="bfloat16",
@@ -36,17 +38,17 @@ def parser() -> argparse.ArgumentParser:
             " float16 and float32"
         ),
     )
-    made.add_argument(
+    command_line.add_argument(
         "--model-name",
         metavar="BASE",
         help="base model to merge into, instead of the one that RUN names",
     )
-    made.add_argument(
+    command_line.add_argument(
         "--push",
         metavar="HUB_REPO",
         help="also upload OUT to this hub repository (a new one is private)",
     )
-    return made
+    return command_line
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Datasets as problems: add a dataset here.
 
 A problem is a row with two columns. `prompt` holds the system message and the user message.
-`answer` holds the reference, in the format that the system message asks for.
+`answer` holds the reference: the reasoning and the answer, each between its tags.
 
 Your own data needs no code here. Set `dataset.path` to a file and name its two columns, or set
 `dataset.name` to the dotted path of a function that returns rows.
@@ -201,7 +201,7 @@ def problems_with_lengths(
     rows, source = _load_rows(section)
     question = section.question_column or source.question_column
     answer = section.answer_column or source.answer_column
-    # The progress bars of the next steps last a blink. Those of the downloads above are kept.
+    # The next steps are short and need no progress bar. The downloads above have theirs.
     datasets.disable_progress_bars()
     filled = _filled_rows(section, rows, question, answer)
     system = []

@@ -308,16 +308,16 @@ def run_checks(command: CommandLine, request: Request, processes: int) -> int:
 
     The findings are a line each, printed as they come, or with `--json` one JSON object.
     """
-    out, found = sys.stdout, []
+    out, printed = sys.stdout, []
     as_json = "json" in command.switches
     # What a user's module prints does not belong in the table.
     with contextlib.redirect_stdout(sys.stderr):
         for finding in findings(Facts(command, request, processes)):
-            found.append(finding)
+            printed.append(finding)
             if not as_json:
                 print(finding_line(finding, colour=out.isatty()), file=out, flush=True)
-    print(findings_as_json(found) if as_json else conclusion(found), file=out)
-    return 2 if any(finding.verdict == "fail" for finding in found) else 0
+    print(findings_as_json(printed) if as_json else conclusion(printed), file=out)
+    return 2 if any(finding.verdict == "fail" for finding in printed) else 0
 
 
 def findings(facts: Facts) -> Iterator[Finding]:

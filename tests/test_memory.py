@@ -6,7 +6,9 @@ import pytest
 from conftest import ROOT
 
 from gtpo.errors import RecipeError
+from gtpo.recipe.command_line import read_recipe
 from gtpo.recipe.sections import ModelSection
+from gtpo.runs import memory
 from gtpo.runs.memory import (
     LIBRARIES,
     OWN_CHUNK,
@@ -234,3 +236,60 @@ def test_the_estimate_is_above_what_an_h200_used(qwen_3b, case, most, values):
     used = figures["peak_bytes"]["GTPO"] + figures["weights_bytes"]
     parts = peak_memory(qwen_3b, load(8, 256, 1024, completions=8, **values))
     assert 1.0 < (sum(parts.values()) - LIBRARIES) / used < most
+
+
+# ---- what is free
+
+
+def demo_recipe(*flags: str):
+    return read_recipe([str(ROOT / "recipes/demo.yaml"), *flags])
+
+
+def test_too_little_memory_is_refused_with_three_keys_that_save(monkeypatch):
+    size = ModelSize(
+        parameters=10**9,
+        quantizable=9 * 10**8,
+        adapter=10**7,
+        layers=10,
+        hidden=1000,
+        intermediate=4000,
+        kv=500,
+        heads=10,
+        vocabulary=100_000,
+        plain_head=False,
+    )
+    monkeypatch.setattr(memory, "free_memory", lambda cuda: (2 * GIB, "the card"))
+    expected = (
+        r"at worst .* GiB \(logits .*\), and the card has 2.0 GiB free; lower"
+        " training.per_device_train_batch_size, model.max_seq_length, training.max_prompt_length"
+    )
+    with pytest.raises(RecipeError, match=expected):
+        memory.check_memory(
+            demo_recipe("--model.max_seq_length", "2000"),
+            size,
+            backend="transformers",
+            processes=1,
+            longest_prompt=60,
+            optimizer_bytes=8,
+        )
+    parts = {"sampling": 5, "weights": 3, "libraries": 1}
+    first, *_ = memory.keys_that_save(parts, DeviceLoad(1, 1, 1, 1))
+    assert first == "training.gradient_accumulation_steps"
+
+
+def test_the_disk_must_hold_the_checkpoints_that_stay_and_the_completions():
+    def disk(*flags: str, free=10**12) -> str:
+        recipe = demo_recipe(*flags)
+        return memory.check_disk(recipe, GIB // 2, free=free, problems=2000, processes=1)
+
+    assert disk("--training.save_steps", "10").startswith(
+        "at most 5.5 GiB (11 checkpoints of 512 MiB, completions.jsonl 0.005)"
+    )
+    two_stay = ["--training.save_total_limit", "2"]
+    assert disk("--training.save_steps", "10", *two_stay).startswith(
+        "at most 1.5 GiB (3 checkpoints"
+    )
+    assert disk("--training.save_steps", "0.25").startswith("at most 2.5 GiB (5 checkpoints")
+    expected = "and the disk has 1.0 GiB free; set training.save_total_limit"
+    with pytest.raises(RecipeError, match=expected):
+        disk(free=GIB)

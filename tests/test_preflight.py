@@ -16,8 +16,6 @@ import train_model
 from gtpo import preflight
 from gtpo.preflight import Check
 from gtpo.recipe import command_line as cli
-from gtpo.runs import memory
-from gtpo.runs.memory import DeviceLoad, ModelSize
 from gtpo.runs.start import Request
 from gtpo.system.console import Finding, conclusion, finding_line
 
@@ -103,7 +101,7 @@ def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run
         "print('noise')\nimport trl\nclass NoTrainer: pass\ndef pay(completions, **kwargs): raise"
         " KeyError('judge is away')\n"
     )
-    found = findings(
+    results = findings(
         capsys,
         "--trainer.class_path=mine.NoTrainer",
         "--trainer.reward_funcs",
@@ -117,7 +115,7 @@ def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run
         "--evaluation.split=nothing",
         code=2,
     )
-    assert verdicts(found) == {
+    assert verdicts(results) == {
         "recipe": "ok",
         "run directory": "fail",
         "trackers": "ok",
@@ -135,16 +133,16 @@ def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run
         "memory": "warn",
         "disk": "warn",
     }
-    assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in found["trainer"][0]["sentence"]
-    assert "KeyError: 'judge is away', mine.py line 4" in found["reward"][0]["sentence"]
-    assert found["reward"][1]["details"]["paid"]["wrong but containing"] == [20] * 8
-    assert "does not fit this model" in found["model"][0]["sentence"]
-    assert found["options"][0]["sentence"] == "not checked, because 'trainer' above did not pass"
-    assert found["memory"][0]["sentence"] == "not checked, because 'model' above did not pass"
+    assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in results["trainer"][0]["sentence"]
+    assert "KeyError: 'judge is away', mine.py line 4" in results["reward"][0]["sentence"]
+    assert results["reward"][1]["details"]["paid"]["wrong but containing"] == [20] * 8
+    assert "does not fit this model" in results["model"][0]["sentence"]
+    assert results["options"][0]["sentence"] == "not checked, because 'trainer' above did not pass"
+    assert results["memory"][0]["sentence"] == "not checked, because 'model' above did not pass"
 
 
 def test_a_setting_that_this_machine_replaces_is_a_warning(here, capsys):
-    found = findings(
+    results = findings(
         capsys,
         "--model.backend=auto",
         "--training.optimizer=adamw_8bit",
@@ -153,13 +151,13 @@ def test_a_setting_that_this_machine_replaces_is_a_warning(here, capsys):
         "--training.report_to=wandb",
         code=0,
     )
-    assert verdicts(found)["trainer"] == "warn warn ok"
-    raised, optimizer, _ = [finding["sentence"] for finding in found["trainer"]]
+    assert verdicts(results)["trainer"] == "warn warn ok"
+    raised, optimizer, _ = [finding["sentence"] for finding in results["trainer"]]
     assert raised.startswith("training.per_device_train_batch_size raised from 3 to 8 completions")
     assert "adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead" in optimizer
-    assert verdicts(found)["dataset"] == "warn ok"
-    assert "the length filter drops " in found["dataset"][0]["sentence"]
-    assert found["trackers"][-1]["sentence"] == "wandb (offline)"
+    assert verdicts(results)["dataset"] == "warn ok"
+    assert "the length filter drops " in results["dataset"][0]["sentence"]
+    assert results["trackers"][-1]["sentence"] == "wandb (offline)"
 
 
 # flags, the check that fails, and how its sentence begins
@@ -220,31 +218,31 @@ def test_a_mistake_that_a_run_would_find_only_with_the_model_in_memory_fails_her
 ):
     if "vllm" in sentence and importlib.util.find_spec("vllm"):
         pytest.skip("vllm is installed")
-    found = findings(capsys, *flags, code=2)
-    assert found[name][-1]["sentence"].startswith(sentence)
-    assert failed(found) <= {name, "data files"}
+    results = findings(capsys, *flags, code=2)
+    assert results[name][-1]["sentence"].startswith(sentence)
+    assert failed(results) <= {name, "data files"}
 
 
 def test_a_length_filter_that_drops_every_prompt_is_refused_as_a_run_refuses_it(here, capsys):
-    found = findings(capsys, "--training.max_prompt_length", "5", code=2)
+    results = findings(capsys, "--training.max_prompt_length", "5", code=2)
     sentence = "training.max_prompt_length: 5 drops all 200 prompts; the shortest has "
-    assert found["dataset"][-1]["sentence"].startswith(sentence)
-    assert failed(found) == {"dataset", "held-out"}
+    assert results["dataset"][-1]["sentence"].startswith(sentence)
+    assert failed(results) == {"dataset", "held-out"}
 
 
 def test_a_bad_recipe_is_one_failure_per_mistake_and_nothing_else(here, capsys):
-    found = findings(capsys, "--training.learning_rate", "fast", "--modle", "x", code=2)
-    assert verdicts(found) == {"recipe": "fail fail"}
+    results = findings(capsys, "--training.learning_rate", "fast", "--modle", "x", code=2)
+    assert verdicts(results) == {"recipe": "fail fail"}
     assert train_model.main(check_demo("--check=1")) == 2
     assert train_model.main([str(ROOT / "recipes/demo.yaml"), "--json"]) == 2
     assert "--json: works only with --check" in capsys.readouterr().err
 
 
 def test_without_the_model_the_checks_that_do_not_need_it_still_run(here, capsys):
-    found = findings(capsys, "--model-name", str(here), code=2)
-    assert failed(found) == {"model files"}
+    results = findings(capsys, "--model-name", str(here), code=2)
+    assert failed(results) == {"model files"}
     not_checked = [
-        name for name, (first, *_) in found.items() if first["sentence"].startswith("not checked")
+        name for name, (first, *_) in results.items() if first["sentence"].startswith("not checked")
     ]
     assert ", ".join(not_checked) == (
         "tokenizer, dataset, held-out, options, rewards, model, memory, disk"
@@ -257,9 +255,9 @@ def test_no_secret_is_in_the_findings(here, capsys):
         " '\\x1b[31m')\n"
     )
     flags = ["--trainer.reward_funcs", "mine.pay", "--env.MY_TOKEN", "the-secret-of-the-recipe"]
-    found = findings(capsys, *flags, code=2)
-    assert "[secret]" in found["reward"][0]["sentence"]
-    assert "the-secret" not in json.dumps(found) and "\\u001b" not in json.dumps(found)
+    results = findings(capsys, *flags, code=2)
+    assert "[secret]" in results["reward"][0]["sentence"]
+    assert "the-secret" not in json.dumps(results) and "\\u001b" not in json.dumps(results)
 
 
 def test_an_unexpected_error_is_a_failure_and_the_other_checks_go_on(monkeypatch):
@@ -277,8 +275,8 @@ def test_an_unexpected_error_is_a_failure_and_the_other_checks_go_on(monkeypatch
         Check("fifth", ("fourth", "second"), pass_),
     )
     monkeypatch.setattr(preflight, "CHECKS", checks)
-    found = list(preflight.findings(preflight.Facts(cli.CommandLine(), Request(), 1)))
-    assert [f"{finding.check} {finding.verdict}: {finding.sentence}" for finding in found] == [
+    results = list(preflight.findings(preflight.Facts(cli.CommandLine(), Request(), 1)))
+    assert [f"{finding.check} {finding.verdict}: {finding.sentence}" for finding in results] == [
         "first ok: fine",
         "second fail: ZeroDivisionError: of a library",
         "third ok: fine",
@@ -304,60 +302,3 @@ def test_a_line_is_coloured_on_a_terminal_only():
         conclusion([finding, finding, Finding("fail", "a", "b"), Finding("ok", "a", "b")])
         == "Not ready: 1 ok, 2 warnings, 1 failure."
     )
-
-
-BIG = ModelSize(
-    parameters=10**9,
-    quantizable=9 * 10**8,
-    adapter=10**7,
-    layers=10,
-    hidden=1000,
-    intermediate=4000,
-    kv=500,
-    heads=10,
-    vocabulary=100_000,
-)
-
-
-def test_too_little_memory_names_three_keys_that_save(monkeypatch):
-    recipe = cli.read_recipe([str(ROOT / "recipes/demo.yaml"), "--model.max_seq_length", "2000"])
-    monkeypatch.setattr(memory, "free_memory", lambda cuda: (2 * 2**30, "the card"))
-    with pytest.raises(
-        memory.RecipeError,
-        match=r"at worst .* GiB \(logits .*\), and the card has 2.0 GiB free; lower "
-        "training.per_device_train_batch_size, model.max_seq_length, training.max_prompt_length",
-    ):
-        memory.check_memory(
-            recipe,
-            BIG._replace(plain_head=False),
-            backend="transformers",
-            processes=1,
-            longest_prompt=60,
-            optimizer_bytes=8,
-        )
-    assert memory.keys_that_save(
-        {"sampling": 5, "weights": 3, "libraries": 1}, DeviceLoad(1, 1, 1, 1)
-    )[:1] == ["training.gradient_accumulation_steps"]
-
-
-def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_records():
-    def said(*flags, free=10**12):
-        return memory.check_disk(
-            cli.read_recipe([str(ROOT / "recipes/demo.yaml"), *flags]),
-            512 * 2**20,
-            free=free,
-            problems=2000,
-            processes=1,
-        )
-
-    assert said("--training.save_steps", "10").startswith(
-        "at most 5.5 GiB (11 checkpoints of 512 MiB, completions.jsonl 0.005)"
-    )
-    assert said("--training.save_steps", "10", "--training.save_total_limit", "2").startswith(
-        "at most 1.5 GiB (3 checkpoints"
-    )
-    assert said("--training.save_steps", "0.25").startswith("at most 2.5 GiB (5 checkpoints")
-    with pytest.raises(
-        memory.RecipeError, match="and the disk has 1.0 GiB free; set training.save_total_limit"
-    ):
-        said(free=2**30)

@@ -86,7 +86,7 @@ def export(
         _refuse(out, comparison.defect(dtype))
         if write_card:
             write_card(folder, comparison)
-        if saved.run_dir:  # evaluate_model.py then asks the merged model what training asked
+        if saved.run_dir:  # so that evaluate_model.py uses the prompts of the training
             shutil.copy(saved.run_dir / "recipe.yaml", folder)
     return comparison
 

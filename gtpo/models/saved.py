@@ -226,7 +226,7 @@ def _ordinary_tokens(tokenizer) -> dict[str, int]:
 def _within_context(section: ModelSection) -> ModelSection:
     """`section` with a sequence length of at most the model's context.
 
-    It is for a model without a recipe, whose length is the default, which nobody has chosen.
+    It is for a model without a recipe. There, the length is a default that may be too long.
     """
     config = base_model.read_config(section.model_name, trust_remote_code=section.trust_remote_code)
     context = base_model.context_length(config) or section.max_seq_length
