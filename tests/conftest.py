@@ -12,6 +12,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
+def words(*texts: str) -> list[str]:
+    """A command line as words: `words("--a 1 --b 2", path)` gives `["--a", "1", "--b", "2", path]`.
+
+    A text that begins with `--` is split at its spaces. Any other text is one word.
+    """
+    split = (text.split() if text.startswith("--") else [text] for text in texts)
+    return [word for part in split for word in part]
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real GSM8K and MATH files, found through GTPO_SHARED (default ../shared); skips where

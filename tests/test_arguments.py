@@ -26,20 +26,13 @@ def recipe(tmp_path):
 def test_documented_keys_become_trls(recipe, tmp_path):
     arguments = training_arguments(
         recipe(
-            "--training.warmup_ratio",
-            "0.1",
-            "--model.random_seed",
-            "11",
-            "--run-name",
-            "r",
-            "--training.temperature",
-            "0.5",
-            "--model.max_seq_length",
-            "300",
-            "--training.max_prompt_length",
-            "100",
-            "--training.report_to",
-            "none",
+            "--training.warmup_ratio 0.1",
+            "--model.random_seed 11",
+            "--run-name r",
+            "--training.temperature 0.5",
+            "--model.max_seq_length 300",
+            "--training.max_prompt_length 100",
+            "--training.report_to none",
         ),
         str(tmp_path),
     )
@@ -65,7 +58,7 @@ def test_what_a_recipe_leaves_out_is_trls_own_default(recipe, tmp_path):
     plain = trl.GRPOConfig(
         output_dir="x", bf16=False, use_cpu=True, report_to="none", per_device_train_batch_size=8
     )
-    ours = training_arguments(recipe("--training.report_to", "none"), str(tmp_path))
+    ours = training_arguments(recipe("--training.report_to none"), str(tmp_path))
     for name in (
         "temperature",
         "top_p",
@@ -86,7 +79,7 @@ def test_on_a_cpu_the_precision_is_float32_and_an_8_bit_optimizer_falls_back_and
     recipe, tmp_path, caplog
 ):
     with caplog.at_level(logging.WARNING):
-        arguments = training_arguments(recipe("--training.report_to", "none"), str(tmp_path))
+        arguments = training_arguments(recipe("--training.report_to none"), str(tmp_path))
     assert not arguments.bf16 and not arguments.fp16 and arguments.optim == "adamw_torch"
     assert (
         "training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; adamw_torch is used instead"
@@ -99,11 +92,11 @@ def test_on_a_cpu_the_precision_is_float32_and_an_8_bit_optimizer_falls_back_and
     [
         (True, [], "bf16"),
         (False, [], "fp16"),
-        (True, ["--training.fp16", "true"], "fp16"),
-        (False, ["--training.bf16", "true"], "bf16"),
-        (True, ["--training.bf16", "false"], "fp16"),
-        (True, ["--training.fp16", "false"], "bf16"),
-        (True, ["--training.bf16", "false", "--training.fp16", "false"], "float32"),
+        (True, ["--training.fp16 true"], "fp16"),
+        (False, ["--training.bf16 true"], "bf16"),
+        (True, ["--training.bf16 false"], "fp16"),
+        (True, ["--training.fp16 false"], "bf16"),
+        (True, ["--training.bf16 false", "--training.fp16 false"], "float32"),
     ],
 )
 def test_a_gpu_trains_in_the_best_precision_it_has_unless_told_otherwise(
@@ -119,12 +112,12 @@ def test_without_auto_an_8_bit_optimizer_on_a_cpu_is_refused(recipe, tmp_path):
         RecipeError,
         match="training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; use adamw_torch",
     ):
-        training_arguments(recipe("--model.backend", "transformers"), str(tmp_path))
+        training_arguments(recipe("--model.backend transformers"), str(tmp_path))
 
 
 def test_what_trl_refuses_is_a_sentence_too(recipe, tmp_path):
     with pytest.raises(RecipeError, match="training: TRL refuses this section"):
         training_arguments(
-            recipe("--training.report_to", "none", "--training.auto_find_batch_size", "true"),
+            recipe("--training.report_to none", "--training.auto_find_batch_size true"),
             str(tmp_path),
         )

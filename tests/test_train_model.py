@@ -1,4 +1,7 @@
-"""The main job, end to end on a CPU: recipe in, trained adapter out; and every way it refuses."""
+"""train_model.py end to end on a CPU: what a run leaves behind, and what it refuses.
+
+The bits of whole runs are compared in test_resume.py, test_exactness.py and test_compat.py.
+"""
 
 import json
 import os
@@ -8,7 +11,7 @@ import sys
 
 import pytest
 import tiny
-from conftest import ROOT
+from conftest import ROOT, words
 
 import train_model
 from gtpo.evaluation import file as evaluation_file
@@ -18,7 +21,7 @@ from gtpo.system.environment import NO_TELEMETRY
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty current folder; recipes and models are named from the repository."""
+    """An empty folder, which is the current one. Recipes and models have absolute paths."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for name in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_ENTITY", "OMP_NUM_THREADS"):
@@ -27,36 +30,42 @@ def here(tmp_path, monkeypatch):
 
 
 def demo_flags(*more: str) -> list[str]:
-    """recipes/demo.yaml from another folder, two short steps without evaluation."""
-    return [
+    """The command line of recipes/demo.yaml with two short steps and no evaluation."""
+    return words(
         str(ROOT / "recipes/demo.yaml"),
         "--model-name",
         str(ROOT / "demo/model"),
         "--dataset.path",
         str(ROOT / "demo/data/train.jsonl"),
-        "--evaluation.path",
-        "null",
-        "--training.max_steps",
-        "2",
-        "--training.per_device_train_batch_size",
-        "8",
-        "--training.save_steps",
-        "1",
+        "--evaluation.path null --training.max_steps 2 --training.save_steps 1",
+        "--training.per_device_train_batch_size 8",
         *more,
-    ]
+    )
+
+
+def train(*flags: str) -> int:
+    """The exit code of train_model.py with `demo_flags`."""
+    return train_model.main(demo_flags(*flags))
 
 
 def run_dir(here, name="demo"):
-    (found,) = (here / "runs").glob(f"{name}_adam1-*")
-    return found
+    (folder,) = (here / "runs").glob(f"{name}_adam1-*")
+    return folder
 
 
 def history(folder) -> list[dict]:
+    """The log lines in a run's trainer_state.json."""
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
+# ---- what a run leaves behind
+
+
+HELD_OUT = ["--evaluation.path", str(ROOT / "demo/data/test.jsonl")]
+
+
 def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(here, capsys):
-    assert train_model.main(demo_flags()) == 0
+    assert train() == 0
     folder = run_dir(here)
     assert capsys.readouterr().out.strip().endswith(f"Run directory: {folder.relative_to(here)}")
     assert (
@@ -81,7 +90,7 @@ def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(h
     assert versions["trl"] and versions["commit"] != "" and versions["python"]
     log = (folder / "train.log").read_text()
     assert "step 1/2  reward" in log
-    # peft's card; TRL's would name a base model None
+    # This is GTPO's card. TRL's card would name a base model None.
     assert "None" not in (folder / "README.md").read_text()
     for line in (
         "[GTPO] Backend: transformers + peft on CPU",
@@ -131,7 +140,7 @@ def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(h
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(here):
     weights = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        assert train_model.main(demo_flags("--run-name", name, "--model.random_seed", seed)) == 0
+        assert train(f"--run-name {name} --model.random_seed {seed}") == 0
         weights.append((run_dir(here, name) / "adapter_model.safetensors").read_bytes())
     assert weights[0] == weights[1] != weights[2]
 
@@ -142,96 +151,33 @@ def test_a_run_that_fails_leaves_its_traceback_in_the_log(here):
         " **kwargs):\n        raise KeyError('no loss')\n"
     )
     with pytest.raises(KeyError):
-        train_model.main(demo_flags("--trainer.class_path", "failing_trainer.Failing"))
+        train("--trainer.class_path failing_trainer.Failing")
     assert "no loss" in (run_dir(here) / "train.log").read_text()
 
 
-def test_a_reward_function_that_fails_on_everything_is_told_at_the_first_step(here, capsys):
-    (here / "failing_reward.py").write_text(
-        "def pay(completions, **kwargs):\n    raise KeyError('judge is away')\n"
-    )
-    assert train_model.main(demo_flags("--trainer.reward_funcs", "failing_reward.pay")) == 2
-    assert (
-        "error: trainer.reward_funcs: 'failing_reward.pay' failed on every completion of the first"
-        " rollout, it raised KeyError: 'judge is away'; the tracebacks are in runs/demo_adam1"
-        in capsys.readouterr().err
-    )
-    lines = [
-        json.loads(line)
-        for line in (run_dir(here) / "reward_failures.jsonl").read_text().splitlines()
-    ]
-    assert "judge is away" in lines[-1]["traceback"] and lines[-1]["answer"].startswith(
-        "<reasoning>"
-    )
+def test_the_grpo_baseline_trains_by_its_dotted_path(here):
+    baseline = "--trainer.class_path custom_trainer.original.UnslothGRPOTrainer"
+    assert train(baseline, "--watch.completions false") == 0
+    assert "gtpo/completion_entropy" not in history(run_dir(here))[0]
+    assert not (run_dir(here) / "completions.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    "class_path",
-    ["gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"],
-)
-def test_a_run_whose_rewards_fail_too_often_stops_saved_with_an_exit_code_of_its_own(
-    here, capsys, class_path
-):
-    flags = demo_flags(
-        "--trainer.class_path",
-        class_path,
-        "--trainer.reward_funcs",
-        "hostile_rewards.failing_later",
-        "--training.max_steps",
-        "50",
-        "--training.per_device_train_batch_size",
-        "32",
-        "--training.save_steps",
-        "50",
-    )
-    assert train_model.main(flags) == 3
-    folder = run_dir(here)
-    said = capsys.readouterr()
-    assert said.err.splitlines()[-1].startswith(
-        "stopped: Step 2: reward functions failed on 21 of the last 64 completions, "
-    )
-    assert said.err.rstrip().endswith(
-        "; the run was stopped there, its adapter and a checkpoint are saved"
-    )
-    assert f"Run directory: {folder.relative_to(here)}" in said.out
-    assert (folder / "adapter_model.safetensors").is_file() and (
-        folder / "checkpoint-2/optimizer.pt"
-    ).is_file()
-    assert [row["reward/cannot_judge"] for row in history(folder) if "reward" in row] == [0, 21]
-    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
-    assert [line["reward"] is None for line in lines] == [False] * 32 + [True] * 32
-
-
-def test_a_resumed_run_counts_failures_as_if_it_had_never_stopped(here):
+@pytest.mark.parametrize("dataset", ["gsm8k", "hendrycks_math"])
+def test_real_rows_train_through_dataset_path(here, shared_data, dataset):
     flags = [
-        "--trainer.reward_funcs",
-        "hostile_rewards.failing_on_some_texts",
-        "--rewards.max_failures",
-        "1",
-        "--training.max_steps",
-        "4",
+        "--dataset.path",
+        str(shared_data / dataset),
+        f"--dataset-name {dataset} --dataset.split train[:40] --model.max_seq_length 432",
+        "--model.max_prompt_length 400 --training.max_prompt_length 400",
     ]
-    logged, failures = {}, {}
-    for name, resumed in (("straight", False), ("resumed", True)):
-        assert train_model.main(demo_flags("--run-name", name, *flags)) == 0
-        folder = run_dir(here, name)
-        if resumed:
-            assert (
-                train_model.main(
-                    demo_flags("--run-name", name, *flags, "--resume", str(folder / "checkpoint-2"))
-                )
-                == 0
-            )
-        logged[name] = [row["reward/cannot_judge"] for row in history(folder) if "reward" in row]
-        failures[name] = [
-            json.loads(line)["step"]
-            for line in (folder / "reward_failures.jsonl").read_text().splitlines()
-        ]
-    assert (
-        logged["straight"] == logged["resumed"]
-        and 0 < logged["straight"][1] < logged["straight"][3]
-    )
-    assert failures["straight"] == failures["resumed"] and len(set(failures["straight"])) > 2
+    if dataset == "hendrycks_math":
+        flags.append("--dataset-subset algebra geometry")
+    assert train(*flags) == 0
+    folder = run_dir(here)
+    log = (folder / "train.log").read_text()
+    assert "dropped because their prompts are longer than 400 tokens" in log
+    assert (folder / "checkpoint-2").is_dir() and (folder / "adapter_model.safetensors").is_file()
+    assert len([row for row in history(folder) if "reward" in row]) == 2
 
 
 def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):
@@ -270,215 +216,121 @@ def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):
         assert dtypes == ({torch.bfloat16} if make is trl.GRPOTrainer else {torch.float32})
 
 
+# ---- rewards that fail
+
+
+def test_a_reward_function_that_fails_on_everything_ends_the_run_at_the_first_step(here, capsys):
+    (here / "failing_reward.py").write_text(
+        "def pay(completions, **kwargs):\n    raise KeyError('judge is away')\n"
+    )
+    assert train("--trainer.reward_funcs failing_reward.pay") == 2
+    assert (
+        "error: trainer.reward_funcs: 'failing_reward.pay' failed on every completion of the first"
+        " rollout, it raised KeyError: 'judge is away'; the tracebacks are in runs/demo_adam1"
+        in capsys.readouterr().err
+    )
+    file = run_dir(here) / "reward_failures.jsonl"
+    last = json.loads(file.read_text().splitlines()[-1])
+    assert "judge is away" in last["traceback"] and last["answer"].startswith("<reasoning>")
+
+
+@pytest.mark.parametrize(
+    "class_path",
+    ["gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"],
+)
+def test_a_run_whose_rewards_fail_too_often_is_saved_and_ends_with_code_3(here, capsys, class_path):
+    code = train(
+        f"--trainer.class_path {class_path}",
+        "--trainer.reward_funcs hostile_rewards.failing_later",
+        "--training.max_steps 50 --training.per_device_train_batch_size 32",
+        "--training.save_steps 50",
+    )
+    assert code == 3
+    folder, printed = run_dir(here), capsys.readouterr()
+    last_line = printed.err.splitlines()[-1]
+    assert last_line.startswith(
+        "stopped: Step 2: reward functions failed on 21 of the last 64 completions, "
+    )
+    assert last_line.endswith("; the run was stopped there, its adapter and a checkpoint are saved")
+    assert f"Run directory: {folder.relative_to(here)}" in printed.out
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert (folder / "checkpoint-2/optimizer.pt").is_file()
+    assert [row["reward/cannot_judge"] for row in history(folder) if "reward" in row] == [0, 21]
+    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert [line["reward"] is None for line in lines] == [False] * 32 + [True] * 32
+
+
+def test_a_resumed_run_counts_failures_as_if_it_had_never_stopped(here):
+    flags = (
+        "--trainer.reward_funcs hostile_rewards.failing_on_some_texts --rewards.max_failures 1"
+        " --training.max_steps 4"
+    )
+    logged, failures = {}, {}
+    for name, resumed in (("straight", False), ("resumed", True)):
+        assert train(f"--run-name {name}", flags) == 0
+        folder = run_dir(here, name)
+        if resumed:
+            checkpoint = str(folder / "checkpoint-2")
+            assert train(f"--run-name {name}", flags, "--resume", checkpoint) == 0
+        logged[name] = [row["reward/cannot_judge"] for row in history(folder) if "reward" in row]
+        lines = (folder / "reward_failures.jsonl").read_text().splitlines()
+        failures[name] = [json.loads(line)["step"] for line in lines]
+    assert logged["straight"] == logged["resumed"]
+    assert 0 < logged["straight"][1] < logged["straight"][3]
+    assert failures["straight"] == failures["resumed"] and len(set(failures["straight"])) > 2
+
+
+# ---- held-out problems
+
+
 def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
-    assert (
-        train_model.main(
-            demo_flags(
-                "--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "20"
-            )
-        )
-        == 0
-    )
+    assert train(*HELD_OUT, "--evaluation.limit 20") == 0
     out = capsys.readouterr().out
-    assert (
-        "Before, 20 held-out problems: accuracy " in out
-        and "After,  20 held-out problems: accuracy " in out
-    )
+    assert "Before, 20 held-out problems: accuracy " in out
+    assert "After,  20 held-out problems: accuracy " in out
     for name in ("before", "after"):
-        held = evaluation_file.read_evaluation(run_dir(here) / f"evaluation/{name}.jsonl")
-        assert (
-            len(held.rows) == 20 and held.header["samples"] == 1 and held.header["temperature"] == 0
-        )
+        evaluation = evaluation_file.read_evaluation(run_dir(here) / f"evaluation/{name}.jsonl")
+        assert len(evaluation.rows) == 20
+        assert evaluation.header["samples"] == 1 and evaluation.header["temperature"] == 0
 
 
-def test_evaluating_while_it_trains_leaves_the_training_as_it_is_bit_for_bit(here, capsys):
-    weights, rewards = {}, {}
+def test_evaluations_during_training_change_no_bit_of_it(here, capsys):
+    weights, lines = {}, {}
     for name, every in (("without", "null"), ("with", "1")):
-        assert (
-            train_model.main(
-                demo_flags(
-                    "--run-name",
-                    name,
-                    "--evaluation.path",
-                    str(ROOT / "demo/data/test.jsonl"),
-                    "--evaluation.limit",
-                    "6",
-                    "--evaluation.every",
-                    every,
-                    "--evaluation.samples",
-                    "2",
-                    "--evaluation.temperature",
-                    "1",
-                    "--training.max_steps",
-                    "3",
-                )
-            )
-            == 0
+        flags = (
+            f"--run-name {name} --evaluation.every {every} --evaluation.limit 6"
+            " --evaluation.samples 2 --evaluation.temperature 1 --training.max_steps 3"
         )
+        assert train(*HELD_OUT, flags) == 0
         folder = run_dir(here, name)
         weights[name] = (folder / "adapter_model.safetensors").read_bytes()
-        timeless = [
-            {k: v for k, v in row.items() if "time" not in k}
+        lines[name] = [
+            {key: value for key, value in row.items() if "time" not in key}
             for row in history(folder)
             if "reward" in row
         ]
-        rewards[name] = timeless
-    assert (
-        weights["with"] == weights["without"]
-        and rewards["with"] == rewards["without"]
-        and len(rewards["with"]) == 3
-    )
-    found = [row for row in history(folder) if "evaluation/accuracy" in row]
-    # after the last step comes the evaluation after training
-    assert [row["step"] for row in found] == [1, 2]
-    assert set(found[0]) == {
-        "step",
-        "epoch",
-        *(f"evaluation/{n}" for n in ("accuracy", "format_rate", "truncation_rate", "mean_length")),
-    }
-    assert sorted(p.stem for p in (folder / "evaluation").iterdir()) == [
-        "after",
-        "before",
-        "step-1",
-        "step-2",
-    ]
-    assert (
-        "step    1  held-out accuracy " in capsys.readouterr().out
-        and "step    2  held-out accuracy " in (folder / "train.log").read_text()
-    )
+    assert weights["with"] == weights["without"]
+    assert lines["with"] == lines["without"] and len(lines["with"]) == 3
+    evaluations = [row for row in history(folder) if "evaluation/accuracy" in row]
+    # After the last step comes the evaluation after training.
+    assert [row["step"] for row in evaluations] == [1, 2]
+    metrics = ("accuracy", "format_rate", "truncation_rate", "mean_length")
+    assert set(evaluations[0]) == {"step", "epoch", *(f"evaluation/{name}" for name in metrics)}
+    files = sorted(path.stem for path in (folder / "evaluation").iterdir())
+    assert files == ["after", "before", "step-1", "step-2"]
+    assert "step    1  held-out accuracy " in capsys.readouterr().out
+    assert "step    2  held-out accuracy " in (folder / "train.log").read_text()
 
 
-def test_an_evaluation_while_it_trains_keeps_the_metrics_of_steps_not_logged_yet(here):
-    assert (
-        train_model.main(
-            demo_flags(
-                "--evaluation.path",
-                str(ROOT / "demo/data/test.jsonl"),
-                "--evaluation.limit",
-                "2",
-                "--evaluation.every",
-                "1",
-                "--training.logging_steps",
-                "2",
-            )
-        )
-        == 0
-    )
-    assert [
-        sorted({"reward", "evaluation/accuracy"} & row.keys()) for row in history(run_dir(here))
-    ][:2] == [["evaluation/accuracy"], ["reward"]]
+def test_an_evaluation_during_training_keeps_the_metrics_of_steps_not_logged_yet(here):
+    flags = "--evaluation.limit 2 --evaluation.every 1 --training.logging_steps 2"
+    assert train(*HELD_OUT, flags) == 0
+    names = {"reward", "evaluation/accuracy"}
+    first_lines = [sorted(names & row.keys()) for row in history(run_dir(here))][:2]
+    assert first_lines == [["evaluation/accuracy"], ["reward"]]
 
 
-def test_the_grpo_baseline_trains_by_its_dotted_path(here):
-    assert (
-        train_model.main(
-            demo_flags(
-                "--trainer.class_path",
-                "custom_trainer.original.UnslothGRPOTrainer",
-                "--watch.completions",
-                "false",
-            )
-        )
-        == 0
-    )
-    assert "gtpo/completion_entropy" not in history(run_dir(here))[0]
-    assert not (run_dir(here) / "completions.jsonl").exists()
-
-
-@pytest.mark.parametrize("dataset", ["gsm8k", "hendrycks_math"])
-def test_real_rows_train_through_dataset_path(here, shared_data, dataset):
-    more = ["--dataset-subset", "algebra", "geometry"] if dataset == "hendrycks_math" else []
-    assert (
-        train_model.main(
-            demo_flags(
-                "--dataset-name",
-                dataset,
-                "--dataset.path",
-                str(shared_data / dataset),
-                "--dataset.split",
-                "train[:40]",
-                *more,
-                "--model.max_seq_length",
-                "432",
-                "--model.max_prompt_length",
-                "400",
-                "--training.max_prompt_length",
-                "400",
-            )
-        )
-        == 0
-    )
-    folder = run_dir(here)
-    assert (
-        "dropped because their prompts are longer than 400 tokens"
-        in (folder / "train.log").read_text()
-    )
-    assert (folder / "checkpoint-2").is_dir() and (folder / "adapter_model.safetensors").is_file()
-    assert len([row for row in history(folder) if "reward" in row]) == 2
-
-
-def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypatch):
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("NETRC", str(here / "no-netrc"))
-    monkeypatch.setenv("WANDB_PROJECT", "of-the-caller")  # the recipe beats it
-    assert (
-        train_model.main(
-            demo_flags(
-                "--training.report_to",
-                "wandb",
-                "--wandb.project",
-                "a-project",
-                "--wandb.entity",
-                "us",
-            )
-        )
-        == 0
-    )
-    folder = run_dir(here)
-    assert (
-        "wandb: no login found, so this run is kept offline" in (folder / "train.log").read_text()
-    )
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    records = wandb_records(file)
-    assert [r.run.project for r in records if r.HasField("run")][0] == "a-project"
-    assert [r.run.display_name for r in records if r.HasField("run")][0] == "demo"
-    logged = {
-        "/".join(item.nested_key) or item.key
-        for r in records
-        if r.HasField("history")
-        for item in r.history.item
-    }
-    assert {"train/gtpo/completion_entropy", "train/reward/total_avg", "train/reward"} <= logged
-
-
-def test_two_runs_of_one_process_have_a_wandb_run_each_and_leave_the_environment_as_it_was(here):
-    before, seen = dict(os.environ), []
-    for name in ("one", "other"):
-        assert (
-            train_model.main(
-                demo_flags(
-                    "--training.report_to",
-                    "wandb",
-                    "--wandb.project",
-                    name,
-                    "--run-name",
-                    name,
-                    "--training.max_steps",
-                    "1",
-                )
-            )
-            == 0
-        )
-        (file,) = run_dir(here, name).glob("wandb/offline-run-*/run-*.wandb")
-        seen.append(
-            [(r.run.project, r.run.run_id) for r in wandb_records(file) if r.HasField("run")][0]
-        )
-        assert {name: value for name, value in os.environ.items() if name.startswith("WANDB_")} == {
-            **{name: value for name, value in before.items() if name.startswith("WANDB_")},
-            **NO_TELEMETRY_OF_WANDB,
-        }
-    assert [project for project, _ in seen] == ["one", "other"] and seen[0][1] != seen[1][1]
+# ---- wandb
 
 
 NO_TELEMETRY_OF_WANDB = {
@@ -486,57 +338,90 @@ NO_TELEMETRY_OF_WANDB = {
 }
 
 
-def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypatch):
+def wandb_variables(environment) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith("WANDB_")}
+
+
+def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(here / "no-netrc"))
+    monkeypatch.setenv("WANDB_PROJECT", "of-the-caller")  # the recipe wins over it
+    assert train("--training.report_to wandb --wandb.project a-project --wandb.entity us") == 0
+    folder = run_dir(here)
+    log = (folder / "train.log").read_text()
+    assert "wandb: no login found, so this run is kept offline" in log
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    records = wandb_records(file)
+    run = next(record.run for record in records if record.HasField("run"))
+    assert (run.project, run.display_name) == ("a-project", "demo")
+    logged = {
+        "/".join(item.nested_key) or item.key
+        for record in records
+        if record.HasField("history")
+        for item in record.history.item
+    }
+    assert {"train/gtpo/completion_entropy", "train/reward/total_avg", "train/reward"} <= logged
+
+
+def test_two_runs_of_one_process_have_a_wandb_run_each_and_leave_the_environment_as_it_was(here):
+    before, runs = wandb_variables(os.environ), []
+    for name in ("one", "other"):
+        flags = f"--run-name {name} --wandb.project {name} --training.max_steps 1"
+        assert train(flags, "--training.report_to wandb") == 0
+        (file,) = run_dir(here, name).glob("wandb/offline-run-*/run-*.wandb")
+        records = wandb_records(file)
+        runs.append(next(record.run for record in records if record.HasField("run")))
+        assert wandb_variables(os.environ) == {**before, **NO_TELEMETRY_OF_WANDB}
+    assert [run.project for run in runs] == ["one", "other"]
+    assert runs[0].run_id != runs[1].run_id
+
+
+def test_a_resumed_run_continues_its_wandb_run(here, capsys, monkeypatch):
     import signal
 
     import trl
 
-    judge, rollouts = trl.GRPOTrainer._calculate_rewards, []
+    calculate, rollouts = trl.GRPOTrainer._calculate_rewards, []
 
-    def judge_and_interrupt(self, *args):
+    def calculate_and_interrupt(self, *args):
         rollouts.append(args)
         if len(rollouts) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return judge(self, *args)
+        return calculate(self, *args)
 
-    monkeypatch.setattr(trl.GRPOTrainer, "_calculate_rewards", judge_and_interrupt)
-    flags = demo_flags(
-        "--training.report_to", "wandb", "--training.max_steps", "4", "--training.save_steps", "100"
-    )
-    assert train_model.main(flags) == 143
+    monkeypatch.setattr(trl.GRPOTrainer, "_calculate_rewards", calculate_and_interrupt)
+    flags = "--training.report_to wandb --training.max_steps 4 --training.save_steps 100"
+    assert train(flags) == 143
     folder = run_dir(here)
     assert (
         f"interrupted: checkpoint-2 is saved in {folder.relative_to(here)}; continue with --resume"
         in capsys.readouterr().err
     )
-    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"] and not (
-        folder / "trainer_state.json"
-    ).exists()
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (folder / "trainer_state.json").exists()
     (first,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    sessions = [wandb_records(first)]  # written to its end
-    assert train_model.main([*flags, "--resume"]) == 0
+    sessions = [wandb_records(first)]  # the file of the interrupted run is complete already
+
+    assert train(flags, "--resume") == 0
     assert "after step 2 of 4" in (folder / "train.log").read_text()
     (second,) = [file for file in folder.glob("wandb/offline-run-*/run-*.wandb") if file != first]
     sessions.append(wandb_records(second))
-    lines = [
-        [
-            {"/".join(item.nested_key) or item.key: item.value_json for item in r.history.item}
-            for r in records
-            if r.HasField("history")
+    steps, run_ids = [], set()
+    for records in sessions:
+        lines = [
+            {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            for record in records
+            if record.HasField("history")
         ]
-        for records in sessions
-    ]
-    assert [
-        [line["train/global_step"] for line in session if "train/reward" in line]
-        for session in lines
-    ] == [["1", "2"], ["3", "4"]]
-    (one,), (other,) = [
-        {r.run.run_id for r in records if r.HasField("run")} for records in sessions
-    ]
-    assert one == other == json.loads((folder / "trackers.json").read_text())["wandb"]
+        steps.append([line["train/global_step"] for line in lines if "train/reward" in line])
+        run_ids |= {record.run.run_id for record in records if record.HasField("run")}
+    assert steps == [["1", "2"], ["3", "4"]]
+    assert run_ids == {json.loads((folder / "trackers.json").read_text())["wandb"]}
     assert [row["step"] for row in history(folder) if "reward" in row] == [1, 2, 3, 4]
+
     capsys.readouterr()
-    assert train_model.main([*flags, "--resume"]) == 0
+    assert train(flags, "--resume") == 0
     assert (
         "This run is finished, after 4 steps; to train further, raise training.max_steps"
         in capsys.readouterr().err
@@ -544,20 +429,17 @@ def test_an_interrupted_run_goes_on_in_the_same_wandb_run(here, capsys, monkeypa
 
 
 def wandb_records(file) -> list:
-    """The records of an offline run, which is on disk to its end as soon as ours has ended."""
-    records = parsed(file.read_bytes())
-    assert records[-1].HasField("exit")
-    return records
+    """The records of an offline run; the last one says that the file is complete.
 
-
-def parsed(data: bytes) -> list:
-    """A 7-byte header, then LevelDB's log format: 32 KiB blocks of (crc, length, type, bytes)."""
+    After a header of 7 bytes the file has LevelDB's log format: blocks of 32 KiB with pieces of
+    records. A piece is a checksum (4 bytes), a length (2), a type (1), and its bytes.
+    """
     from wandb.proto import wandb_internal_pb2
 
-    place, piece, records = 7, b"", []
+    data, place, piece, records = file.read_bytes(), 7, b"", []
     while place + 7 <= len(data):
         left = 32768 - place % 32768
-        if left < 7:  # too small for a record: padding
+        if left < 7:  # too small for a piece: padding
             place += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, place)
@@ -566,16 +448,15 @@ def parsed(data: bytes) -> list:
         if kind in (1, 4):  # a whole record, or its last piece
             records.append(wandb_internal_pb2.Record.FromString(piece))
             piece = b""
+    assert records[-1].HasField("exit")
     return records
 
 
-# ---- what needs nothing heavy
+# ---- what runs without heavy imports
 
 
 def in_a_fresh_process(here, *flags: str) -> subprocess.CompletedProcess:
-    """main() in a process that then says which heavy modules were imported, and what the GPU
-    variable is.
-    """
+    """main() in a new process, which prints `HEAVY`, its heavy imports, and CUDA's variable."""
     program = (
         "import os, sys; sys.path.insert(0, sys.argv.pop(1)); import train_model; code ="
         " train_model.main(sys.argv[1:]); print('HEAVY', sorted({'torch', 'transformers', 'trl',"
@@ -583,7 +464,7 @@ def in_a_fresh_process(here, *flags: str) -> subprocess.CompletedProcess:
         " file=sys.stderr); sys.exit(code)"
     )
     return subprocess.run(
-        [sys.executable, "-c", program, str(ROOT), *flags],
+        [sys.executable, "-c", program, str(ROOT), *words(*flags)],
         cwd=here,
         capture_output=True,
         text=True,
@@ -606,12 +487,12 @@ def test_help_lists_every_key_and_imports_nothing_heavy(here):
         assert text in run.stdout, text
 
 
-def test_a_dry_run_prints_a_recipe_that_can_be_fed_back_and_the_plan(here):
+def test_a_dry_run_prints_a_recipe_that_can_be_read_again_and_the_batch_plan(here):
     documented = str(ROOT / "tests/recipes/documented.yaml")
     run = in_a_fresh_process(
-        here, documented, "--dry-run", "--cuda", "3", "--env.HF_TOKEN", "secret-token"
+        here, documented, "--dry-run", "--cuda 3", "--env.HF_TOKEN secret-token"
     )
-    # set, and nothing imported before it
+    # CUDA_VISIBLE_DEVICES is set, and nothing was imported before.
     assert run.returncode == 0 and "HEAVY [] 3" in run.stderr
     (here / "again.yaml").write_text(run.stdout)
     assert cli.read_recipe(["again.yaml"]) == cli.read_recipe([documented, "--cuda", "3"])
@@ -629,13 +510,13 @@ def test_a_dry_run_prints_a_recipe_that_can_be_fed_back_and_the_plan(here):
     assert [p.name for p in here.iterdir()] == ["again.yaml"]
 
 
-def test_a_dry_run_knows_the_steps_where_a_local_file_or_max_steps_tells(here):
-    run = in_a_fresh_process(here, *demo_flags("--training.max_steps", "-1", "--dry-run"))
+def test_a_dry_run_knows_the_steps_from_a_local_file_or_from_max_steps(here):
+    run = in_a_fresh_process(here, *demo_flags("--training.max_steps -1", "--dry-run"))
     assert "steps: 2000 (estimated from 2000 problems, before the length filter)" in run.stderr
     assert "steps: 2\n" in in_a_fresh_process(here, *demo_flags("--dry-run")).stderr
 
 
-def test_version_prints_ours_and_the_libraries(here):
+def test_version_prints_the_versions_of_gtpo_and_the_libraries(here):
     run = in_a_fresh_process(here, "--version")
     assert run.returncode == 0 and "HEAVY []" in run.stderr
     assert run.stdout.startswith("gtpo ") and "\ntrl 1." in run.stdout and "\nvllm " in run.stdout
@@ -645,100 +526,66 @@ def test_version_prints_ours_and_the_libraries(here):
 
 
 def refusal(here, capsys, *flags: str) -> str:
-    assert train_model.main(demo_flags(*flags)) == 2
+    """The one line on stderr that says why train_model.py refuses these flags."""
+    assert train(*flags) == 2
     assert not (here / "runs").exists()
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1
-    return error[0]
+    lines = capsys.readouterr().err.splitlines()
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    return error
 
 
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        (
-            ["--dataset.path", "nowhere.jsonl"],
-            "error: dataset.path: there is no file or folder 'nowhere.jsonl'",
-        ),
-        (
-            ["--training.max_prompt_length", "3"],
-            "error: training.max_prompt_length: 3 drops all 2000 prompts; the shortest has",
-        ),
-        (
-            ["--evaluation.path", "nowhere.jsonl"],
-            "error: evaluation.path: there is no file or folder 'nowhere.jsonl'",
-        ),
-        (
-            ["--training.per_device_train_batch_size", "40000"],
-            "error: dataset: 2000 problems are left, and one rollout takes 5000; lower",
-        ),
-        (["--trainer.class_path", "reward_math.final_reward"], "is no subclass of trl.GRPOTrainer"),
-        (
-            ["--model.chat_template", "nofile.jinja"],
-            (
-                "error: model.chat_template: there is no file 'nofile.jinja', and it is no Jinja"
-                " template"
-            ),
-        ),
-        (
-            ["--model.chat_template", "{{"],
-            "error: model.chat_template: it is no Jinja template that works",
-        ),
-        (
-            ["--model.chat_template", "{% if 1 %}hello{% endif %}"],
-            "error: model.chat_template: it leaves out what the user says",
-        ),
-        (["--model-name", "./nowhere"], "error: model.model_name: there is no folder './nowhere'"),
-        (
-            ["--model-name", str(ROOT / "recipes")],
-            "has no config.json; give a model saved by transformers",
-        ),
-        (
-            ["--model-name", "some/model"],
-            "'some/model' is not in the local cache and HF_HUB_OFFLINE is set; use a local folder",
-        ),
-        (
-            ["--model.backend", "unsloth"],
-            (
-                "error: model.backend: unsloth cannot be used here, no NVIDIA GPU is visible; use"
-                " transformers or auto"
-            ),
-        ),
-        (
-            ["--model.load_in_4bit", "true"],
-            "error: model.load_in_4bit: true needs an NVIDIA GPU; use false",
-        ),
-        (
-            ["--training.optimizer", "paged_adamw_8bit"],
-            "error: training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; use adamw_torch",
-        ),
-        (
-            ["--model.target_modules", "no_proj"],
-            "error: model.target_modules: ['no_proj'] does not fit this model",
-        ),
-        (
-            ["--model.max_seq_length", "100000"],
-            "error: model.max_seq_length: 100000 is more than the 8192 tokens of context",
-        ),
-        (
-            ["--trainer.reward_funcs", "os.environ"],
-            "error: trainer.reward_funcs: 'os.environ' is _Environ, which cannot be called",
-        ),
-        (
-            [
-                "--trainer.class_path",
-                "custom_trainer.original.UnslothGRPOTrainer",
-                "--training.use_liger_kernel",
-            ],
-            "error: training: Liger is required",
-        ),
-        (["--output_root", "/proc"], "error: output_root: /proc cannot be written to"),
-    ],
-)
+# fmt: off
+REFUSALS = [
+    (["--dataset.path nowhere.jsonl"],
+     "error: dataset.path: there is no file or folder 'nowhere.jsonl'"),
+    (["--evaluation.path nowhere.jsonl"],
+     "error: evaluation.path: there is no file or folder 'nowhere.jsonl'"),
+    (["--training.max_prompt_length 3"],
+     "error: training.max_prompt_length: 3 drops all 2000 prompts; the shortest has"),
+    (["--training.per_device_train_batch_size 40000"],
+     "error: dataset: 2000 problems are left, and one rollout takes 5000; lower"),
+    (["--trainer.class_path reward_math.final_reward"],
+     "is no subclass of trl.GRPOTrainer"),
+    (["--trainer.reward_funcs os.environ"],
+     "error: trainer.reward_funcs: 'os.environ' is _Environ, which cannot be called"),
+    (["--model.chat_template nofile.jinja"],
+     "error: model.chat_template: there is no file 'nofile.jinja', and it is no Jinja template"),
+    (["--model.chat_template", "{{"],
+     "error: model.chat_template: it is no Jinja template that works"),
+    (["--model.chat_template", "{% if 1 %}hello{% endif %}"],
+     "error: model.chat_template: it leaves out what the user says"),
+    (["--model-name ./nowhere"],
+     "error: model.model_name: there is no folder './nowhere'"),
+    (["--model-name", str(ROOT / "recipes")],
+     "has no config.json; give a model saved by transformers"),
+    (["--model-name some/model"],
+     "'some/model' is not in the local cache and HF_HUB_OFFLINE is set; use a local folder"),
+    (["--model.backend unsloth"],
+     "error: model.backend: unsloth cannot be used here, no NVIDIA GPU is visible; use transformers"
+     " or auto"),
+    (["--model.load_in_4bit true"],
+     "error: model.load_in_4bit: true needs an NVIDIA GPU; use false"),
+    (["--training.optimizer paged_adamw_8bit"],
+     "error: training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; use adamw_torch"),
+    (["--model.target_modules no_proj"],
+     "error: model.target_modules: ['no_proj'] does not fit this model"),
+    (["--model.max_seq_length 100000"],
+     "error: model.max_seq_length: 100000 is more than the 8192 tokens of context"),
+    (["--trainer.class_path custom_trainer.original.UnslothGRPOTrainer",
+      "--training.use_liger_kernel"],
+     "error: training: Liger is required"),
+    (["--output_root /proc"],
+     "error: output_root: /proc cannot be written to"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("flags, sentence", REFUSALS)
 def test_what_cannot_work_is_refused_in_one_sentence(here, capsys, flags, sentence):
     assert sentence in refusal(here, capsys, *flags)
 
 
-def test_a_missing_network_is_noticed_after_a_short_look(here, capsys, monkeypatch):
+def test_a_missing_network_is_noticed_at_once(here, capsys, monkeypatch):
     import httpx
     import huggingface_hub
 
@@ -750,7 +597,7 @@ def test_a_missing_network_is_noticed_after_a_short_look(here, capsys, monkeypat
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", no_network)
     assert (
         "'some/model' is not in the local cache and the hub cannot be reached (ConnectError)"
-        in refusal(here, capsys, "--model-name", "some/model")
+        in refusal(here, capsys, "--model-name some/model")
     )
 
 
@@ -760,24 +607,11 @@ def test_a_model_without_chat_template_is_refused_unless_the_recipe_gives_one(he
     tiny.tiny_model(tokenizer).save_pretrained("base")
     tokenizer.save_pretrained("base")
     assert "has no chat template (it is a base model); set model.chat_template" in refusal(
-        here, capsys, "--model-name", "./base"
+        here, capsys, "--model-name ./base"
     )
     (here / "chat.jinja").write_text(tiny.CHAT_TEMPLATE)
-    assert (
-        train_model.main(
-            demo_flags(
-                "--model-name",
-                "./base",
-                "--model.chat_template",
-                "chat.jinja",
-                "--model.max_seq_length",
-                "400",
-                "--training.max_prompt_length",
-                "390",
-            )
-        )
-        == 0
-    )
+    template = "--model-name ./base --model.chat_template chat.jinja"
+    assert train(template, "--model.max_seq_length 400 --training.max_prompt_length 390") == 0
 
 
 def test_a_model_too_large_for_a_cpu_is_refused(here, capsys, monkeypatch):
@@ -787,23 +621,23 @@ def test_a_model_too_large_for_a_cpu_is_refused(here, capsys, monkeypatch):
         psutil, "virtual_memory", lambda: type("Memory", (), {"available": 500_000})()
     )
     assert "GiB free; use a smaller model, or a machine with an NVIDIA GPU" in refusal(
-        here, capsys, "--model.backend", "auto"
+        here, capsys, "--model.backend auto"
     )
 
 
-def test_an_existing_run_is_refused_kept_and_overwritten_only_on_request(here, capsys):
-    assert train_model.main(demo_flags()) == 0
+def test_an_existing_run_is_refused_and_only_overwritten_on_request(here, capsys):
+    assert train() == 0
     marker = run_dir(here) / "marker"
     marker.touch()
     capsys.readouterr()
-    assert train_model.main(demo_flags()) == 2
+    assert train() == 2
     assert (
         "holds a finished run of 2 steps; choose another with --run-name, or replace it with"
         " --overwrite" in capsys.readouterr().err
     )
-    assert train_model.main(demo_flags("--overwrite", "--training.max_prompt_length", "3")) == 2
-    assert marker.exists()  # a refused run has not touched it
-    assert train_model.main(demo_flags("--overwrite")) == 0
+    assert train("--overwrite --training.max_prompt_length 3") == 2
+    assert marker.exists()  # a refused run leaves it untouched
+    assert train("--overwrite") == 0
     assert not marker.exists()
 
 
@@ -813,34 +647,34 @@ def test_damaged_weights_and_a_reward_that_cannot_be_imported_are_refused(here, 
     shutil.copytree(ROOT / "demo/model", "damaged")
     (here / "damaged/model.safetensors").write_bytes(b"\x08")
     assert "error: model: './damaged' cannot be loaded" in refusal(
-        here, capsys, "--model-name", "./damaged"
+        here, capsys, "--model-name ./damaged"
     )
     (here / "rude_reward.py").write_text(
         "import sys\n\ndef pay(completions, **kwargs):\n    return []\n\nsys.exit(0)\n"
     )
     assert "'rude_reward.pay' cannot be imported (SystemExit: 0)" in refusal(
-        here, capsys, "--trainer.reward_funcs", "rude_reward.pay"
+        here, capsys, "--trainer.reward_funcs rude_reward.pay"
     )
 
 
-def test_of_two_runs_at_once_with_one_name_the_second_is_told(here, capsys):
+def test_of_two_runs_in_one_directory_the_second_is_refused(here, capsys):
     from gtpo.errors import RecipeError
-    from gtpo.runs import directory as runs
+    from gtpo.runs import directory
     from gtpo.runs.start import Request, resolve_start
 
     recipe = cli.read_recipe(demo_flags())
-    # both looked at the same time
+    # Both find the directory free before either of them opens it.
     first, second = resolve_start(recipe, Request()), resolve_start(recipe, Request())
-    with runs.opened(first, recipe, None):
+    with directory.opened(first, recipe, None):
         with pytest.raises(RecipeError, match="another process trains in .* right now"):
-            with runs.opened(second, recipe, None):
+            with directory.opened(second, recipe, None):
                 pass
         (first.run_dir / "completions.jsonl").write_text("{}\n")
     with pytest.raises(
         RecipeError,
         match="holds a run that stopped before its first checkpoint; start it again with --resume",
     ):
-        with runs.opened(second, recipe, None):
+        with directory.opened(second, recipe, None):
             pass
 
 
@@ -848,8 +682,6 @@ def test_a_folder_that_is_no_run_is_never_overwritten(here, capsys):
     folder = here / cli.read_recipe(demo_flags()).output_dir()
     folder.mkdir(parents=True)
     (folder / "thesis.tex").touch()
-    assert train_model.main(demo_flags("--overwrite")) == 2
-    assert (
-        "is no run directory of ours" in capsys.readouterr().err
-        and (folder / "thesis.tex").exists()
-    )
+    assert train("--overwrite") == 2
+    assert "is not a run directory" in capsys.readouterr().err
+    assert (folder / "thesis.tex").exists()

@@ -106,20 +106,13 @@ def test_a_completion_cannot_break_the_terminal_and_a_long_one_keeps_its_two_end
 @pytest.mark.parametrize(
     "flags, steps, shown",
     [
-        (["--watch.show_every", "3"], [1, 2, 3, 4, 5], [1, 4]),
+        (["--watch.show_every 3"], [1, 2, 3, 4, 5], [1, 4]),
         (
-            [
-                "--watch.show_every",
-                "3",
-                "--training.logging_steps",
-                "2",
-                "--watch.completions",
-                "false",
-            ],
+            ["--watch.show_every 3", "--training.logging_steps 2", "--watch.completions false"],
             [2, 4, 5],
             [2, 4],
         ),
-        (["--watch.show_every", "null"], [1, 2, 3, 4, 5], []),
+        (["--watch.show_every null"], [1, 2, 3, 4, 5], []),
     ],
 )
 def test_a_run_explains_its_columns_and_has_a_line_per_logging_step_and_some_completions(
@@ -128,7 +121,7 @@ def test_a_run_explains_its_columns_and_has_a_line_per_logging_step_and_some_com
     assert (
         train_model.main(
             test_train_model.demo_flags(
-                "--training.max_steps", "5", "--training.save_steps", "100", *flags
+                "--training.max_steps 5", "--training.save_steps 100", *flags
             )
         )
         == 0
