@@ -1,4 +1,4 @@
-"""What a person sees while a run trains."""
+"""What the terminal shows while a run trains."""
 
 import logging
 import sys
@@ -6,7 +6,6 @@ import sys
 import pytest
 import test_train_model
 
-import train_model
 from gtpo.runs.progress import SHOWN_LENGTH, good_and_bad, legend, progress_line
 from gtpo.system import console
 
@@ -32,7 +31,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_the_line_has_every_quantity_that_tells_how_a_run_does():
+def test_the_line_has_every_important_metric():
     assert (
         progress_line(7, 100, LOGS, 0.7, seconds_left=3725)
         == "step   7/100  reward 15.84  format 86%  correct 70%  entropy 0.057 < 0.7  conflict 55% "
@@ -40,7 +39,7 @@ def test_the_line_has_every_quantity_that_tells_how_a_run_does():
     )
 
 
-def test_what_a_trainer_or_a_reward_does_not_log_is_left_out():
+def test_metrics_that_are_not_logged_are_left_out():
     logs = {
         name: value
         for name, value in LOGS.items()
@@ -55,6 +54,7 @@ def test_what_a_trainer_or_a_reward_does_not_log_is_left_out():
 
 
 def line(group: int, reward: float | None, completion: str, **more) -> dict:
+    """A line of completions.jsonl."""
     return {
         "rollout": 1,
         "group": group,
@@ -68,7 +68,7 @@ def line(group: int, reward: float | None, completion: str, **more) -> dict:
     }
 
 
-def test_the_good_and_the_bad_completion_are_of_the_group_that_differs_most():
+def test_the_good_and_the_bad_completion_come_from_the_group_whose_rewards_differ_most():
     lines = [
         line(0, 9, "a"),
         line(0, 10, "b"),
@@ -83,7 +83,7 @@ def test_the_good_and_the_bad_completion_are_of_the_group_that_differs_most():
     ]
 
 
-def test_equal_rewards_show_one_and_nothing_judged_shows_none():
+def test_equal_rewards_show_one_completion_and_no_rewards_show_none():
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "how many?"}]
     assert good_and_bad(
         [line(0, 3, text, prompt=messages, entropy=None, kept=None) for text in "ab"]
@@ -91,49 +91,38 @@ def test_equal_rewards_show_one_and_nothing_judged_shows_none():
     assert good_and_bad([line(0, None, "a")]) == good_and_bad([]) == []
 
 
-def test_a_completion_cannot_break_the_terminal_and_a_long_one_keeps_its_two_ends():
+def test_a_completion_cannot_break_the_terminal_and_a_long_one_keeps_its_ends():
     _, hostile = good_and_bad([line(0, 3, "\x1b[2J\r\u202eé\x00")])
     assert hostile.endswith(": \\x1b[2J\\r\\u202eé\\x00") and hostile.isprintable()
     _, long = good_and_bad([line(0, 3, "start" + "x" * 9000 + "<answer>7</answer>")])
-    assert (
-        ": startxxx" in long
-        and " ... xxx" in long
-        and long.endswith("<answer>7</answer>")
-        and len(long) < SHOWN_LENGTH + 80
-    )
+    assert ": startxxx" in long and " ... xxx" in long and long.endswith("<answer>7</answer>")
+    assert len(long) < SHOWN_LENGTH + 80
 
 
 @pytest.mark.parametrize(
     "flags, steps, shown",
     [
-        (["--watch.show_every 3"], [1, 2, 3, 4, 5], [1, 4]),
+        ("--watch.show_every 3", [1, 2, 3, 4, 5], [1, 4]),
         (
-            ["--watch.show_every 3", "--training.logging_steps 2", "--watch.completions false"],
+            "--watch.show_every 3 --training.logging_steps 2 --watch.completions false",
             [2, 4, 5],
             [2, 4],
         ),
-        (["--watch.show_every null"], [1, 2, 3, 4, 5], []),
+        ("--watch.show_every null", [1, 2, 3, 4, 5], []),
     ],
 )
 def test_a_run_explains_its_columns_and_has_a_line_per_logging_step_and_some_completions(
     here, capsys, flags, steps, shown
 ):
-    assert (
-        train_model.main(
-            test_train_model.demo_flags(
-                "--training.max_steps 5", "--training.save_steps 100", *flags
-            )
-        )
-        == 0
-    )
+    assert test_train_model.train("--training.max_steps 5 --training.save_steps 100", flags) == 0
     captured = capsys.readouterr()
     lines = [text.rpartition("\r")[2] for text in captured.out.splitlines()]
     first = next(i for i, text in enumerate(lines) if text.startswith("step "))
     assert lines[first - 1].startswith("Columns: format: ")
     assert [int(text[5:].split("/")[0]) for text in lines if text.startswith("step ")] == steps
     prompts = [i for i, text in enumerate(lines) if text.startswith("    prompt: ")]
-    assert [int(lines[i - 1][5:].split("/")[0]) for i in prompts] == shown  # each below its line
-    assert "5/5" in captured.err  # the bar, on its own stream
+    assert [int(lines[i - 1][5:].split("/")[0]) for i in prompts] == shown  # each after its line
+    assert "5/5" in captured.err  # the progress bar has its own stream
     log = (test_train_model.run_dir(here) / "train.log").read_text()
     assert log.count("Columns: ") == 1 and log.count("    prompt: ") == len(shown)
 
@@ -147,6 +136,6 @@ def test_a_message_stands_above_the_progress_bar_and_not_in_it(capsys):
         console.print_ending(
             "stopped", RuntimeError("It raised \x1b[31m hf_abcdefghijklmnopqrst\nSaved.")
         )
-    # the bar was wiped off the line before
-    said = [text.rpartition("\r")[2] for text in capsys.readouterr().err.split("\n")]
-    assert {"Alarm!", r"stopped: It raised \x1b[31m [secret]", "stopped: Saved."} <= {*said}
+    # The bar was removed from the line before each message.
+    lines = {text.rpartition("\r")[2] for text in capsys.readouterr().err.split("\n")}
+    assert {"Alarm!", r"stopped: It raised \x1b[31m [secret]", "stopped: Saved."} <= lines
