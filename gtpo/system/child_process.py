@@ -8,12 +8,12 @@ This file is also the program that the child runs. Its argument names a module o
 has a function `start(settings, replies)`, which returns the function that answers a request.
 
 A message is a mark, a length and that many bytes. The parent's first message is the settings as
-JSON; then there is one reply for each request. What stands on the pipe without the mark is no
-message: it is the traceback of a child that is ending.
+JSON. After it there is one reply for each request. Text on the pipe without the mark is not a
+message. It is the traceback of a child that is ending.
 
-No library's pool would do. Those of multiprocessing, and pebble's on top of them, import the
-caller's main module, which a script without a `__main__` guard does not survive. The executors of
-concurrent.futures and loky break as a whole when one of their processes is killed.
+No pool of a library is suitable. Those of multiprocessing, and pebble's on top of them, import the
+caller's main module, and a script without a `__main__` guard does not survive that. The executors
+of concurrent.futures and loky break as a whole when one of their processes is killed.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
 
-GRACE_SECONDS = 10.0  # for a child that should end, or has been killed, to be gone
+GRACE_SECONDS = 10.0  # to wait for a child that was killed
 
 HEAD = struct.Struct("!cQ")  # the mark, and the length of what follows
 MARK = b"\x80"  # no traceback begins with it
@@ -83,14 +83,15 @@ class ChildProcess:
         self.stop()
         self._started_by = os.getpid()
         self._process = process = subprocess.Popen(
-            # -P: or modules of this folder would hide others of the same name
+            # -P keeps this folder off the path. Its modules would hide others of the same name.
             [sys.executable, "-P", __file__, self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if self.quiet else None,
-            bufsize=0,  # a fork must not have a copy of half a request
+            bufsize=0,  # a fork must not get a copy of half a request
             env={**self.environment, **os.environ},
-            start_new_session=True,  # Ctrl-C is for the parent; and all of a group can be killed
+            # Ctrl-C reaches the parent alone, and the child's own children can be killed with it.
+            start_new_session=True,
         )
         self._end = weakref.finalize(self, _end, process, self._started_by)  # at exit, too
         settings = {
@@ -98,7 +99,7 @@ class ChildProcess:
             "limits": self.limits,
             "parent": os.getpid() if self.ends_with_parent else None,
         }
-        with contextlib.suppress(OSError):  # it has ended at once, which the first request reports
+        with contextlib.suppress(OSError):  # it ended at once; the first request reports that
             send(process.stdin, json.dumps(settings).encode())
 
     def ask(self, request: bytes, seconds: float) -> bytes:
@@ -114,11 +115,11 @@ class ChildProcess:
         try:
             send(process.stdin, request)
             reply, left = receive(process.stdout)
-        except Exception as error:  # it ended before it could read, or sent an absurd length
+        except Exception as error:  # it ended before it read, or sent an impossible length
             left = str(error)
         finally:
             timer.cancel()
-            # after Ctrl-C, too: this reply must not be taken for that to the next request
+            # Also after Ctrl-C: a late reply must not be read as the reply to the next request.
             if reply is None:
                 self.stop()
         if reply is None:
@@ -137,7 +138,7 @@ def _end(process: subprocess.Popen, started_by: int) -> None:
         return
     if process.returncode is None:
         _kill(process)
-    # one that waits for a file system that is away cannot even be killed
+    # A process that waits for a missing file system cannot be killed.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_SECONDS)
     for stream in (process.stdin, process.stdout):
@@ -175,7 +176,7 @@ def send(stream: BinaryIO, data: bytes) -> None:
 def receive(stream: BinaryIO) -> tuple[bytes | None, str]:
     """The next message of an unbuffered stream, and "".
 
-    Otherwise None, and the text that stands in its place, "" where the stream has ended.
+    Otherwise None and the text that came instead, which is "" if the stream has ended.
     """
     head = _read(stream, HEAD.size)
     if len(head) < HEAD.size or head[:1] != MARK:
@@ -186,7 +187,7 @@ def receive(stream: BinaryIO) -> tuple[bytes | None, str]:
 
 
 def _read(stream: BinaryIO, size: int) -> bytes:
-    """`size` bytes, fewer where the stream ends."""
+    """`size` bytes, or fewer if the stream ends."""
     data = stream.read(size)
     while len(data) < size and (more := stream.read(size - len(data))):
         data += more
@@ -203,10 +204,10 @@ def serve(module: ModuleType) -> None:
     os.dup2(2, 1)  # what a library prints is neither a reply nor a result of the run
     sys.stdout.reconfigure(line_buffering=True)
     if hasattr(os, "register_at_fork"):
-        # or the parent would wait for the forks of this process, too
+        # Otherwise the parent would also wait for the forks of this process.
         os.register_at_fork(after_in_child=replies.close)
-    # Sent to all processes of a job, whose run has a step to finish: no reply may be lost. A
-    # handler, as what this process executes then gets the default back.
+    # These signals go to all processes of a job. The run still has a step to finish, so no reply
+    # may be lost. A handler does not reach programs that are started from here.
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda *_: None)
     settings, _ = receive(requests)
@@ -221,9 +222,9 @@ def serve(module: ModuleType) -> None:
 
 
 def _end_with(parent: int | None) -> None:
-    """End with the parent even if that is killed, whatever this process is doing then.
+    """End this process with its parent, even if the parent is killed.
 
-    This works on Linux. Elsewhere the process ends at the next request.
+    This works on Linux. Elsewhere this process ends at the next request.
     """
     if parent is not None and sys.platform == "linux":
         import ctypes
@@ -238,7 +239,7 @@ def _set_limits(limits: dict[str, int]) -> None:
         import resource
 
         for name, limit in limits.items():
-            with contextlib.suppress(ValueError, OSError):  # macOS refuses
+            with contextlib.suppress(ValueError, OSError):  # macOS refuses some limits
                 resource.setrlimit(getattr(resource, name), (limit, limit))
 
 
