@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Everything runs offline, on a CPU."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -21,10 +22,25 @@ def words(*texts: str) -> list[str]:
     return [word for part in split for word in part]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Leaves what the test files import out of garbage collection.
+
+    It stays until the end, and collecting it again and again costs several CPU-seconds.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The real GSM8K and MATH files, found through GTPO_SHARED (default ../shared); skips where
-    they are absent.
+    """The folder with the real GSM8K and MATH files; skips the test if it does not exist.
+
+    GTPO_SHARED names the folder that holds data/ (default: ../shared).
     """
     folder = Path(os.environ.get("GTPO_SHARED", ROOT.parent / "shared")) / "data"
     if not folder.is_dir():

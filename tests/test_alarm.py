@@ -263,6 +263,7 @@ GATE_SHUT = [
 ]
 
 
+@pytest.mark.slow
 def test_a_run_whose_gate_shuts_everything_is_told_so_and_stopped_with_all_saved(here, capsys):
     code, history = run(here, *GATE_SHUT, "--alarm.action", "stop")
     assert code == 3
@@ -296,6 +297,7 @@ def test_a_run_whose_gate_shuts_everything_is_told_so_and_stopped_with_all_saved
     assert "Traceback" not in captured.err
 
 
+@pytest.mark.slow
 def test_a_warning_lets_the_run_go_on_and_none_says_nothing(here):
     code, history = run(here, *GATE_SHUT)
     assert code == 0 and [line["step"] for line in history if "alarm/all_filtered" in line] == [3]

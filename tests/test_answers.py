@@ -291,6 +291,7 @@ def test_towers_are_refused_without_math_verify(no_math_verify):
     assert not same_answer("x+1", "9^{9^{9}}")
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_not_the_same_and_the_next_question_is_answered():
     assert not in_time(same_answer, "9^{9 \\cdot 9^{9}}", "x+1", seconds=150)
     assert same_answer("x+1", "1+x")
@@ -352,6 +353,7 @@ def child() -> psutil.Process:
     return only
 
 
+@pytest.mark.slow
 def test_a_child_that_was_killed_from_outside_is_replaced():
     assert same_answer("a+b+1", "1+b+a")
     killed = child()
@@ -411,6 +413,7 @@ def run(*command, **options):
     )
 
 
+@pytest.mark.slow
 def test_it_works_from_a_command_from_standard_input_and_from_a_script_without_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{QUESTION}")
@@ -425,12 +428,14 @@ if pid: os.waitpid(pid, 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_fork_gets_a_child_of_its_own():
     finished = run("-c", QUESTION + IN_A_FORK + QUESTION.replace("1", "3"))
     assert (finished.stdout.splitlines(), finished.returncode) == (["True False"] * 3, 0)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_nothing_heavy():
     program = "import sys, gtpo.answers, reward_math; print(*sys.modules)"
     loaded = run("-c", program).stdout.split()
@@ -448,6 +453,7 @@ def rows(folder: Path, pattern: str):
             yield from map(json.loads, lines)
 
 
+@pytest.mark.slow
 def test_every_gsm8k_answer_is_found_and_is_the_same_as_itself(shared_data, no_math_verify):
     answers = [gsm8k_answer(row["answer"]) for row in rows(shared_data, "gsm8k/*.jsonl")]
     assert len(answers) == 8_792
@@ -459,6 +465,7 @@ def test_every_gsm8k_answer_is_found_and_is_the_same_as_itself(shared_data, no_m
         assert same_answer(answer, another) == (digits == other_digits)
 
 
+@pytest.mark.slow
 def test_every_math_answer_is_found_and_is_the_same_as_itself(shared_data):
     solutions = [row["solution"] for row in rows(shared_data, "hendrycks_math/*/*.jsonl")]
     answers = [boxed_answer(solution) for solution in solutions]

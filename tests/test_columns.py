@@ -49,6 +49,7 @@ def test_no_test_problem_is_a_training_problem_and_every_answer_is_right():
         assert 0 <= result <= 999
 
 
+@pytest.mark.slow
 def test_the_script_writes_the_shipped_problems_and_tokenizer_byte_for_byte(make_columns, tmp_path):
     make_columns.make_columns(tmp_path, steps=1)
     names = "data/train.jsonl data/test.jsonl model/tokenizer.json model/chat_template.jinja"

@@ -15,6 +15,8 @@ from conftest import ROOT
 from gtpo.recipe import command_line
 from reliability.resume_proof import differences, outcome
 
+pytestmark = pytest.mark.slow  # trains and starts processes
+
 FILES = ROOT / "tests/compat"
 RECIPES = json.loads((FILES / "recipes.json").read_text(encoding="utf-8"))
 MADE_WITH = {"torch": "2.13.0", "transformers": "5.17.0", "trl": "1.13.0", "peft": "0.21.2"}

@@ -18,6 +18,8 @@ from gtpo.models.saved import resolve_adapter, training_tokenizer
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.sections import ModelSection
 
+pytestmark = pytest.mark.slow  # trains
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -10,6 +10,8 @@ import torch
 
 from gtpo import gtpo_training
 
+pytestmark = pytest.mark.slow  # trains
+
 GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"
 
 

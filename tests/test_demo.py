@@ -163,6 +163,7 @@ def test_the_shipped_model_answers_some_held_out_problems_and_fails_others(
     assert 0.7 <= well_formed / len(held_out) <= 0.95
 
 
+@pytest.mark.slow
 def test_the_script_writes_the_shipped_problems_and_tokenizer_byte_for_byte(remade):
     out, _ = remade
     names = "data/train.jsonl data/test.jsonl model/tokenizer.json model/chat_template.jinja"
@@ -173,6 +174,7 @@ def test_the_script_writes_the_shipped_problems_and_tokenizer_byte_for_byte(rema
         assert written == json.loads((DEMO / "model" / name).read_bytes()), name
 
 
+@pytest.mark.slow
 def test_the_script_writes_a_model_of_the_shipped_shape_and_its_loss_falls(remade):
     out, losses = remade
     assert len(losses) == 20 and losses[-1] < 0.8 * losses[0]

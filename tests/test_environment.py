@@ -56,6 +56,7 @@ print(gc.get_freeze_count() > 0)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first, frozen", [("import json", True), ("import torch", False)])
 def test_objects_are_frozen_only_if_none_of_them_can_be_a_tensor(first, frozen):
     printed = subprocess.run(

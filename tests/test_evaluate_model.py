@@ -16,6 +16,8 @@ import train_model
 from gtpo.evaluation import file as evaluation_file
 from gtpo.models import generation
 
+pytestmark = pytest.mark.slow  # trains
+
 TEST = str(ROOT / "demo/data/test.jsonl")
 BASE = str(ROOT / "demo/model")
 

@@ -65,6 +65,7 @@ def test_a_completion_does_not_depend_on_its_batch_and_leaves_the_random_generat
     assert torch.equal(torch.get_rng_state(), before) and policy.model.training
 
 
+@pytest.mark.slow
 def test_draws_follow_the_policy_at_the_temperature(policy, prompts):
     n, (prompt,) = 4000, prompts[3:4]
     drawn = policy_sampler(policy, Sampling(1.5, 1.0, 1, 1))(

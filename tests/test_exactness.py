@@ -11,6 +11,8 @@ import torch
 from conftest import ROOT
 from gradients import relative_error
 
+pytestmark = pytest.mark.slow  # starts several processes
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:

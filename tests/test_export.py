@@ -18,6 +18,8 @@ import train_model
 from gtpo.models import export, fidelity
 from gtpo.models.saved import find_saved
 
+pytestmark = pytest.mark.slow  # merges and saves models
+
 TEXT = "s:Add.\nu:How many are left?\na:seven"
 
 

@@ -68,6 +68,7 @@ def soak() -> dict[str, list[str]]:
     return {**lines, "all": done.stdout.splitlines()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_nothing_is_lost_by(soak, fault):
     assert int(soak[fault][1]) >= 1 and soak[fault][-1] == "none", "\n".join(soak["all"])

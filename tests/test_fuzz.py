@@ -21,9 +21,16 @@ TEXTS = st.lists(PIECES, max_size=12).map("".join)
 NUMBERS = st.integers(-(10**12), 10**12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target, inputs",
-    [("recipe", 80), ("answers", 200), ("rewards", 320), ("report", 256), ("console", 300)],
+    [
+        ("recipe", 80),
+        ("answers", 200),
+        ("rewards", 320),
+        pytest.param("report", 256, marks=pytest.mark.slow),
+        ("console", 300),
+    ],
 )
 def test_hostile_input_does_no_harm(target, inputs, monkeypatch):
     if target == "report":  # 256 lines in one report
@@ -54,6 +61,7 @@ HACKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hack", HACKS)
 def test_the_check_of_a_page_sees_what_has_escaped(hack, monkeypatch):
     import jinja2

@@ -86,6 +86,7 @@ LIMITS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_completions_that_a_function_fails_on_are_not_scored_and_the_others_keep_their_rewards(
     tmp_path, name
@@ -115,6 +116,7 @@ def test_completions_that_a_function_fails_on_are_not_scored_and_the_others_keep
         assert ("hostile_rewards.py" in line["traceback"]) == has_traceback
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -137,6 +139,7 @@ def test_a_completion_without_one_of_its_rewards_has_none_at_all(tmp_path, optio
     assert {"rewards/letters/mean", "rewards/reward/mean"} <= seen["logs"][0].keys()
 
 
+@pytest.mark.slow
 def test_what_a_function_prints_reaches_neither_stdout_nor_the_rewards(tmp_path, capfd):
     seen = trained(tmp_path, "shouting", max_steps=2)
     out, err = capfd.readouterr()
@@ -146,6 +149,7 @@ def test_what_a_function_prints_reaches_neither_stdout_nor_the_rewards(tmp_path,
     assert seen["guarded"].failures.total == 0
 
 
+@pytest.mark.slow
 def test_a_hang_off_the_main_thread_ends_in_time_as_well(tmp_path):
     runs, name = [], "in_an_endless_regex"
     thread = threading.Thread(
@@ -156,6 +160,7 @@ def test_a_hang_off_the_main_thread_ends_in_time_as_well(tmp_path):
     assert runs and runs[0]["guarded"].failures.total > 0
 
 
+@pytest.mark.slow
 def test_a_function_that_compares_a_group_pays_what_it_would_pay_without_the_offenders(tmp_path):
     seen = trained(tmp_path, "rank_in_group")
     (table,), (completions,), (prompts,) = seen["tables"], seen["completions"], seen["prompts"]
@@ -168,6 +173,7 @@ def test_a_function_that_compares_a_group_pays_what_it_would_pay_without_the_off
             assert reward == others.index(text)
 
 
+@pytest.mark.slow
 def test_an_asynchronous_function_is_isolated_as_well(tmp_path):
     seen = trained(tmp_path, "asynchronous", "letters")
     wanted = torch.tensor(expected(seen["completions"][0]))
@@ -182,6 +188,7 @@ def test_reward_models_are_left_to_trl(tmp_path):
     assert guarded.functions == [model]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per", ["rollout", "group", "completion"])
 def test_any_number_of_workers_gives_the_same_rewards_in_order(tmp_path, per):
     one, three = (
@@ -199,6 +206,7 @@ def test_any_number_of_workers_gives_the_same_rewards_in_order(tmp_path, per):
 # ---- when the run stops
 
 
+@pytest.mark.slow
 def test_past_the_rate_the_run_stops_with_a_checkpoint_and_trains_no_more(tmp_path):
     seen = trained(
         tmp_path, "failing_later", max_steps=9, per_device_train_batch_size=16, save_strategy="no"
@@ -217,12 +225,14 @@ def test_past_the_rate_the_run_stops_with_a_checkpoint_and_trains_no_more(tmp_pa
     assert state.log_history[1]["reward/cannot_judge"] == 21
 
 
+@pytest.mark.slow
 def test_a_rate_of_one_never_stops(tmp_path):
     seen = trained(tmp_path, "failing_later", max_steps=4, rewards={"max_failures": 1})
     assert seen["guarded"].stopped_by is None
     assert [logs["reward/cannot_judge"] for logs in seen["logs"][:4]] == [0, 16, 32, 48]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_and_resumed_begins_to_count_again(tmp_path):
     options = {"max_steps": 9, "per_device_train_batch_size": 16}
     guarded = trained(tmp_path, "failing_later", **options)["guarded"]
@@ -263,6 +273,7 @@ def test_a_function_that_is_no_reward_function_is_refused_at_the_first_step(
         trained(tmp_path, name)
 
 
+@pytest.mark.slow
 def test_no_secret_ends_up_in_the_file(tmp_path):
     with pytest.raises(RecipeError):
         trained(tmp_path, "always_raising")
@@ -271,6 +282,7 @@ def test_no_secret_ends_up_in_the_file(tmp_path):
     assert "hf_abc" not in text.replace("hostile_rewards.py", "").split('"traceback"')[0]
 
 
+@pytest.mark.slow
 def test_a_wrong_count_later_on_stops_the_run_saved(tmp_path):
     seen = trained(tmp_path, "too_few_later", max_steps=9)
     assert seen["guarded"].stopped_by == (
@@ -369,6 +381,7 @@ def test_past_the_limit_no_more_calls_are_made_and_nothing_of_the_rollout_counts
     assert set(rollout.failures) == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_call_may_take_longer_than_its_like_by_the_limit_of_one_completion():
     pool = RewardPool(1, seconds=10.0, memory=None)
     assert pool._limit("f", 8, first=True) == 40  # the first call may have something to load
@@ -391,6 +404,7 @@ RewardProcess().call(
 """
 
 
+@pytest.mark.slow
 def test_a_process_in_an_endless_loop_ends_when_its_parent_is_killed():
     command = [sys.executable, "-c", CALL_THAT_HANGS, str(ROOT), str(ROOT / "tests")]
     parent = psutil.Popen(command)
@@ -427,10 +441,12 @@ def test_calls_start_from_a_seed_of_their_own(called):
     assert one == again != other
 
 
+@pytest.mark.slow
 def test_a_process_imports_nothing_heavy(called):
     assert called("heavy_imports", "a")["rewards"] == [0.0]
 
 
+@pytest.mark.slow
 def test_what_a_function_logs_gets_into_the_log_of_the_run(called, caplog):
     called("logging_loudly", "a", "b")
     # but not what is below the level of the run
@@ -445,6 +461,7 @@ def test_rewards_cross_with_all_their_bits_and_none_nan_and_infinity_stay_apart(
     ]
 
 
+@pytest.mark.slow
 def test_logged_values_cross_as_plain_data(called):
     (reply,) = [called("logging_values_of_many_kinds", "a")]
     metrics, columns = dict(reply["metrics"]), dict(reply["columns"])
@@ -453,6 +470,7 @@ def test_logged_values_cross_as_plain_data(called):
     assert columns["texts"] == ["½ \ud800", "2000-01-01"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal by its number")
 def test_a_signal_without_a_name_is_a_failure_like_any_other(called):
     assert called("killing_itself", "40")["failure"] == "ended its process (signal 40)"

@@ -13,6 +13,8 @@ from conftest import ROOT
 
 from gtpo.runs import checkpoints
 
+pytestmark = pytest.mark.slow  # starts several processes
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [
     *(sys.executable, "-m", "accelerate.commands.launch"),

@@ -133,6 +133,7 @@ def test_a_head_that_shares_the_embeddings_weights_is_not_merged():
     assert names == [f"base_model.model.model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
 
 
+@pytest.mark.slow
 def test_trl_generates_with_the_adapter_merged_and_trains_without(tmp_path):
     trainer = gradients.make_trainer(
         "gtpo.gtpo_training.UnslothGTPOTrainer", str(tmp_path), max_steps=2

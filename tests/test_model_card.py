@@ -37,6 +37,7 @@ def recipe_with(*flags: str):
     return cli.read_recipe([str(ROOT / "recipes/gsm8k_qwen3b.yaml"), *flags])
 
 
+@pytest.mark.slow
 def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):  # noqa: F811
     monkeypatch.setenv("SOME_API_KEY", "x" * 8)
     assert (

@@ -1,9 +1,11 @@
 """Our own variant: conflict tokens are skipped on both sides, everything else is GTPO."""
 
+import pytest
 import recordings
 import torch
 
 
+@pytest.mark.slow
 def test_conflict_tokens_of_both_signs_weigh_nothing_and_all_others_one(tmp_path):
     lines = recordings.record("custom_trainer.neutral.NeutralGTPOTrainer", tmp_path, peaked=4.0)[
         "lines"

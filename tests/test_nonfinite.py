@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 
 from gtpo.hooks.nonfinite import SkipNonFiniteSteps, skip_non_finite
 
+pytestmark = pytest.mark.slow  # trains
+
 TRAINERS = ["gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"]
 
 

@@ -9,6 +9,8 @@ import torch
 from gtpo import shaping
 from gtpo.hooks.recorder import TokenTexts
 
+pytestmark = pytest.mark.slow  # trains
+
 GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"
 
 

@@ -70,6 +70,7 @@ def odd_ones_win(completions, **kwargs):
     return [float(i % 2) for i in range(len(completions))]
 
 
+@pytest.mark.slow
 def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
     """sum_i -(A_i - 0.1 H_i) (sum_t lambda_{i,t} / |o_i|) / max(n_i, 1), the gate on whatever the
     initial entropy.

@@ -10,7 +10,10 @@ from run_on_disk import RIGHT, WRONG, group, rising, write_evaluation, write_run
 import report_run
 from benchmarks.screenshots import NARROW, WIDE, browser, set_scheme, why_no_browser
 
-pytestmark = pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_no_browser() is not None, reason=str(why_no_browser())),
+]
 
 EVIL = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"
 GROUPS = {  # number -> rows

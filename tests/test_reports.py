@@ -125,6 +125,7 @@ def test_per_token_lists_of_different_lengths_are_not_shown():
     assert RecordedCompletion(**{**line, "prefix": 99, "suffix": -1}).conflicts == len(RIGHT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonsense", [float("nan"), float("inf"), "9" * 5000, -0.0, 10**30, None])
 def test_values_that_are_not_finite_numbers_do_not_stop_a_report(tmp_path, nonsense):
     lines = group(TWO)
@@ -179,6 +180,7 @@ def test_metrics_after_the_checkpoint_come_from_the_completions(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_only_completions_has_a_report(tmp_path):
     run = write_run(tmp_path / "run", group(TWO))
     assert report_run.main([str(run)]) == 0
@@ -245,6 +247,7 @@ def test_curves_of_seeds_have_their_mean_and_one_standard_deviation(tmp_path):
     assert (len(steps), steps[0], means[-1]) == (100, 5.5, 995.5)
 
 
+@pytest.mark.slow
 def test_every_metric_has_a_panel_and_the_entropy_its_threshold(tmp_path):
     grouped = configurations(
         [
@@ -264,6 +267,7 @@ def test_every_metric_has_a_panel_and_the_entropy_its_threshold(tmp_path):
         assert "var(--series-0)" in svg and not re.search(r"#[0-9a-f]{6}|https?:", svg)
 
 
+@pytest.mark.slow
 def test_entropy_falling_towards_zero_is_drawn_on_a_log_scale(tmp_path):
     for name, last, scale in (("falls", 0.01, True), ("stays", 0.3, False)):
         history = rising(30, gtpo__completion_entropy=lambda s, last=last: 0.4 if s < 20 else last)
@@ -337,6 +341,7 @@ def test_a_reason_to_worry_is_named(tmp_path, changes, worry):
     assert (stable.verdict, stable.headline) == ("careful", worry)
 
 
+@pytest.mark.slow
 def test_alarms_are_listed_with_their_evidence_and_drawn(tmp_path):
     history = rising(30)
     for step, condition in ((12, "entropy_low"), (12, "truncated"), (20, "entropy_low")):
@@ -417,6 +422,7 @@ def test_steps_without_recorded_tokens_are_not_chosen(tmp_path):
     assert list(choose_steps(read_run(write_run(tmp_path / "run", lines)), [])) == [1, 5, 9]
 
 
+@pytest.mark.slow
 def test_a_huge_completions_file_still_makes_a_page_below_five_megabytes(tmp_path):
     torch.manual_seed(0)
     words = [f"word{i} " for i in range(50_000)]
@@ -455,6 +461,7 @@ def data_of(page: str) -> str:
     ]
 
 
+@pytest.mark.slow
 def test_texts_of_a_model_cannot_become_elements_of_the_page(tmp_path):
     evil = "</script><script>alert(1)</script><!--<img src=x onerror=alert(1)>\"'&amp;\u2028\ud800"
     lines = group(
@@ -477,6 +484,7 @@ def test_texts_of_a_model_cannot_become_elements_of_the_page(tmp_path):
     ] == evil.replace("\ud800", "")
 
 
+@pytest.mark.slow
 def test_the_page_forbids_the_browser_to_fetch_anything(tmp_path):
     run = write_run(tmp_path / "run", group(TWO), ONE_CURVE)
     report_run.main([str(run)])
@@ -509,6 +517,7 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
     }
 
 
+@pytest.mark.slow
 def test_a_report_of_several_runs_goes_into_a_folder_of_its_own(tmp_path, monkeypatch):
     runs = [str(write_run(tmp_path / name, history=ONE_CURVE)) for name in "ab"]
     monkeypatch.chdir(tmp_path)
@@ -603,6 +612,7 @@ def test_noise_is_seldom_called_learning_or_a_fall(tmp_path, steps):
     assert falls <= 10
 
 
+@pytest.mark.slow
 def test_a_report_loads_no_model(tmp_path):
     run = write_run(tmp_path / "run", group(TWO), ONE_CURVE)
     code = (
@@ -615,6 +625,7 @@ def test_a_report_loads_no_model(tmp_path):
     assert done.stdout.endswith("set()\n")
 
 
+@pytest.mark.slow
 def test_help_needs_neither_matplotlib_nor_jinja2():
     code = (
         "import sys, report_run; report_run.main(['--help']); print({'matplotlib', 'jinja2'} &"

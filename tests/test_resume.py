@@ -41,6 +41,7 @@ def proof() -> str:
 CASES = ["everything", "grpo_everything"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_is_the_run_it_would_have_been_to_the_last_bit(proof, case):
     (line,) = [line for line in proof.splitlines() if line.startswith(f"{case} ")]
@@ -65,6 +66,7 @@ def test_the_proof_sees_a_difference_of_one_bit_or_one_line():
     ] and resume_proof.differences({}, {"f": 1}) == ["/f"]
 
 
+@pytest.mark.slow
 def test_it_works_for_a_trainer_without_a_recipe_and_for_somebodys_class(tmp_path):
     assert (
         resumes.where_resumed_runs_differ(
@@ -74,6 +76,7 @@ def test_it_works_for_a_trainer_without_a_recipe_and_for_somebodys_class(tmp_pat
     )
 
 
+@pytest.mark.slow
 def test_what_transformers_and_trl_restore_is_not_enough(tmp_path, monkeypatch):
     from gtpo.runs.exact_resume import ExactResume
 
@@ -84,6 +87,7 @@ def test_what_transformers_and_trl_restore_is_not_enough(tmp_path, monkeypatch):
     assert any("weights" in place for place in differences) and "1/completions" in differences
 
 
+@pytest.mark.slow
 def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_run_like_that(
     tmp_path,
 ):
@@ -122,6 +126,7 @@ def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_ru
     assert rates[str(tmp_path / "resumed")][0][0] == (pytest.approx(2e-3), 0.5)
 
 
+@pytest.mark.slow
 def test_a_rollout_that_cannot_be_saved_is_reported_and_the_checkpoint_is_whole_without_it(
     tmp_path, monkeypatch, caplog
 ):

@@ -173,6 +173,7 @@ def test_a_reward_that_would_fail_in_a_run_fails_with_its_cause(diagnosed, body,
     assert level == "fail" and sentence in found
 
 
+@pytest.mark.slow
 def test_a_reward_that_hangs_is_stopped_with_all_that_it_started(diagnosed):
     source = """
         import subprocess

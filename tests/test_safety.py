@@ -367,6 +367,7 @@ LEFT_BEHIND = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_and_its_report_leave_no_secret_behind(tmp_path, monkeypatch):
     """A real run with wandb, offline.
 

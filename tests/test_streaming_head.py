@@ -36,6 +36,7 @@ def test_values_and_gradients_are_those_of_whole_logits(dtype, bound, rows, scal
     assert not entropies.requires_grad and (entropies >= 0).all()
 
 
+@pytest.mark.slow
 def test_a_step_of_grpo_has_the_gradients_it_has_with_whole_logits_and_no_more_than_a_chunk_of_them(
     tmp_path, monkeypatch
 ):
@@ -97,6 +98,7 @@ def trained_head(model) -> None:
     model.get_output_embeddings().weight.requires_grad_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, reason",
     [

@@ -64,6 +64,7 @@ def history(folder) -> list[dict]:
 HELD_OUT = ["--evaluation.path", str(ROOT / "demo/data/test.jsonl")]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(here, capsys):
     assert train() == 0
     folder = run_dir(here)
@@ -137,6 +138,7 @@ def test_a_run_leaves_recipe_versions_log_checkpoints_and_a_plain_peft_adapter(h
     assert not torch.equal(trained(ids).logits, before)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(here):
     weights = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
@@ -145,6 +147,7 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(here):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_its_traceback_in_the_log(here):
     (here / "failing_trainer.py").write_text(
         "import trl\n\nclass Failing(trl.GRPOTrainer):\n    def compute_loss(self, *args,"
@@ -155,6 +158,7 @@ def test_a_run_that_fails_leaves_its_traceback_in_the_log(here):
     assert "no loss" in (run_dir(here) / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_grpo_baseline_trains_by_its_dotted_path(here):
     baseline = "--trainer.class_path custom_trainer.original.UnslothGRPOTrainer"
     assert train(baseline, "--watch.completions false") == 0
@@ -162,6 +166,7 @@ def test_the_grpo_baseline_trains_by_its_dotted_path(here):
     assert not (run_dir(here) / "completions.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dataset", ["gsm8k", "hendrycks_math"])
 def test_real_rows_train_through_dataset_path(here, shared_data, dataset):
     flags = [
@@ -260,6 +265,7 @@ def test_a_run_whose_rewards_fail_too_often_is_saved_and_ends_with_code_3(here, 
     assert [line["reward"] is None for line in lines] == [False] * 32 + [True] * 32
 
 
+@pytest.mark.slow
 def test_a_resumed_run_counts_failures_as_if_it_had_never_stopped(here):
     flags = (
         "--trainer.reward_funcs hostile_rewards.failing_on_some_texts --rewards.max_failures 1"
@@ -283,6 +289,7 @@ def test_a_resumed_run_counts_failures_as_if_it_had_never_stopped(here):
 # ---- held-out problems
 
 
+@pytest.mark.slow
 def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
     assert train(*HELD_OUT, "--evaluation.limit 20") == 0
     out = capsys.readouterr().out
@@ -342,6 +349,7 @@ def wandb_variables(environment) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith("WANDB_")}
 
 
+@pytest.mark.slow
 def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypatch):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -364,6 +372,7 @@ def test_wandb_works_offline_in_the_run_directory_without_asking(here, monkeypat
     assert {"train/gtpo/completion_entropy", "train/reward/total_avg", "train/reward"} <= logged
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_process_have_a_wandb_run_each_and_leave_the_environment_as_it_was(here):
     before, runs = wandb_variables(os.environ), []
     for name in ("one", "other"):
@@ -601,6 +610,7 @@ def test_a_missing_network_is_noticed_at_once(here, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_model_without_chat_template_is_refused_unless_the_recipe_gives_one(here, capsys):
     tokenizer = tiny.tiny_tokenizer()
     tokenizer.chat_template = None
@@ -641,6 +651,7 @@ def test_an_existing_run_is_refused_and_only_overwritten_on_request(here, capsys
     assert not marker.exists()
 
 
+@pytest.mark.slow
 def test_damaged_weights_and_a_reward_that_cannot_be_imported_are_refused(here, capsys):
     import shutil
 
@@ -678,6 +689,7 @@ def test_of_two_runs_in_one_directory_the_second_is_refused(here, capsys):
             pass
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_run_is_never_overwritten(here, capsys):
     folder = here / cli.read_recipe(demo_flags()).output_dir()
     folder.mkdir(parents=True)

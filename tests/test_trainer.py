@@ -27,6 +27,7 @@ def constants_as_they_were():
     vars(gtpo_training).update(saved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
@@ -72,16 +73,19 @@ def test_gradients_agree_with_the_float64_objective(tmp_path, case):
     assert found["filtered"] > 0 or "threshold" not in case
 
 
+@pytest.mark.slow
 def test_without_lambda_gate_and_penalty_a_step_is_grpos(tmp_path):
     assert gradients.distance_from_grpo(str(tmp_path)) < 1e-6
 
 
+@pytest.mark.slow
 def test_with_lambda_a_step_is_not_grpos(tmp_path):
     grpo, _ = gradients.two_steps(str(tmp_path), "custom_trainer.original.UnslothGRPOTrainer")
     gtpo, _ = gradients.two_steps(str(tmp_path), CLASS)
     assert max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo) > 1e-5
 
 
+@pytest.mark.slow
 def test_several_iterations_use_the_parents_ratio_and_clip_by_the_advantages_sign(tmp_path):
     options = {"num_iterations": 2, "max_steps": 4, "learning_rate": 5e-2, "epsilon": 0.05}
     grpo, logs = gradients.two_steps(
@@ -95,6 +99,7 @@ def test_several_iterations_use_the_parents_ratio_and_clip_by_the_advantages_sig
     assert our_logs[1]["clip_ratio/region_mean"] == pytest.approx(logs[1]["clip_ratio/region_mean"])
 
 
+@pytest.mark.slow
 def test_initial_entropy_does_not_depend_on_the_micro_batch_size_and_is_measured_once(tmp_path):
     found = []
     for size, accumulation in ((16, 1), (4, 4), (2, 8)):
@@ -114,6 +119,7 @@ def test_initial_entropy_does_not_depend_on_the_micro_batch_size_and_is_measured
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_measuring_pass_logs_nothing_of_its_own(tmp_path):
     trainer = gradients.make_trainer(CLASS, str(tmp_path), gradient_accumulation_steps=2)
     counts = []
@@ -138,6 +144,7 @@ def unjudging(completions, **kwargs):
     return [None if i % 3 == 0 else reward for i, reward in enumerate(rewards)]
 
 
+@pytest.mark.slow
 def test_a_completion_that_one_reward_cannot_judge_gets_no_advantage_and_no_penalty(tmp_path):
     trainer = gradients.make_trainer(CLASS, str(tmp_path), reward=unjudging)
     trainer.reward_funcs.append(gradients.letters_reward)  # the second reward judges everything
@@ -167,6 +174,7 @@ def nearly_equal(completions, **kwargs):
     return [0.1 + 0.2] * len(completions)
 
 
+@pytest.mark.slow
 def test_rounding_in_the_group_mean_is_no_sign(tmp_path):
     trainer = gradients.make_trainer(
         CLASS,
@@ -183,6 +191,7 @@ def test_rounding_in_the_group_mean_is_no_sign(tmp_path):
     assert seen["gradients"] and all(g.isfinite().all() for g in seen["gradients"][0].values())
 
 
+@pytest.mark.slow
 def test_a_group_without_signal_still_feels_the_entropy_penalty(tmp_path):
     gtpo_training.ENT_THRESHOLD = 100.0
     trainer = gradients.make_trainer(CLASS, str(tmp_path), reward=nearly_equal)
@@ -196,6 +205,7 @@ def test_a_group_without_signal_still_feels_the_entropy_penalty(tmp_path):
     assert all((g == 0).all() for g in seen["gradients"][0].values())
 
 
+@pytest.mark.slow
 def test_trls_own_evaluation_shapes_its_groups_and_touches_no_training_state(tmp_path):
     trainer = gradients.make_trainer(
         CLASS, str(tmp_path), num_generations_eval=2, per_device_eval_batch_size=4
@@ -229,6 +239,7 @@ def test_tool_output_inside_a_completion_neither_votes_nor_ends_a_run():
     assert whole_groups(without, torch.tensor([1.0, -1.0]), 2, OneProcess())["prefix"].sum() == 2
 
 
+@pytest.mark.slow
 def test_every_checkpoint_keeps_the_initial_entropy_and_a_resumed_run_does_not_measure_again(
     tmp_path,
 ):
@@ -269,6 +280,7 @@ def test_the_callers_arguments_stay_as_they_were(tmp_path, monkeypatch):
     assert trainer.args.top_entropy_quantile < 1 and made[0].top_entropy_quantile == 1.0
 
 
+@pytest.mark.slow
 def test_a_parent_that_never_calls_the_hook_cannot_train_grpo_in_disguise(tmp_path):
     trainer = gradients.make_trainer(CLASS, str(tmp_path))
     trainer.top_entropy_quantile = 1.0  # what TRL's loss looks at
@@ -313,6 +325,7 @@ def test_a_constant_that_cannot_be_set_says_why(values, message):
         gtpo_training.override_constants(values)
 
 
+@pytest.mark.slow
 def test_a_constant_changed_between_steps_counts(tmp_path):
     trainer = gradients.make_trainer(CLASS, str(tmp_path))
     seen = gradients.watch(trainer)
@@ -321,6 +334,7 @@ def test_a_constant_changed_between_steps_counts(tmp_path):
     assert 5.0 in seen["rollouts"][0]["token_weights"].unique().tolist()
 
 
+@pytest.mark.slow
 def test_a_foreign_pad_id_is_said_once_and_changes_nothing(tmp_path, caplog):
     gtpo_training.PAD_ID = 128004
     with caplog.at_level(logging.WARNING):
@@ -341,6 +355,7 @@ def test_a_foreign_pad_id_is_said_once_and_changes_nothing(tmp_path, caplog):
     )
 
 
+@pytest.mark.slow
 def test_the_hooks_arithmetic_compiles_with_the_runtime_options():
     compiled = torch.compile(
         gtpo_training._loss_factor, dynamic=True, options=gtpo_training.torch_compile_options
@@ -363,6 +378,7 @@ def test_the_hooks_arithmetic_compiles_with_the_runtime_options():
         assert torch.allclose(found, expected)
 
 
+@pytest.mark.slow
 def test_three_steps_change_the_lora_weights_and_nothing_else(tmp_path):
     trainer = gradients.make_trainer(CLASS, str(tmp_path), max_steps=3, optim="adamw_torch")
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -383,6 +399,7 @@ def test_the_package_offers_the_trainer_and_a_config_with_the_papers_objective(t
         _ = gtpo.GTPOTrainr
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_nothing_heavy():
     heavy = "{'torch', 'transformers', 'trl', 'unsloth', 'peft', 'datasets'}"
     script = f"import sys, gtpo; sys.exit(repr({heavy} & set(sys.modules)) != 'set()')"

@@ -10,10 +10,13 @@ import sys
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("unsloth") is None,
-    reason="unsloth is not installed; make test installs it from requirements-unsloth-cpu.txt",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("unsloth") is None,
+        reason="unsloth is not installed; make test installs it from requirements-unsloth-cpu.txt",
+    ),
+]
 
 CASES = {
     "several groups, accumulation": {},

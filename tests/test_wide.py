@@ -135,6 +135,7 @@ def test_a_model_that_is_split_over_processes_is_not_evaluated_by_one_of_them():
         trainers.check_processes(whole, object())
 
 
+@pytest.mark.slow
 def test_processes_that_accelerate_does_not_connect_end_with_a_sentence(monkeypatch):
     from gtpo.runs import trainers
 
@@ -185,6 +186,7 @@ def second_of_two(monkeypatch):
     processes.agent_store.cache_clear()
 
 
+@pytest.mark.slow
 def test_the_other_processes_end_after_the_first(second_of_two, monkeypatch):
     waiting = threading.Thread(target=processes.wait_for_first, daemon=True)
     waiting.start()
@@ -196,6 +198,7 @@ def test_the_other_processes_end_after_the_first(second_of_two, monkeypatch):
     assert not waiting.is_alive()
 
 
+@pytest.mark.slow
 def test_each_sentence_is_printed_once_and_a_loss_only_if_nothing_was(second_of_two, monkeypatch):
     assert [processes.is_first_to_say(text) for text in ("bad", "bad", "worse")] == [
         True,
