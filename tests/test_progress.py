@@ -99,6 +99,7 @@ def test_a_completion_cannot_break_the_terminal_and_a_long_one_keeps_its_ends():
     assert len(long) < SHOWN_LENGTH + 80
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, steps, shown",
     [

@@ -224,6 +224,7 @@ def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):
 # ---- rewards that fail
 
 
+@pytest.mark.slow
 def test_a_reward_function_that_fails_on_everything_ends_the_run_at_the_first_step(here, capsys):
     (here / "failing_reward.py").write_text(
         "def pay(completions, **kwargs):\n    raise KeyError('judge is away')\n"
@@ -239,6 +240,7 @@ def test_a_reward_function_that_fails_on_everything_ends_the_run_at_the_first_st
     assert "judge is away" in last["traceback"] and last["answer"].startswith("<reasoning>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "class_path",
     ["gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"],
@@ -301,6 +303,7 @@ def test_held_out_problems_are_evaluated_before_and_after(here, capsys):
         assert evaluation.header["samples"] == 1 and evaluation.header["temperature"] == 0
 
 
+@pytest.mark.slow
 def test_evaluations_during_training_change_no_bit_of_it(here, capsys):
     weights, lines = {}, {}
     for name, every in (("without", "null"), ("with", "1")):
@@ -329,6 +332,7 @@ def test_evaluations_during_training_change_no_bit_of_it(here, capsys):
     assert "step    2  held-out accuracy " in (folder / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_an_evaluation_during_training_keeps_the_metrics_of_steps_not_logged_yet(here):
     flags = "--evaluation.limit 2 --evaluation.every 1 --training.logging_steps 2"
     assert train(*HELD_OUT, flags) == 0
@@ -386,6 +390,7 @@ def test_two_runs_of_one_process_have_a_wandb_run_each_and_leave_the_environment
     assert runs[0].run_id != runs[1].run_id
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_wandb_run(here, capsys, monkeypatch):
     import signal
 
@@ -496,6 +501,7 @@ def test_help_lists_every_key_and_imports_nothing_heavy(here):
         assert text in run.stdout, text
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_a_recipe_that_can_be_read_again_and_the_batch_plan(here):
     documented = str(ROOT / "tests/recipes/documented.yaml")
     run = in_a_fresh_process(
@@ -519,6 +525,7 @@ def test_a_dry_run_prints_a_recipe_that_can_be_read_again_and_the_batch_plan(her
     assert [p.name for p in here.iterdir()] == ["again.yaml"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_knows_the_steps_from_a_local_file_or_from_max_steps(here):
     run = in_a_fresh_process(here, *demo_flags("--training.max_steps -1", "--dry-run"))
     assert "steps: 2000 (estimated from 2000 problems, before the length filter)" in run.stderr
@@ -594,6 +601,7 @@ def test_what_cannot_work_is_refused_in_one_sentence(here, capsys, flags, senten
     assert sentence in refusal(here, capsys, *flags)
 
 
+@pytest.mark.slow
 def test_a_missing_network_is_noticed_at_once(here, capsys, monkeypatch):
     import httpx
     import huggingface_hub
@@ -635,6 +643,7 @@ def test_a_model_too_large_for_a_cpu_is_refused(here, capsys, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_refused_and_only_overwritten_on_request(here, capsys):
     assert train() == 0
     marker = run_dir(here) / "marker"
