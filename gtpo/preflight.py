@@ -186,7 +186,8 @@ def _check_dataset(facts: Facts) -> str:
     steps = optimizer_steps(recipe, kept, facts.processes)
     return (
         f"{length_filter_summary(kept, total, limit)}; the longest prompt that is left has"
-        f" {facts.longest_prompt}; {'about ' if steps.note else ''}{steps.count} optimizer steps"
+        f" {facts.longest_prompt} tokens; {'about ' if steps.note else ''}{steps.count} optimizer"
+        " steps"
     )
 
 
