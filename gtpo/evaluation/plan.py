@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gtpo.data import held_out_section
+from gtpo.data import SUFFIXES, held_out_section
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile, make_header
 from gtpo.evaluation.scores import samples_and_ks
@@ -20,7 +20,6 @@ from gtpo.recipe import Recipe
 from gtpo.recipe.dotted_paths import check_dotted_path
 from gtpo.recipe.sections import DATASET_ALIASES, DOTTED_PATH, SYSTEM_INSTRUCTION, DatasetSection
 
-FILE_SUFFIXES = (".jsonl", ".json", ".parquet")
 # For a model without a recipe:
 MAX_LENGTH = 1024  # tokens of a prompt, and tokens of a completion
 SEED = 3407
@@ -173,7 +172,7 @@ def _problems_of_the_flags(flags: Namespace, values: dict[str, Any]) -> DatasetS
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return Path(text).exists() or text.endswith(FILE_SUFFIXES) or os.sep in text
+    return Path(text).exists() or text.endswith(SUFFIXES) or os.sep in text
 
 
 def _with_split_of_a_file(section: DatasetSection) -> DatasetSection:

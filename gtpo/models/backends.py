@@ -177,7 +177,7 @@ def load_policy(
     `backend` is what `choose_backend` has returned. `precision` is bf16, fp16 or float32; on a CPU
     the weights are in float32 in any case. `lora=False` loads the base model without an adapter.
     Raises RecipeError for weights that cannot be loaded, for options that this machine cannot do,
-    and for an adapter on layers that the model does not have.
+    and for layers that the model does not have.
     """
     import torch
     from safetensors import SafetensorError

@@ -4,8 +4,8 @@ Logits are compared after the mean of each row has been subtracted, since softma
 Distances are shares of the spread of the adapted model's logits.
 
 Before the weights are rounded, only the order of float32's sums may make a difference. Afterwards,
-the rounding of the weights makes one too. How large that is, is measured on the model itself: the
-weights that get rounded are moved at random, by about as much as rounding moves them.
+the rounding of the weights makes one too, and its size is measured on the model itself. For that,
+the weights that get rounded are moved at random, by about as much as rounding moves them.
 
 How much of the adapter is left is the projection of the merged model's change on the adapter's
 change. Small updates are lost in 16 bits, where they round back to the base model's weights.
