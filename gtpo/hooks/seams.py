@@ -69,7 +69,7 @@ SEAMS: tuple[Seam, ...] = (
          "The parent multiplies the factor by A_i, so the trainer replaces A_i = 0 by -1 before."),
     Seam(TRL, "GRPOTrainer.compute_loss", "wraps",
          ("gtpo.hooks.nonfinite", "gtpo.hooks.recorder"),
-         "Both only look at the loss; the guard stands inside, because GTPO's trainer attaches it."),
+         "Both only look at the loss. The guard is inside, because GTPO's trainer attaches it."),
     Seam(TRL, "GRPOTrainer.get_high_entropy_mask", "overrides", ("gtpo.gtpo_training",),
          "TRL and Unsloth multiply the policy loss by its result: GTPO's factor enters here."),
     Seam(TRL, "GRPOTrainer.top_entropy_quantile", "sets", ("gtpo.gtpo_training",),

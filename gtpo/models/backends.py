@@ -10,6 +10,7 @@ from typing import Any
 
 from gtpo.errors import RecipeError
 from gtpo.hooks.merged_generation import merged
+from gtpo.hooks.seams import wrap
 from gtpo.models import adapters
 from gtpo.models.base_model import check_context, check_memory, loading_error
 from gtpo.models.generation import unsloth_uses_vllm
@@ -123,9 +124,7 @@ def compile_options(options: dict):
     """
     import unsloth.models.rl as rl
 
-    create = rl.create_new_function
-
-    def create_with_options(name, new_source, *args, **kwargs):
+    def create_with_options(create, name, new_source, *args, **kwargs):
         marker = "torch_compile_options = {"
         if name == "UnslothGRPOTrainer" and options:
             start = new_source.index(marker)
@@ -135,11 +134,11 @@ def compile_options(options: dict):
             )
         return create(name, new_source, *args, **kwargs)
 
-    rl.create_new_function = create_with_options
+    undo = wrap(rl, "create_new_function", create_with_options)
     try:
         yield
     finally:
-        rl.create_new_function = create
+        undo()
 
 
 def precision(training: DocumentedTraining) -> str:
