@@ -1,4 +1,4 @@
-"""Train a tiny policy with a recorder on, and read what it left."""
+"""Train a tiny policy with a recorder, and read what it wrote."""
 
 import copy
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 import gradients
 
 
-def some_unjudged(completions, **kwargs) -> list[float | None]:
-    """The tests' usual reward, with no verdict on what begins with an a."""
+def some_unscored(completions, **kwargs) -> list[float | None]:
+    """The usual reward of the tests, and None for a completion that begins with an a."""
     rewards = gradients.letters_reward(completions)
     return [
         None if text.startswith("a") else reward
@@ -20,8 +20,9 @@ def some_unjudged(completions, **kwargs) -> list[float | None]:
 def record(
     class_path: str, folder, *, record: bool = True, tokens_every: int = 1, **options
 ) -> dict:
-    """Lines, rollouts and adapter of a short run, and how far the first rollout's entropies are
-    from the policy's own.
+    """The lines, rollouts and adapter of a short run, and the error of its recorded entropies.
+
+    The error is the largest distance from the policy's own entropies in the first rollout.
     """
     file = Path(folder, "completions.jsonl")
     if record and int(os.environ.get("RANK", "0")) == 0:
@@ -48,8 +49,9 @@ def record(
 
 
 def entropy_error(model, trainer, line: dict) -> float:
-    """The largest distance of a line's entropies from those of `model`, run in float64 on this
-    completion alone.
+    """The largest distance of a line's entropies from those of `model`.
+
+    `model` runs in float64 on this completion alone.
     """
     import torch
 
@@ -57,9 +59,8 @@ def entropy_error(model, trainer, line: dict) -> float:
     prompt = trainer.processing_class(line["prompt"], add_special_tokens=False)["input_ids"]
     ids = torch.tensor([prompt + line["ids"]])
     with torch.no_grad():
-        log_probs = (
-            model(ids).logits[0, len(prompt) - 1 : -1] / trainer.args.temperature
-        ).log_softmax(-1)
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    log_probs = (logits / trainer.args.temperature).log_softmax(-1)
     expected = -(log_probs.exp() * log_probs).sum(-1)
     pairs = [
         (x, y)

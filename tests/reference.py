@@ -1,5 +1,6 @@
-"""GTPO's formulas as naive loops straight from the paper (arXiv 2508.03772), in Python floats or
-float64.
+"""GTPO's formulas (arXiv 2508.03772) as plain loops, in Python floats or float64.
+
+They are slow and literal, so that they can be read beside the paper.
 """
 
 import torch
@@ -8,7 +9,7 @@ import torch
 def conflicts(
     ids: list[list[int]], mask: list[list[int]], advantages: list[float]
 ) -> list[list[bool]]:
-    """Prefix run or suffix run, per token, for one group."""
+    """Whether each token of one group is in a prefix run or a suffix run."""
     real = [[t for t, m in enumerate(row) if m] for row in mask]  # columns of real tokens
 
     def in_conflict(i: int, place: int, from_right: bool) -> bool:
@@ -40,7 +41,7 @@ def token_weights(ids, mask, advantages, weight: float) -> list[list[float]]:
 
 
 def entropy(log_probs: torch.Tensor) -> torch.Tensor:
-    """H of each distribution in nats: (..., V) -> (...)."""
+    """The entropy of each distribution in nats, (..., V) -> (...)."""
     return -(log_probs.exp() * log_probs).sum(-1)
 
 
@@ -56,11 +57,10 @@ def loss(
     initial: float | None,
     counted=None,
 ) -> torch.Tensor:
-    """-J of one group from each completion's (length, V) log-probs; differentiable through the
-    ratio alone.
+    """-J of one group, from the (length, V) log-probs of each completion.
 
-    `counted`, by default the mask itself, says which tokens enter the sums: Unsloth leaves some out
-    that do vote.
+    Only the ratio carries a gradient. `counted` says which tokens enter the sums; by default it is
+    the mask. Unsloth leaves out some tokens that still vote.
     """
     counted = counted or mask
     weights = token_weights(ids, mask, advantages, weight)
@@ -70,15 +70,11 @@ def loss(
         if not real:
             continue
         mean_entropy = sum(entropy(row[t]).item() for t in real) / len(real)
-        kept = (
-            1.0
-            if (initial is not None and initial > threshold) or not mean_entropy > threshold
-            else 0.0
-        )
+        gate_is_off = initial is not None and initial > threshold
+        kept = 1.0 if gate_is_off or not mean_entropy > threshold else 0.0
+        coefficient = kept * (advantages[i] - scale * mean_entropy)
         for t in real:
             logp = row[t, ids[i][t]]
             ratio = (logp - logp.detach()).exp()
-            total = total + kept * (advantages[i] - scale * mean_entropy) * weights[i][
-                t
-            ] * ratio / len(real)
+            total = total + coefficient * weights[i][t] * ratio / len(real)
     return -total / len(ids)

@@ -1,4 +1,4 @@
-"""The collapse alarm, on drawn sequences of log lines, and at the end of real runs."""
+"""The collapse alarm on made-up log lines, on logs of real runs, and in whole runs."""
 
 import json
 import math
@@ -31,8 +31,9 @@ def alarm_of(**given) -> Alarm:
 
 
 def raised(alarm: Alarm, *stretches: tuple[int, dict]) -> list[tuple[int, str, str]]:
-    """Every event of a run of healthy log lines with some metrics replaced: (log line, condition,
-    evidence).
+    """The events of a run, each as (number of the log line, condition, evidence).
+
+    A stretch is a number of healthy log lines and the metrics that are replaced in them.
     """
     lines = [{**HEALTHY, **changed} for count, changed in stretches for _ in range(count)]
     return [
@@ -42,7 +43,7 @@ def raised(alarm: Alarm, *stretches: tuple[int, dict]) -> list[tuple[int, str, s
     ]
 
 
-# condition: a metric, its value at the healthy edge, one beyond it, and what the evidence says
+# condition: a metric, a healthy value near the limit, one beyond it, and what the evidence says
 CASES = {
     "entropy_above": (
         "gtpo/completion_entropy",
@@ -65,7 +66,7 @@ BAD = {condition: {metric: beyond} for condition, (metric, _, beyond, _) in CASE
 
 
 @pytest.mark.parametrize("condition", CASES)
-def test_a_condition_that_holds_for_a_window_is_told_once_with_its_evidence(condition):
+def test_a_condition_that_holds_for_a_window_is_reported_once_with_its_evidence(condition):
     metric, edge, beyond, evidence = CASES[condition]
     assert raised(alarm_of(), (10, {}), (30, {metric: edge})) == []
     ((line, name, said),) = raised(alarm_of(), (10, {}), (30, {metric: beyond}))
@@ -74,12 +75,12 @@ def test_a_condition_that_holds_for_a_window_is_told_once_with_its_evidence(cond
 
 
 @pytest.mark.parametrize("condition", CASES)
-def test_one_bad_line_is_noise(condition):
+def test_a_single_bad_line_raises_no_alarm(condition):
     assert raised(alarm_of(), *[(6, {}), (1, BAD[condition])] * 4) == []
 
 
 @pytest.mark.parametrize("condition", CASES)
-def test_a_condition_is_told_again_once_it_had_recovered(condition):
+def test_a_condition_is_reported_again_only_after_it_had_recovered(condition):
     bad = BAD[condition]
     events = raised(alarm_of(), (5, {}), (10, bad), (15, {}), (10, bad))
     assert [name for _, name, _ in events] == [condition, condition]
@@ -101,7 +102,7 @@ def test_null_switches_a_condition_off(condition):
     assert left == set(CONDITIONS) - {condition}
 
 
-def test_a_steep_rise_is_told_long_before_the_threshold():
+def test_a_steep_rise_is_reported_long_before_the_threshold():
     rising = [(1, {"gtpo/completion_entropy": 0.1 + 0.05 * i}) for i in range(10)]
     ((line, name, said),) = raised(alarm_of(entropy_rising=0.2), *rising)
     assert name == "entropy_rising" and "from 0.20 to 0.45 nats within 5 log lines" in said
@@ -110,18 +111,12 @@ def test_a_steep_rise_is_told_long_before_the_threshold():
 
 
 def test_a_policy_that_began_above_the_threshold_may_stay_there():
-    assert (
-        raised(alarm_of(), (30, {"gtpo/initial_entropy": 1.1, "gtpo/completion_entropy": 1.0}))
-        == []
-    )
-    # nor measured it
-    assert (
-        raised(alarm_of(), (30, {"gtpo/initial_entropy": None, "gtpo/completion_entropy": 1.0}))
-        == []
-    )
+    for initial in (1.1, None):  # None: the trainer does not measure it
+        line = {"gtpo/initial_entropy": initial, "gtpo/completion_entropy": 1.0}
+        assert raised(alarm_of(), (30, line)) == []
 
 
-def test_without_gtpos_metrics_entropy_is_held_against_the_first_window():
+def test_without_gtpos_metrics_entropy_is_compared_with_the_first_window():
     grpo = {name: value for name, value in HEALTHY.items() if not name.startswith("gtpo/")}
     lines = [{**grpo, "entropy": entropy} for entropy in [0.4] * 5 + [0.03] * 9]
     alarm = alarm_of()
@@ -129,13 +124,13 @@ def test_without_gtpos_metrics_entropy_is_held_against_the_first_window():
     assert [name for name, _ in events] == ["entropy_low"] and "of the initial 0.40" in events[0][1]
 
 
-def test_metrics_that_are_not_logged_raise_nothing():
+def test_metrics_that_are_not_logged_raise_no_alarm():
     alarm = alarm_of()
     assert all(alarm.observe({"reward": 0.0}) == {} for _ in range(30))
 
 
-def test_non_finite_steps_are_counted_where_they_are_skipped_and_where_they_are_not():
-    # two, skipped
+def test_non_finite_steps_are_counted_with_and_without_a_trainer_that_skips_them():
+    # Two skipped steps are below the limit of three.
     assert raised(alarm_of(), (5, {}), (9, {"gtpo/skipped_steps": 2.0, "grad_norm": NAN})) == []
     skipping = [(1, {"gtpo/skipped_steps": float(count)}) for count in (0, 1, 2, 3, 3, 3, 3, 3, 3)]
     ((line, name, said),) = raised(alarm_of(), (5, {}), *skipping)
@@ -150,15 +145,14 @@ def test_non_finite_steps_are_counted_where_they_are_skipped_and_where_they_are_
         (2, {**plain, "loss": NAN}),
     )
     assert (line, name) == (13, "non_finite")
-    # a run that begins so
+    # The count works before the window is full.
     ((line, name, _),) = raised(alarm_of(window=50), (3, {**plain, "grad_norm": NAN}))
     assert (line, name) == (3, "non_finite")
 
 
 def test_a_metric_that_is_not_finite_counts_as_unknown():
-    assert (
-        raised(alarm_of(), (30, {"gtpo/completion_entropy": NAN, "reward/format_rate": None})) == []
-    )
+    line = {"gtpo/completion_entropy": NAN, "reward/format_rate": None}
+    assert raised(alarm_of(), (30, line)) == []
 
 
 def test_the_state_survives_a_checkpoint():
@@ -166,14 +160,14 @@ def test_the_state_survives_a_checkpoint():
     raised(alarm, (10, {}), (4, BAD["no_signal"]))
     again = Alarm.from_state(json.loads(json.dumps(alarm.state())))
     assert [name for _, name, _ in raised(again, (9, BAD["no_signal"]))] == ["no_signal"]
-    told = Alarm.from_state(json.loads(json.dumps(again.state())))
-    assert raised(told, (9, BAD["no_signal"])) == []
+    later = Alarm.from_state(json.loads(json.dumps(again.state())))
+    assert raised(later, (9, BAD["no_signal"])) == []
 
 
 @pytest.mark.parametrize(
     "action, saves, stops", [("warn", False, False), ("save", True, False), ("stop", True, True)]
 )
-def test_an_event_is_logged_as_a_metric_and_acts_as_the_recipe_says(caplog, action, saves, stops):
+def test_an_event_is_logged_as_a_metric_and_does_what_the_action_says(caplog, action, saves, stops):
     alarm = alarm_of(action=action)
     control = SimpleNamespace(should_save=False, should_training_stop=False)
     for step in range(1, 12):
@@ -182,7 +176,7 @@ def test_an_event_is_logged_as_a_metric_and_acts_as_the_recipe_says(caplog, acti
         alarm.on_log(None, state, control, logs=logs)
         for record in (logs, state.log_history[-1]):
             assert record.get("alarm/truncated") == (1.0 if step == 5 else None)
-    alarm.on_log(None, state, control, logs={"eval_reward": 1.0})  # no line of training
+    alarm.on_log(None, state, control, logs={"eval_reward": 1.0})  # not a line of training
     assert (control.should_save, control.should_training_stop) == (saves, stops)
     (message,) = caplog.messages
     assert message.startswith(
@@ -191,19 +185,16 @@ def test_an_event_is_logged_as_a_metric_and_acts_as_the_recipe_says(caplog, acti
     assert alarm.stopped_by == (message.removeprefix("[GTPO] ") if stops else None)
 
 
-def test_every_condition_has_a_threshold_in_the_recipe_and_reads_metrics_that_somebody_logs():
+def test_every_condition_has_a_threshold_in_the_recipe_and_reads_metrics_that_are_logged():
     assert AlarmSection().limits(0.7).keys() == CONDITIONS.keys()
     assert set(METRICS) <= HEALTHY.keys()
 
 
-# ---- the logs of real runs: 100 steps of both demo recipes, and 120 steps with
-# --training.learning_rate 2e-2
+# ---- logs of real runs: both demo recipes for 100 steps, and with a learning rate of 2e-2 for 120
 
 
-def told(run: str) -> dict[str, int]:
-    """Each condition that the default alarm tells in a run of tests/alarm_logs.json, and at which
-    step.
-    """
+def reported(run: str) -> dict[str, int]:
+    """What the default alarm reports in a run of tests/alarm_logs.json: conditions and steps."""
     columns = json.loads((ROOT / "tests/alarm_logs.json").read_text())[run]
     section = AlarmSection()
     alarm = Alarm(action="warn", window=section.window, limits=section.limits(0.7))
@@ -217,11 +208,11 @@ def told(run: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("recipe", ["demo", "demo_grpo"])
 def test_the_demo_recipes_raise_no_alarm(recipe):
-    assert told(recipe) == {}
+    assert reported(recipe) == {}
 
 
-def test_a_learning_rate_at_which_both_trainers_collapse_is_told_within_40_steps():
-    gtpo, grpo = told("demo 2e-2"), told("demo_grpo 2e-2")
+def test_the_collapse_of_both_trainers_at_a_high_learning_rate_is_reported_within_40_steps():
+    gtpo, grpo = reported("demo 2e-2"), reported("demo_grpo 2e-2")
     assert gtpo == {"format_falling": 28, "truncated": 33, "entropy_rising": 40, "no_signal": 48}
     assert grpo == {
         "entropy_above": 27,
@@ -232,7 +223,7 @@ def test_a_learning_rate_at_which_both_trainers_collapse_is_told_within_40_steps
     }
 
 
-# ---- runs from end to end
+# ---- whole runs
 
 
 @pytest.fixture
@@ -250,29 +241,22 @@ def run(here, *flags: str) -> tuple[int, list[dict]]:
     return code, test_train_model.history(test_train_model.run_dir(here))
 
 
-# GTPO's gate is off where the policy began above the threshold; the released trainer's never is.
-GATE_SHUT = [
-    "--trainer.class_path",
-    "custom_trainer.released.ReleasedGTPOTrainer",
-    "--gtpo_runtime.ent_threshold",
-    "0.0",
-    "--training.max_steps",
-    "6",
-    "--alarm.window",
-    "3",
+# The released trainer's gate is always on, so a threshold of 0 switches off every completion.
+ALL_FILTERED = [
+    *("--trainer.class_path", "custom_trainer.released.ReleasedGTPOTrainer"),
+    *("--gtpo_runtime.ent_threshold", "0.0"),
+    *("--training.max_steps", "6"),
+    *("--alarm.window", "3"),
 ]
 
 
 @pytest.mark.slow
-def test_a_run_whose_gate_shuts_everything_is_told_so_and_stopped_with_all_saved(here, capsys):
-    code, history = run(here, *GATE_SHUT, "--alarm.action", "stop")
+def test_a_run_whose_completions_are_all_filtered_is_stopped_with_everything_saved(here, capsys):
+    code, history = run(here, *ALL_FILTERED, "--alarm.action", "stop")
     assert code == 3
     steps = [line for line in history if "reward" in line]
-    assert (
-        len(steps) == 3
-        and steps[-1]["alarm/all_filtered"] == 1.0
-        and "alarm/all_filtered" not in steps[1]
-    )
+    assert len(steps) == 3
+    assert steps[-1]["alarm/all_filtered"] == 1.0 and "alarm/all_filtered" not in steps[1]
     (folder,) = (here / "runs").iterdir()
     for name in (
         "adapter_model.safetensors",
@@ -280,27 +264,24 @@ def test_a_run_whose_gate_shuts_everything_is_told_so_and_stopped_with_all_saved
         "checkpoint-3/adapter_model.safetensors",
     ):
         assert (folder / name).is_file(), name
-    stateful = json.loads((folder / "checkpoint-3/trainer_state.json").read_text())[
-        "stateful_callbacks"
-    ]
-    assert stateful["Alarm"]["attributes"]["told"] == {"all_filtered": 0}
-    said = (
+    state = json.loads((folder / "checkpoint-3/trainer_state.json").read_text())
+    alarm = state["stateful_callbacks"]["Alarm"]
+    assert alarm["attributes"]["told"] == {"all_filtered": 0}  # the key that checkpoints have
+    sentence = (
         "Alarm at step 3: the entropy filter switches off 100% of the completions: no gradient is"
         " left"
     )
-    assert said in (folder / "train.log").read_text()
+    assert sentence in (folder / "train.log").read_text()
     captured = capsys.readouterr()
-    assert (
-        f"stopped: {said}" in captured.err
-        and f"Run directory: {folder.relative_to(here)}" in captured.out
-    )
+    assert f"stopped: {sentence}" in captured.err
+    assert f"Run directory: {folder.relative_to(here)}" in captured.out
     assert "Traceback" not in captured.err
 
 
 @pytest.mark.slow
-def test_a_warning_lets_the_run_go_on_and_none_says_nothing(here):
-    code, history = run(here, *GATE_SHUT)
+def test_warn_lets_the_run_go_on_and_none_reports_nothing(here):
+    code, history = run(here, *ALL_FILTERED)
     assert code == 0 and [line["step"] for line in history if "alarm/all_filtered" in line] == [3]
     assert len([line for line in history if "reward" in line]) == 6
-    code, history = run(here, *GATE_SHUT, "--alarm.action", "none", "--overwrite")
+    code, history = run(here, *ALL_FILTERED, "--alarm.action", "none", "--overwrite")
     assert code == 0 and not [line for line in history if "alarm/all_filtered" in line]

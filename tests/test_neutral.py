@@ -1,4 +1,4 @@
-"""Our own variant: conflict tokens are skipped on both sides, everything else is GTPO."""
+"""The neutral variant: conflict tokens weigh nothing on both sides, everything else is GTPO."""
 
 import pytest
 import recordings
@@ -7,9 +7,8 @@ import torch
 
 @pytest.mark.slow
 def test_conflict_tokens_of_both_signs_weigh_nothing_and_all_others_one(tmp_path):
-    lines = recordings.record("custom_trainer.neutral.NeutralGTPOTrainer", tmp_path, peaked=4.0)[
-        "lines"
-    ]
+    trainer = "custom_trainer.neutral.NeutralGTPOTrainer"
+    lines = recordings.record(trainer, tmp_path, peaked=4.0)["lines"]
     marked = 0
     for line in lines:
         length = len(line["ids"])
@@ -18,10 +17,10 @@ def test_conflict_tokens_of_both_signs_weigh_nothing_and_all_others_one(tmp_path
         ]
         assert line["weights"] == [0.0 if conflict else 1.0 for conflict in conflicts]
         marked += sum(conflicts) * (line["advantage"] > 0)
-    assert marked, "no conflict token of a positive completion: nothing was tested"
+    assert marked, "no positive completion has a conflict token, so nothing was tested"
 
 
-def test_the_weight_of_the_recipe_does_not_matter(monkeypatch):
+def test_w_raw_has_no_effect(monkeypatch):
     from custom_trainer.neutral import NeutralGTPOTrainer
     from gtpo import gtpo_training
 

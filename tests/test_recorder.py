@@ -1,4 +1,4 @@
-"""completions.jsonl: what every trainer leaves of what it trained on."""
+"""The recorder: completions.jsonl holds what any trainer trained on."""
 
 import json
 
@@ -25,7 +25,7 @@ GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.U
 )
 def recorded(request, tmp_path_factory):
     return request.param, recordings.record(
-        request.param, tmp_path_factory.mktemp("recorded"), reward=recordings.some_unjudged
+        request.param, tmp_path_factory.mktemp("recorded"), reward=recordings.some_unscored
     )
 
 
@@ -39,55 +39,39 @@ def test_each_completion_has_one_line_in_the_order_of_its_group(recorded):
 def test_rewards_advantages_and_weights_are_those_of_the_rollout(recorded):
     class_path, run = recorded
     for start, rollout in zip((0, 16), run["rollouts"], strict=True):
-        for line, advantage, mask, ids in zip(
-            run["lines"][start:],
-            rollout["advantages"],
-            rollout["completion_mask"],
-            rollout["completion_ids"],
-            strict=False,
-        ):
-            assert line["advantage"] == pytest.approx(advantage.item(), rel=1e-6)
-            assert line["ids"] == ids[mask.bool()].tolist()
         for i, line in enumerate(run["lines"][start : start + 16]):
+            ids, mask = rollout["completion_ids"][i], rollout["completion_mask"][i]
+            assert line["ids"] == ids[mask.bool()].tolist()
+            assert line["advantage"] == pytest.approx(rollout["advantages"][i].item(), rel=1e-6)
             if class_path == GRPO:
                 assert line["weights"] is None and line["kept"] is None
             else:
-                assert line["weights"] == pytest.approx(
-                    rollout["token_weights"][i, : len(line["ids"])].tolist(), abs=1e-6
-                )
-                # it starts above the threshold
+                weights = rollout["token_weights"][i, : len(line["ids"])]
+                assert line["weights"] == pytest.approx(weights.tolist(), abs=1e-6)
+                # The initial entropy is above the threshold, so the paper's gate is off.
                 assert line["kept"] is ("released" not in class_path or line["entropy"] <= 0.7)
 
 
-def test_what_cannot_be_judged_is_null(recorded):
+def test_what_cannot_be_scored_is_null(recorded):
     lines = recorded[1]["lines"]
-    unjudged = [line for line in lines if line["reward"] is None]
-    assert 0 < len(unjudged) < len(lines)
+    unscored = [line for line in lines if line["reward"] is None]
+    assert 0 < len(unscored) < len(lines)
     for line in lines:
-        assert (
-            (line["reward"] is None)
-            == line["completion"].startswith("a")
-            == (line["rewards"]["some_unjudged"] is None)
-        )
-    assert all(line["advantage"] == 0 for line in unjudged)
+        is_unscored = line["completion"].startswith("a")
+        assert (line["reward"] is None) == is_unscored
+        assert (line["rewards"]["some_unscored"] is None) == is_unscored
+    assert all(line["advantage"] == 0 for line in unscored)
 
 
 def test_runs_are_the_conflict_runs_of_the_group_for_every_trainer(recorded):
+    names = ("completion_ids", "completion_mask", "advantages")
     found = 0
     for rollout in recorded[1]["rollouts"]:
+        in_rollout = [line for line in recorded[1]["lines"] if line["rollout"] == rollout["number"]]
         for group in range(4):
             rows = slice(4 * group, 4 * group + 4)
-            runs = shaping.conflict_runs(
-                *(
-                    rollout[name][rows]
-                    for name in ("completion_ids", "completion_mask", "advantages")
-                )
-            )
-            lines = [
-                line
-                for line in recorded[1]["lines"]
-                if line["rollout"] == rollout["number"] and line["group"] == group
-            ]
+            runs = shaping.conflict_runs(*(rollout[name][rows] for name in names))
+            lines = [line for line in in_rollout if line["group"] == group]
             for side, run in zip(("prefix", "suffix"), runs, strict=True):
                 assert [line[side] for line in lines] == run.sum(1).tolist()
             found += sum(line["prefix"] + line["suffix"] for line in lines)
@@ -95,7 +79,7 @@ def test_runs_are_the_conflict_runs_of_the_group_for_every_trainer(recorded):
 
 
 def test_entropies_are_those_of_the_policy_that_sampled(recorded):
-    assert recorded[1]["entropy_error"] < 6e-4  # three decimals are kept
+    assert recorded[1]["entropy_error"] < 6e-4  # entropies have three decimals
     for line in recorded[1]["lines"]:
         assert line["entropy"] == pytest.approx(
             sum(line["entropies"]) / len(line["entropies"]), abs=1e-3
@@ -106,7 +90,7 @@ def test_texts_and_truncation_agree_with_the_ids(recorded):
     lines = recorded[1]["lines"]
     for line in lines:
         assert len(line["tokens"]) == len(line["ids"]) == len(line["entropies"])
-        # special tokens
+        # `completion` has no special tokens.
         assert "".join(line["tokens"]).translate({ord("^"): "", ord("?"): ""}) == line["completion"]
         assert line["truncated"] == (line["tokens"][-1] != "^")
         assert isinstance(line["prompt"], str) and line["answer"] is None
@@ -137,29 +121,27 @@ def test_a_rollout_over_several_steps_and_iterations_is_recorded_once(tmp_path, 
     assert [(line["rollout"], line["group"], line["row"]) for line in lines] == [
         (rollout, group, row) for rollout in (1, 2) for group in range(4) for row in range(4)
     ]
-    # steps 3 and 4 go over the first rollout again
+    # Steps 3 and 4 train on the first rollout again.
     for rollout, steps in ((1, {1, 2}), (2, {5, 6})):
         assert {line["step"] for line in lines if line["rollout"] == rollout} == steps
 
 
-def test_a_rollout_that_the_run_does_not_finish_is_recorded_as_far_as_it_was_trained_on(tmp_path):
+def test_the_rows_of_an_unfinished_rollout_that_were_trained_on_are_recorded(tmp_path):
     lines = recordings.record(
         GTPO, tmp_path, steps_per_generation=4, per_device_train_batch_size=4, max_steps=1
     )["lines"]
     assert len(lines) == 8 and {line["step"] for line in lines} == {1}
 
 
-def test_per_token_lists_can_be_thinned_out(tmp_path):
+def test_per_token_lists_can_be_left_out_of_some_steps(tmp_path):
     lines = recordings.record(GTPO, tmp_path, max_steps=3, tokens_every=2)["lines"]
     assert {line["step"] for line in lines if "ids" in line} == {1, 3}
     assert {line["step"] for line in lines if "entropy" in line and "prefix" in line} == {1, 2, 3}
-    assert all(
-        ({"ids", "tokens", "weights", "entropies"} <= line.keys()) == (line["step"] != 2)
-        for line in lines
-    )
+    per_token = {"ids", "tokens", "weights", "entropies"}
+    assert all((per_token <= line.keys()) == (line["step"] != 2) for line in lines)
 
 
-def test_equal_rewards_make_no_conflicts_when_rounding_is_divided_by_their_spread(tmp_path):
+def test_rounding_between_equal_rewards_makes_no_conflicts_when_it_is_divided(tmp_path):
     def third(completions, **kwargs):
         return [1 / 3 if "a" in text else 1 / 3 + 1e-8 for text in completions]
 
@@ -215,17 +197,17 @@ def test_token_texts_add_up_where_one_character_is_several_tokens():
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     texts = TokenTexts(tokenizer)(ids)
     assert len(texts) == len(ids) and "".join(texts) == text + tokenizer.eos_token
-    assert "" in texts and "\U0001f600" in texts  # with the last of its tokens
-    # cut inside a character
+    assert "" in texts and "\U0001f600" in texts  # a character stands with its last token
+    # These ids end inside a character.
     assert "".join(TokenTexts(tokenizer)(ids[:-6])) == tokenizer.decode(ids[:-6])
 
 
-def test_token_texts_keep_the_spaces_that_sentencepiece_drops_at_a_start():
+def test_token_texts_keep_the_space_that_sentencepiece_drops_at_the_start_of_a_text():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({"\u2581one": 0, "\u2581two": 1, "?": 2}, unk_token="?"))
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
-    assert tokenizer.decode([1]) == "two"  # alone, it has lost its space
+    assert tokenizer.decode([1]) == "two"  # without its space
     assert TokenTexts(tokenizer)([0, 1, 1]) == ["one", " two", " two"]

@@ -1,6 +1,4 @@
-"""The released behaviour: the golden `reference` columns, and the trainer that reproduces the
-authors' logs.
-"""
+"""The released code: its golden `reference` columns, and the trainer that reproduces its logs."""
 
 import gradients
 import pytest
@@ -33,9 +31,8 @@ def test_golden_objective_follows_the_released_code(case):
     hidden = torch.tensor(case["hidden"], dtype=torch.float64, requires_grad=True)
     ids, mask = torch.tensor(case["ids"]), torch.tensor(case["mask"])
     advantages = torch.tensor(case["advantages"], dtype=torch.float64)
-    log_probs = (hidden[:, :-1] @ torch.tensor(case["lm_head"], dtype=torch.float64).T).log_softmax(
-        -1
-    )
+    head = torch.tensor(case["lm_head"], dtype=torch.float64)
+    log_probs = (hidden[:, :-1] @ head.T).log_softmax(-1)
     weights, _, n_conflict = released.released_conflicts(
         ids, mask, advantages, pad_id=knobs["pad_id"], vocab_size=case["V"], weight=knobs["w_raw"]
     )
@@ -59,21 +56,21 @@ def test_golden_objective_follows_the_released_code(case):
         (losses.sum(), "loss"),
         (hidden.grad, "grad_hidden"),
     ):
-        assert torch.allclose(
-            found.detach(), torch.tensor(expected[name], dtype=torch.float64), rtol=0, atol=1e-9
-        ), name
+        value = torch.tensor(expected[name], dtype=torch.float64)
+        assert torch.allclose(found.detach(), value, rtol=0, atol=1e-9), name
     assert kept.int().tolist() == expected["gate"] and n_conflict.tolist() == expected["n_conflict"]
 
 
 def odd_ones_win(completions, **kwargs):
-    """Equal completions of a peaked policy get unequal rewards, so that their runs overlap."""
+    """Pays every second completion, so that equal completions conflict over their whole length."""
     return [float(i % 2) for i in range(len(completions))]
 
 
 @pytest.mark.slow
 def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
-    """sum_i -(A_i - 0.1 H_i) (sum_t lambda_{i,t} / |o_i|) / max(n_i, 1), the gate on whatever the
-    initial entropy.
+    """The loss is sum_i -(A_i - 0.1 H_i) (sum_t lambda_{i,t} / |o_i|) / max(n_i, 1).
+
+    The gate is on, although the initial entropy is above the threshold.
     """
     trainer = gradients.make_trainer(
         "custom_trainer.released.ReleasedGTPOTrainer",
@@ -97,11 +94,9 @@ def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
         trainer.train()
     finally:
         gtpo_training.ENT_THRESHOLD = 0.7
-    rollout = seen["rollouts"][0]  # one group, as TRL shuffled it afterwards: sums do not mind
+    rollout = seen["rollouts"][0]  # one group; TRL shuffles it later, which changes no sum
     ids, mask, advantages = (
-        rollout["completion_ids"],
-        rollout["completion_mask"],
-        rollout["advantages"],
+        rollout[name] for name in ("completion_ids", "completion_mask", "advantages")
     )
     prefix, suffix = shaping.conflict_runs(ids, mask, advantages)
     weights = shaping.token_weights(prefix, advantages, 2.0) * shaping.token_weights(
@@ -116,9 +111,7 @@ def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
 
 
 def entropy_by_row(trainer, rollout, shuffled):
-    """The entropies of the shuffled micro-batch in the rollout's own order, matched by
-    completion.
-    """
+    """The entropies of the shuffled micro-batch in the order of the rollout."""
     batch = trainer._micro_batch
     rows = [
         next(

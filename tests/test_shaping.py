@@ -1,6 +1,4 @@
-"""lambda, delta and gamma: against drawn examples, the golden cases, and the paper's formulas as
-naive loops.
-"""
+"""lambda, delta and gamma against drawn examples, golden cases, and the formulas as plain loops."""
 
 import json
 import random
@@ -16,8 +14,9 @@ NO_TOKEN = "."  # drawn padding; `_` draws a masked-out token inside a completio
 
 
 def group(*rows: str):
-    """ids, mask and advantages of drawn completions: "+ abcX" is positive, "- abcY" negative, "0
-    abc" neither.
+    """The ids, mask and advantages of drawn completions, one letter per token.
+
+    "+ abcX" has a positive advantage, "- abcY" a negative one, "0 abc" none.
     """
     width = max(len(row) - 2 for row in rows)
     texts = [row[2:].ljust(width, NO_TOKEN) for row in rows]
@@ -27,6 +26,7 @@ def group(*rows: str):
 
 
 def drawn_weights(*rows: str) -> list[str]:
+    """lambda of drawn completions, one digit per token; W_RAW is 2."""
     ids, mask, advantages = group(*rows)
     weights = shaping.token_weights(shaping.conflict_tokens(ids, mask, advantages), advantages, 2.0)
     return [
@@ -110,9 +110,8 @@ def test_golden_objective_follows_the_paper(case):
     hidden = torch.tensor(case["hidden"], dtype=torch.float64, requires_grad=True)
     ids, mask = torch.tensor(case["ids"]), torch.tensor(case["mask"])
     advantages = torch.tensor(case["advantages"], dtype=torch.float64)
-    log_probs = (hidden[:, :-1] @ torch.tensor(case["lm_head"], dtype=torch.float64).T).log_softmax(
-        -1
-    )
+    head = torch.tensor(case["lm_head"], dtype=torch.float64)
+    log_probs = (hidden[:, :-1] @ head.T).log_softmax(-1)
     logps = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
     entropy = shaping.mean_entropy(reference.entropy(log_probs).detach(), mask)
@@ -138,8 +137,9 @@ def test_golden_objective_follows_the_paper(case):
 
 
 def random_group(rng: random.Random):
-    """Ids, mask (with holes now and then) and advantages of 2 to 8 completions from a small
-    vocabulary.
+    """The ids, mask and advantages of 2 to 8 completions from a small vocabulary.
+
+    Some masks have holes inside a completion, as tool output leaves them.
     """
     size, width, vocabulary = rng.randint(2, 8), rng.randint(1, 9), rng.randint(1, 4)
     stem = [rng.randrange(vocabulary) for _ in range(width)]
@@ -156,7 +156,7 @@ def random_group(rng: random.Random):
     return ids, mask, advantages
 
 
-def test_four_thousand_random_groups_agree_with_the_naive_loops():
+def test_four_thousand_random_groups_agree_with_the_plain_loops():
     rng = random.Random(0)
     marked = 0
     for _ in range(4000):
@@ -168,16 +168,15 @@ def test_four_thousand_random_groups_agree_with_the_naive_loops():
         weights = shaping.token_weights(found, torch.tensor(advantages, dtype=torch.float64), 3.0)
         assert weights.tolist() == reference.token_weights(ids, mask, advantages, 3.0)
         marked += bool(found.any())
-    assert marked > 1000  # the draw does exercise conflicts
+    assert marked > 1000  # many of the groups have conflicts
 
 
-def test_random_objectives_agree_with_the_naive_loops():
+def test_random_objectives_agree_with_the_plain_loops():
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     for _ in range(300):
         ids, mask, advantages = random_group(rng)
-        logits = torch.randn(
-            len(ids), len(ids[0]), 5, generator=generator, dtype=torch.float64
-        ) * rng.choice([1, 4])
+        shape = (len(ids), len(ids[0]), 5)
+        logits = torch.randn(shape, generator=generator, dtype=torch.float64) * rng.choice([1, 4])
         initial, threshold = rng.choice([None, 0.4, 1.3]), rng.choice([0.7, 1.2])
         log_probs = logits.log_softmax(-1).requires_grad_()
         expected = reference.loss(
@@ -190,17 +189,12 @@ def test_random_objectives_agree_with_the_naive_loops():
             threshold=threshold,
             initial=initial,
         )
-        expected_grad = (
-            torch.autograd.grad(expected, log_probs, allow_unused=True)[0]
-            if expected.requires_grad
-            else None
-        )
+        expected_grad = None
+        if expected.requires_grad:
+            (expected_grad,) = torch.autograd.grad(expected, log_probs, allow_unused=True)
 
-        ids, mask, advantages = (
-            torch.tensor(ids),
-            torch.tensor(mask),
-            torch.tensor(advantages, dtype=torch.float64),
-        )
+        ids, mask = torch.tensor(ids), torch.tensor(mask)
+        advantages = torch.tensor(advantages, dtype=torch.float64)
         entropy = shaping.mean_entropy(reference.entropy(log_probs).detach(), mask)
         kept = shaping.entropy_filter(entropy, initial, threshold)
         coefficient = shaping.shaped_advantages(advantages, entropy, kept, 0.1)
@@ -212,9 +206,8 @@ def test_random_objectives_agree_with_the_naive_loops():
         found = -(coefficient * (ratio * weights * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
         assert found.item() == pytest.approx(expected.item(), abs=1e-12)
         if expected_grad is not None:
-            assert torch.allclose(
-                torch.autograd.grad(found, log_probs)[0], expected_grad, rtol=0, atol=1e-12
-            )
+            (found_grad,) = torch.autograd.grad(found, log_probs)
+            assert torch.allclose(found_grad, expected_grad, rtol=0, atol=1e-12)
 
 
 def test_permuting_a_group_permutes_its_weights():
@@ -224,7 +217,7 @@ def test_permuting_a_group_permutes_its_weights():
     assert torch.equal(found, shaping.conflict_tokens(ids, mask, advantages)[order])
 
 
-def test_exactly_the_threshold_keeps_a_completion_and_exactly_the_threshold_at_the_start_keeps_the_gate_on():
+def test_an_entropy_of_exactly_the_threshold_is_kept_and_such_a_start_leaves_the_gate_on():
     entropy = torch.tensor([0.7, 0.70001], dtype=torch.float64)
     assert shaping.entropy_filter(entropy, 0.2, 0.7).tolist() == [True, False]
     assert shaping.entropy_filter(entropy, 0.7, 0.7).tolist() == [True, False]
@@ -232,7 +225,7 @@ def test_exactly_the_threshold_keeps_a_completion_and_exactly_the_threshold_at_t
     assert shaping.entropy_filter(entropy, None, 0.7).tolist() == [True, False]
 
 
-def test_mean_entropy_ignores_what_is_masked_even_nan_and_is_zero_for_an_empty_completion():
+def test_mean_entropy_ignores_masked_tokens_even_nan_and_is_zero_for_an_empty_completion():
     entropies = torch.tensor([[1.0, 3.0, float("nan")], [float("inf"), float("nan"), 5.0]])
     mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
     assert shaping.mean_entropy(entropies, mask).tolist() == [2.0, 0.0]
@@ -243,14 +236,9 @@ def test_narrow_input_is_computed_in_float32_and_wide_input_stays_wide():
     assert shaping.mean_entropy(entropies, mask).dtype == torch.float32
     assert shaping.mean_entropy(entropies.double(), mask).dtype == torch.float64
     conflicts = torch.tensor([[True, False]])
-    assert (
-        shaping.token_weights(conflicts, torch.ones(1, dtype=torch.bfloat16), 2.0).dtype
-        == torch.float32
-    )
-    assert (
-        shaping.token_weights(conflicts, torch.ones(1, dtype=torch.float64), 2.0).dtype
-        == torch.float64
-    )
+    for given, computed in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+        weights = shaping.token_weights(conflicts, torch.ones(1, dtype=given), 2.0)
+        assert weights.dtype == computed
 
 
 def test_weights_move_to_each_rows_first_unmasked_loss_column():
@@ -270,7 +258,7 @@ def test_weights_stay_where_they_are_when_the_loss_has_the_completions_own_colum
     assert torch.equal(shaping.to_loss_columns(weights, mask), weights)
 
 
-def test_what_the_loss_holds_comes_back_to_the_completions_columns():
+def test_values_of_the_loss_move_back_to_the_completions_columns():
     values = torch.tensor(
         [[9.0, 9, 1, 2, 3], [1, 2, 3, 9, 9], [9, 1, 2, 9, 9], [9, 9, 9, 9, 9], [9, 9, 9, 1, 2]]
     )

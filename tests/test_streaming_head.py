@@ -1,6 +1,6 @@
-"""The head that never holds all logits: the same log-probs, entropies and gradients, and TRL's own
-path where it cannot.
-"""
+"""The streaming head: the same numbers as with whole logits, or TRL's own path."""
+
+import json
 
 import gradients
 import pytest
@@ -9,13 +9,14 @@ import trl
 
 from custom_trainer.original import UnslothGRPOTrainer
 from gtpo.hooks import streaming_head
+from gtpo.hooks.recorder import Recorder
 from gtpo.hooks.streaming_head import StreamingHead, log_probs_and_entropies, stream_log_probs
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-# one at a time, and a number that does not divide all
+# One token at a time, a number that does not divide all, all at once, and the default.
 @pytest.mark.parametrize("rows", [1, 7, 10**6, None])
-# nearly uniform, ordinary, one token certain
+# Nearly uniform, ordinary, ordinary at a lower temperature, and one certain token.
 @pytest.mark.parametrize("scale, temperature", [(0.1, 1.0), (3.0, 1.0), (3.0, 0.6), (300.0, 1.0)])
 def test_values_and_gradients_are_those_of_whole_logits(dtype, bound, rows, scale, temperature):
     torch.manual_seed(0)
@@ -37,7 +38,7 @@ def test_values_and_gradients_are_those_of_whole_logits(dtype, bound, rows, scal
 
 
 @pytest.mark.slow
-def test_a_step_of_grpo_has_the_gradients_it_has_with_whole_logits_and_no_more_than_a_chunk_of_them(
+def test_a_step_of_grpo_has_the_same_gradients_and_never_more_than_a_chunk_of_logits(
     tmp_path, monkeypatch
 ):
     rows = []
@@ -67,16 +68,14 @@ def test_a_step_of_grpo_has_the_gradients_it_has_with_whole_logits_and_no_more_t
     )
 
 
-def test_gtpo_streams_by_itself_and_once(tmp_path):
+def test_gtpos_trainer_has_a_head_of_its_own_and_gets_no_second_one(tmp_path):
     trainer = gradients.make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", str(tmp_path))
-    assert (
-        trainer.streaming_head.reason is None
-        and stream_log_probs(trainer) is trainer.streaming_head
-    )
+    assert trainer.streaming_head.reason is None
+    assert stream_log_probs(trainer) is trainer.streaming_head
 
 
 def scaled_logits(model) -> None:
-    """As a Cohere or Gemma model does: something after the head."""
+    """Scales the logits after the head, as Cohere's models do."""
     inner = model.base_model.model
     forward = inner.forward
 
@@ -89,9 +88,8 @@ def scaled_logits(model) -> None:
 
 
 def with_bias(model) -> None:
-    model.get_output_embeddings().bias = torch.nn.Parameter(
-        torch.zeros(model.get_output_embeddings().out_features), requires_grad=False
-    )
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.out_features), requires_grad=False)
 
 
 def trained_head(model) -> None:
@@ -107,7 +105,7 @@ def trained_head(model) -> None:
         (trained_head, "not a frozen matrix"),
     ],
 )
-def test_where_it_would_not_be_the_same_trl_computes_as_ever(tmp_path, change, reason):
+def test_trls_own_path_stays_where_the_head_would_compute_something_else(tmp_path, change, reason):
     found = []
     for attach in (lambda trainer: None, StreamingHead):
         trainer = gradients.make_trainer(
@@ -119,33 +117,40 @@ def test_where_it_would_not_be_the_same_trl_computes_as_ever(tmp_path, change, r
         trainer.train()
         found.append(seen["gradients"][0])
     assert reason in head.reason
-    assert found[0].keys() == found[1].keys() and all(
-        torch.equal(found[0][name], found[1][name]) for name in found[0]
-    )
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_trl_is_left_as_it_was_also_after_an_error(tmp_path):
-    before = (
-        trl.trainer.grpo_trainer.selective_log_softmax,
-        trl.trainer.grpo_trainer.entropy_from_logits,
+def test_a_recorder_still_sees_entropies_after_the_head_has_stepped_back(tmp_path):
+    trainer = gradients.make_trainer(
+        "custom_trainer.original.UnslothGRPOTrainer", str(tmp_path), max_steps=2
     )
+    scaled_logits(trainer.model)
+    head = StreamingHead(trainer)
+    Recorder(trainer, tmp_path / "completions.jsonl")
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").open()]
+    assert head.reason and {line["step"] for line in lines} == {1, 2}
+    assert all(line["entropy"] > 0 for line in lines)
+
+
+def test_trls_functions_are_put_back_after_an_error_too(tmp_path):
+    module = trl.trainer.grpo_trainer
+    before = module.selective_log_softmax, module.entropy_from_logits
     trainer = gradients.make_trainer("custom_trainer.original.UnslothGRPOTrainer", str(tmp_path))
     assert isinstance(trainer, UnslothGRPOTrainer)
     StreamingHead(trainer)
-    # TypeError: 'NoneType' object is not callable
+    # A call of it is a TypeError.
     trainer.model.base_model.model.model.forward = None
     with pytest.raises(TypeError):
         trainer._get_per_token_logps_and_entropies(
             trainer.model, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), 2
         )
-    assert before == (
-        trl.trainer.grpo_trainer.selective_log_softmax,
-        trl.trainer.grpo_trainer.entropy_from_logits,
-    )
-    assert "forward" not in trainer.model.get_output_embeddings().__dict__
+    assert before == (module.selective_log_softmax, module.entropy_from_logits)
+    assert "forward" not in vars(trainer.model.get_output_embeddings())
 
 
-def test_a_policy_that_breaks_later_is_not_taken_for_one_that_changes_its_logits(tmp_path):
+def test_nan_weights_are_not_mistaken_for_a_model_that_changes_its_logits(tmp_path):
     trainer = gradients.make_trainer("gtpo.gtpo_training.UnslothGTPOTrainer", str(tmp_path))
     rows = (torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4), 2)
     assert trainer._get_per_token_logps_and_entropies(trainer.model, *rows)[0].isfinite().all()
