@@ -121,6 +121,7 @@ def test_trls_own_path_stays_where_the_head_would_compute_something_else(tmp_pat
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
+@pytest.mark.slow
 def test_a_recorder_still_sees_entropies_after_the_head_has_stepped_back(tmp_path):
     trainer = gradients.make_trainer(
         "custom_trainer.original.UnslothGRPOTrainer", str(tmp_path), max_steps=2
