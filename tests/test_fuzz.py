@@ -33,7 +33,7 @@ NUMBERS = st.integers(-(10**12), 10**12)
     ],
 )
 def test_hostile_input_does_no_harm(target, inputs, monkeypatch):
-    if target == "report":  # 256 lines in one report
+    if target == "report":  # of a small run
 
         def check(dice):
             return fuzz.check_report(dice, 256)

@@ -71,7 +71,7 @@ def test_a_function_that_fails_in_one_process_stops_both_after_the_same_step(fig
     # After the eleventh failure the function is not called any more.
     assert [logs["reward/cannot_judge"] for logs in first["logs"]] == [0, 4, 8, 11]
     # From the second step on, the second process has no value to log.
-    assert first["logs"][0]["judged/here"] == 4 and first["logs"][1]["judged/here"] is None
+    assert first["logs"][0]["scored/here"] == 4 and first["logs"][1]["scored/here"] is None
 
 
 def test_a_resumed_run_is_the_run_it_would_have_been_in_both_processes(figures):

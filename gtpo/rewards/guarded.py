@@ -30,14 +30,14 @@ from gtpo.rewards.worker import ContractBroken, call_reward
 
 
 class GuardedRewards(TrainerCallback):
-    """Harmless `functions` for a trainer, to which this callback is then attached by `attach`.
+    """Makes reward functions harmless. A trainer gets `functions`; then this is attached to it.
 
-    It logs `reward/cannot_judge`: how many completions a function has failed on so far.
-    `stopped_by` is a sentence that says why it stopped the run, None if it did not.
+    The callback logs `reward/cannot_judge`: on how many completions a function has failed so far.
+    `stopped_by` is the sentence that says why it stopped the run, None if it did not.
 
-    A function that breaks TRL's contract stops the run at once. In the first step it raises
-    RecipeError, as does a function that fails on everything; later the run is saved. Asynchronous
-    functions stay asynchronous. Those that are not isolated are left as they are.
+    A function that breaks TRL's contract stops the run at once, and the run is saved. In the first
+    step RecipeError is raised instead, also for a function that fails on everything. Asynchronous
+    functions stay asynchronous. Without isolation they are left as they are.
     """
 
     # The key of the state in a checkpoint. Earlier checkpoints have the name that the class had.

@@ -23,9 +23,9 @@ class CannotHandOver(Exception):
 class RewardPool:
     """`workers` processes that share reward calls.
 
-    A call may take `seconds` longer than calls of the same function took per completion so far. So
-    a call on many completions may take long where it has to, and one that hangs is stopped before
-    the sum of their limits.
+    A call on n completions may take `seconds` + n times the slowest pace of its function so far,
+    and at most n times `seconds`. So a call on many completions may take long where it has to. One
+    that hangs is stopped earlier than n times `seconds`.
     """
 
     def __init__(self, workers: int, *, seconds: float, memory: float | None, **options):

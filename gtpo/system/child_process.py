@@ -51,10 +51,10 @@ class ChildEnded(Exception):
 class ChildProcess:
     """A child that runs `module` and answers one request at a time. A fork starts its own.
 
-    `limits` are resource limits by name, such as {"RLIMIT_AS": bytes}; `environment` holds
-    variables for the child that the parent's environment does not set. With `ends_with_parent`, the
-    child is killed when the thread that started it ends, even where the parent was killed (Linux).
-    A `quiet` child prints nowhere, others print to stderr.
+    `limits` are resource limits by name, such as {"RLIMIT_AS": bytes}. `environment` holds
+    variables for the child, used where the parent's environment does not have them. With
+    `ends_with_parent`, the child is killed when the thread that started it ends, also where the
+    parent is killed (Linux). A `quiet` child prints nowhere, others print to stderr.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ChildProcess:
         self.ends_with_parent, self.quiet = ends_with_parent, quiet
         self._process: subprocess.Popen | None = None
         self._started_by: int | None = None  # the process id of the parent
-        self._end: weakref.finalize | None = None
+        self._finalizer: weakref.finalize | None = None
 
     @property
     def running(self) -> bool:
@@ -93,7 +93,7 @@ class ChildProcess:
             # Ctrl-C reaches the parent alone, and the child's own children can be killed with it.
             start_new_session=True,
         )
-        self._end = weakref.finalize(self, _end, process, self._started_by)  # at exit, too
+        self._finalizer = weakref.finalize(self, _end, process, self._started_by)  # at exit, too
         settings = {
             "module": settings,
             "limits": self.limits,
@@ -128,9 +128,9 @@ class ChildProcess:
 
     def stop(self) -> None:
         """Kill the child, if it runs, and what it has started."""
-        if self._end is not None:
-            self._end()
-        self._process = self._end = None
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._finalizer = None
 
 
 def _end(process: subprocess.Popen, started_by: int) -> None:
