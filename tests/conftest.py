@@ -13,8 +13,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
-def words(*texts: str) -> list[str]:
-    """A command line as words: `words("--a 1 --b 2", path)` gives `["--a", "1", "--b", "2", path]`.
+def split_flags(*texts: str) -> list[str]:
+    """A command line as words: `split_flags("--a 1 --b 2", x)` gives `["--a", "1", "--b", "2", x]`.
 
     A text that begins with `--` is split at its spaces. Any other text is one word.
     """

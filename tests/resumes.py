@@ -1,18 +1,19 @@
-"""Train a tiny policy straight, and again from a checkpoint on the way, with nothing but a trainer
-and gtpo.runs.exact_resume.
+"""Trains a tiny policy straight, and again from a checkpoint in the middle.
+
+A trainer and gtpo.runs.exact_resume are all that is needed.
 """
 
 from pathlib import Path
 
 import gradients
 
+# With these options rollouts end within steps, and epochs end within the run.
 OPTIONS = {
     "max_steps": 4,
     "steps_per_generation": 3,
     "num_iterations": 2,
     "optim": "adamw_torch",
     "logging_steps": 2,
-    # rollouts end within steps, epochs within the run
     "save_strategy": "steps",
     "save_steps": 1,
 }
@@ -27,7 +28,7 @@ def train(
     callback=None,
     **options,
 ) -> dict:
-    """What has to be the same, of a run with a recorder."""
+    """All that must have the same bits in a straight and a resumed run, with a recorder."""
     from gtpo.hooks.recorder import Recorder
     from gtpo.runs.exact_resume import ExactResume
     from reliability.resume_proof import drop_times
@@ -35,7 +36,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{**OPTIONS, **options})
     completions = folder / "completions.jsonl"
-    # as in a run, one process writes the file
+    # In a run, one process writes the file.
     if checkpoint and trainer.accelerator.is_main_process:
         earlier = checkpoint.folder.parent / completions.name
         completions.write_bytes(earlier.read_bytes()[: checkpoint.manifest["completions"]])
@@ -50,7 +51,7 @@ def train(
         use_recipe_optimizer=use_recipe_optimizer,
     )
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.folder))
-    trainer.accelerator.wait_for_everyone()  # before another process reads what that one wrote
+    trainer.accelerator.wait_for_everyone()  # until the main process has written its files
     return {
         "weights": {
             name: value.detach().clone()
@@ -66,20 +67,14 @@ def train(
 def where_resumed_runs_differ(
     class_path: str, folder: Path, steps=(1, 2, 3), **options
 ) -> list[str]:
+    """Where a run that resumes from each of `steps` differs from the straight run."""
     from gtpo.runs import checkpoints
     from reliability.resume_proof import differences
 
     straight = train(class_path, folder / "straight", **options)
-    return [
-        f"{step}{place}"
-        for step in steps
-        for place in differences(
-            straight,
-            train(
-                class_path,
-                folder / str(step),
-                checkpoint=checkpoints.read(folder / f"straight/checkpoint-{step}"),
-                **options,
-            ),
-        )
-    ]
+    places = []
+    for step in steps:
+        checkpoint = checkpoints.read(folder / f"straight/checkpoint-{step}")
+        resumed = train(class_path, folder / str(step), checkpoint=checkpoint, **options)
+        places += [f"{step}{place}" for place in differences(straight, resumed)]
+    return places

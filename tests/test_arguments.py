@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from conftest import words
+from conftest import split_flags
 from test_recipe import MINIMAL
 
 from gtpo.errors import RecipeError
@@ -17,7 +17,7 @@ from gtpo.runs.arguments import training_arguments
 def recipe(tmp_path):
     """A function that makes a recipe from flags."""
     (tmp_path / "r.yaml").write_text(MINIMAL)
-    return lambda *flags: cli.read_recipe([str(tmp_path / "r.yaml"), *words(*flags)])
+    return lambda *flags: cli.read_recipe([str(tmp_path / "r.yaml"), *split_flags(*flags)])
 
 
 NO_TRACKER = "--training.report_to none"

@@ -1,6 +1,4 @@
-"""The same rollouts give the same update: with one, two and four processes, at once and in
-micro-batches.
-"""
+"""The same rollouts give the same update: with one, two or four processes, and in micro-batches."""
 
 import subprocess
 import sys
@@ -15,9 +13,11 @@ pytestmark = pytest.mark.slow  # starts several processes
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    """What one, two and four gloo processes made of the same rollouts, by the number of processes
-    and the case; and of a run that is passed on.
+def results(tmp_path_factory) -> dict:
+    """The results of tests/injected.py, by number of processes and case.
+
+    "fsdp" has those of two processes with FSDP. "straight" and "passed_on" have those of a run that
+    other numbers of processes continue.
     """
     folder = tmp_path_factory.mktemp("exactness")
     run = subprocess.run(
@@ -35,58 +35,49 @@ def found(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("case", injected.CASES)
-def test_several_processes_make_the_update_of_one(found, case, processes):
-    one, several = found[1][case], found[processes][case]
+def test_several_processes_make_the_update_of_one(results, case, processes):
+    one, several = results[1][case], results[processes][case]
     assert several["processes"] == processes and len(one["lora"]) == len(several["lora"]) >= 3
     distances = injected.distances(one, several)
     assert distances.pop("lambda") == 0 and max(distances.values()) < 1e-6, distances
 
 
 @pytest.mark.parametrize("case", ["adamw", "filtered"])
-def test_a_model_spread_over_two_processes_gets_that_update_too_and_is_saved_whole(found, case):
-    one, spread = found[1][case], found["fsdp"][case]
-    distances = injected.distances(one, spread)
+def test_a_model_sharded_over_two_processes_gets_the_same_update_and_is_saved_whole(results, case):
+    one, sharded = results[1][case], results["fsdp"][case]
+    distances = injected.distances(one, sharded)
     assert distances.pop("lambda") == 0 and max(distances.values()) < 1e-6, distances
-    assert {name: spread["saved"][name] for name in spread["lora"][-1]}.keys() == one["lora"][
-        -1
-    ].keys() and one["saved"] is None
-    assert (
-        injected.largest_difference(
-            {name: spread["saved"][name] for name in one["lora"][-1]}, spread["lora"][-1]
-        )
-        == 0
-    )
+    adapter = sharded["lora"][-1]
+    assert one["saved"] is None and adapter.keys() == one["lora"][-1].keys()
+    saved = {name: sharded["saved"][name] for name in adapter}
+    assert injected.largest_difference(saved, adapter) == 0
 
 
-def test_the_rollouts_are_hard_cases(found):
-    one, two, four = (found[count]["adamw"] for count in (1, 2, 4))
-    assert (
-        set(one["widths"]) == {7}
-        and set(two["widths"]) == {6, 7}
-        and set(four["widths"]) == {3, 4, 6, 7}
-    )
+def test_the_rollouts_contain_the_hard_cases(results):
+    one, two, four = (results[count]["adamw"] for count in (1, 2, 4))
+    widths = [set(result["widths"]) for result in (one, two, four)]
+    assert widths == [{7}, {6, 7}, {3, 4, 6, 7}]
     assert {-1.0, 1.0} <= set(one["signs"][0]) and len(set(one["lengths"][0])) > 4
     weights = [weight for rollout in one["token_weights"] for row in rollout for weight in row]
     assert {0.0, 1.0, 2.0} == set(weights)
-    assert 0 < min(found[1]["filtered"]["filtered"]) and max(found[1]["filtered"]["filtered"]) < 1
-    assert all(
-        torch.cat([g.flatten() for g in step.values()]).norm() > 1e-3
-        for case in found[1].values()
-        for step in case["gradients"]
-    )
+    filtered = results[1]["filtered"]["filtered"]
+    assert 0 < min(filtered) and max(filtered) < 1
+    for case in results[1].values():
+        for step in case["gradients"]:
+            assert torch.cat([g.flatten() for g in step.values()]).norm() > 1e-3
 
 
-def test_a_run_passed_on_from_one_process_to_two_to_four_and_back_is_that_of_one(found):
-    straight, passed_on = found["straight"], found["passed_on"]
-    # kept, and not measured again
+def test_a_run_that_one_then_two_then_four_processes_continue_is_that_of_one_process(results):
+    straight, passed_on = results["straight"], results["passed_on"]
+    # It was restored, not measured again.
     assert straight["initial_entropy"] == passed_on["initial_entropy"]
     assert injected.largest_difference(straight["lora"], passed_on["lora"]) < 1e-6
-    # something was learnt since
-    assert injected.largest_difference(found[1]["adamw"]["lora"][0], straight["lora"]) > 1e-3
+    # The weights have moved since the first step.
+    assert injected.largest_difference(results[1]["adamw"]["lora"][0], straight["lora"]) > 1e-3
 
 
-def test_a_difference_would_be_seen(found):
-    one, two = found[1], found[2]
+def test_a_difference_would_be_noticed(results):
+    one, two = results[1], results[2]
     assert injected.distances(one["adamw"], two["filtered"])["LoRA"] > 1e-3
     assert (
         injected.distances(

@@ -1,4 +1,4 @@
-"""A resumed run is the run it would have been, and what happens when somebody asks to stop."""
+"""A resumed run gives the same bits as a run that was never interrupted."""
 
 import os
 import subprocess
@@ -11,23 +11,17 @@ from conftest import ROOT
 from gtpo.runs import checkpoints
 from reliability import resume_proof
 
+BASELINE = "custom_trainer.original.UnslothGRPOTrainer"
+# The hardest cases of the proof, with GTPO and with the baseline.
+CASES = ["everything", "grpo_everything"]
+
 
 @pytest.fixture(scope="module")
 def proof() -> str:
-    """What the proof says of its hardest cases, briefly: of GTPO, and of the baseline."""
-    command = [
-        sys.executable,
-        "reliability/resume_proof.py",
-        "--steps",
-        "4",
-        "--at",
-        "1",
-        "3",
-        "--cases",
-        *CASES,
-    ]
+    """What the resume proof prints for CASES, with interruptions at two steps."""
+    flags = ["--steps", "4", "--at", "1", "3", "--cases", *CASES]
     done = subprocess.run(
-        command,
+        [sys.executable, "reliability/resume_proof.py", *flags],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -38,59 +32,43 @@ def proof() -> str:
     return done.stdout
 
 
-CASES = ["everything", "grpo_everything"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_a_resumed_run_is_the_run_it_would_have_been_to_the_last_bit(proof, case):
+def test_a_resumed_run_gives_the_bits_of_an_uninterrupted_one(proof, case):
     (line,) = [line for line in proof.splitlines() if line.startswith(f"{case} ")]
     assert "2 interruptions  the same bits" in line, proof
 
 
-def test_the_proof_sees_a_difference_of_one_bit_or_one_line():
+def test_the_proof_notices_a_difference_of_one_bit_or_one_line():
     import torch
 
     one = {"a": torch.tensor([1.0]), "b": [1, {"c": b"x"}], "d": float("nan"), "e": 1}
-    assert resume_proof.differences(one, {**one, "a": torch.tensor([1.0]), "d": float("nan")}) == []
-    other = {
-        "a": torch.tensor([1.0 + 2**-23]),
-        "b": [1, {"c": b"y"}],
-        "d": 0.0,
-        "e": 1.0,
-        "f": None,
-    }
+    same = {**one, "a": torch.tensor([1.0]), "d": float("nan")}
+    assert resume_proof.differences(one, same) == []
+    next_number = torch.tensor([1.0 + 2**-23])
+    other = {"a": next_number, "b": [1, {"c": b"y"}], "d": 0.0, "e": 1.0, "f": None}
     assert resume_proof.differences(one, other) == ["/a", "/b/1/c", "/d", "/e"]
-    assert resume_proof.differences({"b": [1]}, {"b": [1, 2]}) == [
-        "/b"
-    ] and resume_proof.differences({}, {"f": 1}) == ["/f"]
+    assert resume_proof.differences({"b": [1]}, {"b": [1, 2]}) == ["/b"]
+    assert resume_proof.differences({}, {"f": 1}) == ["/f"]
 
 
 @pytest.mark.slow
-def test_it_works_for_a_trainer_without_a_recipe_and_for_somebodys_class(tmp_path):
-    assert (
-        resumes.where_resumed_runs_differ(
-            "custom_trainer.released.ReleasedGTPOTrainer", tmp_path, steps=[1, 3]
-        )
-        == []
-    )
+def test_a_trainer_without_a_recipe_resumes_exactly(tmp_path):
+    released = "custom_trainer.released.ReleasedGTPOTrainer"
+    assert resumes.where_resumed_runs_differ(released, tmp_path, steps=[1, 3]) == []
 
 
 @pytest.mark.slow
-def test_what_transformers_and_trl_restore_is_not_enough(tmp_path, monkeypatch):
+def test_without_exact_resume_the_runs_differ(tmp_path, monkeypatch):
     from gtpo.runs.exact_resume import ExactResume
 
     monkeypatch.setattr(ExactResume, "on_train_begin", lambda *args, **kwargs: None)
-    differences = resumes.where_resumed_runs_differ(
-        "custom_trainer.original.UnslothGRPOTrainer", tmp_path, steps=[1]
-    )
+    differences = resumes.where_resumed_runs_differ(BASELINE, tmp_path, steps=[1])
     assert any("weights" in place for place in differences) and "1/completions" in differences
 
 
 @pytest.mark.slow
-def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_run_like_that(
-    tmp_path,
-):
+def test_with_more_steps_or_another_optimizer_the_learning_rate_follows_the_new_schedule(tmp_path):
     from transformers import TrainerCallback
 
     rates = {}
@@ -108,19 +86,12 @@ def test_with_more_steps_or_another_optimizer_the_next_step_has_the_rate_of_a_ru
         "steps_per_generation": 2,
         "num_iterations": 1,
     }
-    resumes.train(
-        "custom_trainer.original.UnslothGRPOTrainer",
-        tmp_path / "first",
-        **{**options, "max_steps": 2},
-    )
+    resumes.train(BASELINE, tmp_path / "first", **options, max_steps=2)
     other = {**options, "learning_rate": 4e-3, "weight_decay": 0.5, "max_steps": 4}
-    resumes.train("custom_trainer.original.UnslothGRPOTrainer", tmp_path / "straight", **other)
+    resumes.train(BASELINE, tmp_path / "straight", **other)
+    checkpoint = checkpoints.read(tmp_path / "first/checkpoint-2")
     resumes.train(
-        "custom_trainer.original.UnslothGRPOTrainer",
-        tmp_path / "resumed",
-        **other,
-        use_recipe_optimizer=True,
-        checkpoint=checkpoints.read(tmp_path / "first/checkpoint-2"),
+        BASELINE, tmp_path / "resumed", **other, use_recipe_optimizer=True, checkpoint=checkpoint
     )
     assert rates[str(tmp_path / "resumed")] == rates[str(tmp_path / "straight")][2:]
     assert rates[str(tmp_path / "resumed")][0][0] == (pytest.approx(2e-3), 0.5)
@@ -140,7 +111,7 @@ def test_a_rollout_that_cannot_be_saved_is_reported_and_the_checkpoint_is_whole_
     monkeypatch.setattr(
         UnslothGRPOTrainer, "_generate_and_score_completions", generate_with_an_object_in_each_row
     )
-    resumes.train("custom_trainer.original.UnslothGRPOTrainer", tmp_path / "run", max_steps=1)
+    resumes.train(BASELINE, tmp_path / "run", max_steps=1)
     assert (
         "A run resumed from step 1 will not continue exactly: a object cannot be saved in a"
         " checkpoint" in caplog.text

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from conftest import words
+from conftest import split_flags
 
 from gtpo.errors import RecipeError
 from gtpo.models.adapters import checkpoint_folders, checkpoint_step
@@ -23,7 +23,7 @@ def recipe(tmp_path, monkeypatch):
         "run_name: r\nmodel: {model_name: some/model}\ndataset: {name: gsm8k}\ntraining:"
         " {report_to: none, max_steps: 9}\n"
     )
-    return lambda *flags: cli.read_recipe(["r.yaml", *words(*flags)])
+    return lambda *flags: cli.read_recipe(["r.yaml", *split_flags(*flags)])
 
 
 def begin(recipe, completions: str = "") -> Path:
@@ -431,7 +431,7 @@ def test_resume_takes_a_path_or_none_and_the_recipe_of_that_run(recipe):
     assert cli.parse(["r.yaml"]).resume is None
     assert cli.parse(["r.yaml", "--resume"]).resume == ""
     assert cli.parse(["--resume", "r.yaml"]).recipe_file == "r.yaml"
-    command = cli.parse(words("--resume a/checkpoint-2", "r.yaml", "--training.max_steps 3"))
+    command = cli.parse(split_flags("--resume a/checkpoint-2", "r.yaml", "--training.max_steps 3"))
     assert command.resume == "a/checkpoint-2"
     assert cli.parse(["--resume=a"]).resume == "a"
     run_dir = begin(recipe())

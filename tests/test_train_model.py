@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import tiny
-from conftest import ROOT, words
+from conftest import ROOT, split_flags
 
 import train_model
 from gtpo.evaluation import file as evaluation_file
@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
 
 def demo_flags(*more: str) -> list[str]:
     """The command line of recipes/demo.yaml with two short steps and no evaluation."""
-    return words(
+    return split_flags(
         str(ROOT / "recipes/demo.yaml"),
         "--model-name",
         str(ROOT / "demo/model"),
@@ -478,7 +478,7 @@ def in_a_fresh_process(here, *flags: str) -> subprocess.CompletedProcess:
         " file=sys.stderr); sys.exit(code)"
     )
     return subprocess.run(
-        [sys.executable, "-c", program, str(ROOT), *words(*flags)],
+        [sys.executable, "-c", program, str(ROOT), *split_flags(*flags)],
         cwd=here,
         capture_output=True,
         text=True,
