@@ -220,6 +220,17 @@ WRONG = [  # {w} is a number that differs from the reference {r}
     "either {r} or {w}", "{w}% = {r}", "{r}x", "{r}x + {w}", "{r}i", "{r}!!!!", "x \\in [{w}, {r}]",
     "f({r}) = {w}", "\\infty", "", "?", "all", "\\emptyset", "\\mathbb{{R}}", "nan", "{r}/0",
     "\\frac{{{r}}}{{0}}",
+    # words and signs that may change the value, hedges, and other units
+    "{r} or six", "{r} but maybe thirteen", "either {r} or nine", "{r} less than twenty",
+    "{r} point five", "{r} and a half", "{r} minus one", "{r} plus two", "at least {r}",
+    "more than {r}", "{r} below zero", "maybe {r}", "not {r} but {w}", "{r} apples, {w} pears",
+    "{r} out of {w}", "{r} per {w}", "{r}^{{{w}}}x", "{r}_3", "\\{{x \\mid x > {r}\\}}",
+    "x \\ne {r}", "maybe x = {r}", "if x = {r}",
+]
+SCALED = [  # each changes the value of a reference that is not zero
+    "{r} thousand", "{r}k", "{r} million", "${r}M", "${r} bn", "{r} dozen", "{r} hundred eggs",
+    "{r} lakhs", "{r} crore", "{r} tens", "{r} hundredths", "{r} fifths", "{r} thirds of it",
+    "{r} doubled", "{r} squared", "{r} halved", "{r} times two", "{r} tenth", "{r}e3", "{r}!!!!",
 ]
 # fmt: on
 
@@ -231,6 +242,8 @@ def wrong_answer(dice: random.Random, value: Fraction, reference: str) -> str:
         numbers = [number(dice), value + dice.choice([-1, 1])]
         numbers += [value * 10, value + Fraction(1, 100), value * 1000 + 1, -value + 1, 10 - value]
         other = dice.choice(numbers)
+    if value not in (0, 1, 2) and dice.random() < 0.2:
+        return dice.choice(SCALED).format(r=reference)
     equal_at_zero = ("{r}x", "{r}i", "{r}x + {w}", "{w} \\pm {r}", "{r}!!!!")
     form = dice.choice([form for form in WRONG if value or form not in equal_at_zero])
     return form.format(w=written(dice, other), r=reference)

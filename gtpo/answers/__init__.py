@@ -1,6 +1,6 @@
 """What a correct answer is: found in a text, formatted, compared."""
 
-from gtpo.answers.same import same_answer
+from gtpo.answers.same import GRADING_VERSION, same_answer
 from gtpo.answers.text import (
     boxed_answer,
     final_answer,
@@ -9,8 +9,11 @@ from gtpo.answers.text import (
     gsm8k_answer,
     reference_answer,
 )
+from gtpo.answers.verifier import CannotCompare
 
 __all__ = [
+    "GRADING_VERSION",
+    "CannotCompare",
     "boxed_answer",
     "final_answer",
     "format_reference",

@@ -20,28 +20,43 @@ def gsm8k_answer(text: str) -> str:
 
 
 def boxed_answer(text: str) -> str:
-    r"""The content of the last `\boxed{…}`, `\fbox{…}` or `\boxed 5`, else the last word.
+    r"""The content of the last box; without a box, the last word.
 
-    Braces inside a box are balanced; `\{` and `\}` do not count as braces. Of nested boxes the
-    inner one counts. A box that never closes does not count.
+    A box is `\boxed{...}`, `\fbox{...}` or `\boxed 5`. Braces are balanced, and `\{` and `\}` are
+    no braces. Of nested boxes only the inner one counts. A box that never closes is none.
     """
-    last, open_braces = None, []
+    boxes = _boxes(text)
+    return _content(text, boxes[-1]) if boxes else _last_word(text)
+
+
+def boxed_answers(text: str) -> list[str]:
+    """The contents of all boxes in their order (see `boxed_answer`)."""
+    return [_content(text, box) for box in _boxes(text)]
+
+
+def _boxes(text: str) -> list[slice]:
+    """Where the contents of boxes stand; a box without braces has no end yet."""
+    boxes: list[slice] = []
+    open_braces: list[int] = []  # where a box's content begins; -1 for a brace that is no box
     for token in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)|\\.|[{}]", text, re.DOTALL):
         is_box, start = token[1] is not None, token.end()
-        if is_box and not token[1]:  # `\boxed 5`
+        if is_box and not token[1]:
             if text[start : start + 1] not in ("", "$", "}"):
-                last = slice(start, None)
-        elif is_box or token[0] == "{":
+                boxes.append(slice(start, None))
+        elif token[1] or token[0] == "{":
             open_braces.append(start if is_box else -1)
         elif token[0] == "}" and open_braces:
             start = open_braces.pop()
-            if start > (last.start if last else -1):
-                last = slice(start, token.start())
-    if not last:
-        return _last_word(text)
-    if last.stop is None:  # `\boxed 5` ends at white space, or where the formula does
-        return re.match(r"[^\s$]*", text[last])[0].rstrip(".,;")
-    return text[last].strip()
+            if start > (boxes[-1].start if boxes else -1):
+                boxes.append(slice(start, token.start()))
+    return boxes
+
+
+def _content(text: str, box: slice) -> str:
+    if box.stop is not None:
+        return text[box].strip()
+    # `\boxed 5` ends at white space, or where the formula does
+    return re.match(r"[^\s$]*", text[box])[0].rstrip(".,;")
 
 
 def _last_word(text: str) -> str:
