@@ -23,7 +23,7 @@ A completion whose reference is None is not scored: its reward is None, which TR
 from collections import defaultdict
 from math import isfinite, nan
 
-from gtpo.answers import final_answer, format_score, reference_answer, same_answer
+from gtpo.answers import CannotCompare, final_answer, format_score, reference_answer, same_answer
 
 PERFECT_FORMAT = 10.0
 CORRECT = 10.0
@@ -85,14 +85,18 @@ def _format_and_correctness(
     completions, answer, score, is_correct, log_metric
 ) -> list[float | None]:
     """The sums of format score and correctness, whose means are logged."""
-    parts = []  # (format score, correctness), or None where there is no reference
+    parts = []  # (format score, correctness), or None where it cannot be known
     for completion, reference in zip(completions, _references(completions, answer), strict=True):
         if reference is None:
             parts.append(None)
             continue
         text = _text(completion)
         formatting = score(text)
-        correct = formatting == PERFECT_FORMAT and is_correct(text, reference)
+        try:
+            correct = formatting == PERFECT_FORMAT and is_correct(text, reference)
+        except CannotCompare:
+            parts.append(None)
+            continue
         parts.append((formatting, CORRECT * correct))
     if log_metric is not None:
         _log(log_metric, [part for part in parts if part is not None])

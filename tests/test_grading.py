@@ -9,12 +9,24 @@ from fractions import Fraction
 
 import pytest
 from conftest import ROOT
+from test_compat import unpacked  # noqa: F401
 
-from gtpo.answers import CannotCompare, same_answer, verifier
+import reward_math
+from gtpo.answers import (
+    GRADING_VERSION,
+    CannotCompare,
+    format_reference,
+    same_answer,
+    verifier,
+)
 from gtpo.answers.quantity import quantity
 from gtpo.answers.spelling import one_spelling
+from gtpo.evaluation.file import grading_version, make_header, read_evaluation
+from gtpo.evaluation.scores import scores_as_text
+from gtpo.models.generation import Sampling
 
 PAIRS = json.loads((ROOT / "tests/grading.json").read_text(encoding="utf-8"))
+STEMS = ("before", "after")
 # Right answers that are refused, and why.
 REFUSED = {
     "Janet makes $18 every day": "a sentence: only the frames of `The answer is 18` are taken off",
@@ -164,3 +176,24 @@ def kill_before_replies(monkeypatch, times: int) -> None:
 
 def test_a_question_that_takes_too_long_is_answered_with_not_equal():
     assert not same_answer(r"9^{9 \cdot 9^{9}}", "x+2")
+
+
+def test_a_completion_that_cannot_be_judged_gets_no_reward(monkeypatch):
+    kill_before_replies(monkeypatch, times=2)
+    completions = [format_reference("", "k+3"), format_reference("", "5")]
+    assert reward_math.final_reward(completions, ["3+k", "5"]) == [None, 20.0]
+
+
+def test_an_evaluation_keeps_the_version_of_the_rules_and_old_ones_are_version_1(unpacked):
+    new = make_header({"answer": ["5"]}, ["prompt"], Sampling(0, 1, 0, 36), 1, "weights")
+    assert grading_version(new) == GRADING_VERSION == 2
+    (old,) = unpacked.glob("finished_*/evaluation/before.jsonl")
+    assert grading_version(read_evaluation(old).header) == 1
+
+
+def test_comparing_evaluations_of_two_versions_says_so(unpacked):
+    before, after = (next(unpacked.glob(f"finished_*/evaluation/{n}.jsonl")) for n in STEMS)
+    evaluations = {"before": read_evaluation(before), "after": read_evaluation(after)}
+    assert "Graded by versions" not in scores_as_text(evaluations, None)
+    evaluations["after"].header["grading"] = GRADING_VERSION
+    assert "Graded by versions 1 and 2 of the rules" in scores_as_text(evaluations, None)

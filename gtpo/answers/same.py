@@ -1,15 +1,15 @@
 r"""Whether two answers are the same: values are compared, exactly, and not strings.
 
 math-verify (which uses sympy) decides whether two expressions are equal: `\sqrt{8}` and
-`2\sqrt{2}`, `(x+1)^2` and `x^2+2x+1`. It runs in a process with limits (verifier.py). Everything else
-is decided here first, because math-verify alone is not enough:
+`2\sqrt{2}`, `(x+1)^2` and `x^2+2x+1`. It runs in a process with limits (verifier.py). Everything
+else is decided here first, because math-verify alone is not enough:
 
 - It rounds decimals and drops what follows a number. Numbers and units are compared in quantity.py.
 - It takes a part for the whole: 7 from `7 \cup 5`, the last claim of `y = x, y = 3x`, the empty set
   from `[9,3)`. Lists, points, intervals, named parts and claims are compared part by part here.
 - It reads a word as a product of letters, so ECBAD is ABCDE. Words are compared as words here.
-- A few characters can keep it busy for ever or use up all memory. Long answers, towers of powers and
-  deep nesting are not the same.
+- A few characters can keep it busy for ever or use up all memory. Long answers, towers of powers
+  and deep nesting are not the same.
 
 docs/grading.md is the page for users. GRADING_VERSION grows with every change of a decision.
 """

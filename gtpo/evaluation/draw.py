@@ -1,11 +1,14 @@
 """Draw completions of problems, grade them as the reward does, and append each to a file."""
 
+import logging
 from typing import Any
 
-from gtpo.answers import final_answer, format_score, reference_answer, same_answer
+from gtpo.answers import CannotCompare, final_answer, format_score, reference_answer, same_answer
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile
 from gtpo.models.generation import SampledCompletion, Sampler, completion_seed
+
+logger = logging.getLogger(__name__)
 
 
 def rendered_prompts(problems, tokenizer, chat_template_kwargs: dict | None = None) -> list[str]:
@@ -74,13 +77,21 @@ def _draw(sampler: Sampler, prompts: list[str], seeds: list[int]) -> list[Sample
         ) from None
 
 
+def _is_right(answer: str, reference: str) -> bool:
+    try:
+        return same_answer(answer, reference)
+    except CannotCompare as error:
+        logger.warning("[GTPO] Not graded, so counted as wrong: %r (%s)", answer, error)
+        return False
+
+
 def graded_row(problem: dict[str, Any], completion: SampledCompletion) -> dict[str, Any]:
     """Returns a completion's row of the file, without the numbers of its problem and sample.
 
     A completion is correct if the reward pays for it: it is well formed and its answer is right.
     """
     answer, well_formed = final_answer(completion.text), format_score(completion.text) == 10
-    correct = well_formed and same_answer(answer, reference_answer(problem["answer"]))
+    correct = well_formed and _is_right(answer, reference_answer(problem["answer"]))
     return {
         "prompt": problem["prompt"],
         "reference": problem["answer"],

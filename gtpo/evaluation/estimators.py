@@ -11,7 +11,7 @@ from fractions import Fraction
 
 import numpy
 
-from gtpo.answers import same_answer
+from gtpo.answers import CannotCompare, same_answer
 
 RESAMPLES = 10_000
 NUMERAL = re.compile(r"[+-]?\d{1,100}(\.\d{1,100})?", re.ASCII)
@@ -74,7 +74,10 @@ def _value_or_text(answer: str) -> Fraction | str:
 def _are_equal(one: Fraction | str, other: Fraction | str) -> bool:
     """Whether two different keys are the same answer; two different values never are."""
     both_are_values = isinstance(one, Fraction) and isinstance(other, Fraction)
-    return not both_are_values and same_answer(str(one), str(other))
+    try:
+        return not both_are_values and same_answer(str(one), str(other))
+    except CannotCompare:  # two votes, as for any answers that are not known to be equal
+        return False
 
 
 def intervals(values: numpy.ndarray, seed: int = 0) -> numpy.ndarray:

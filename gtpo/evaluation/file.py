@@ -6,14 +6,18 @@ scores are computed from it without a model.
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
+from gtpo.answers import GRADING_VERSION
 from gtpo.errors import RecipeError
 from gtpo.models.generation import Sampling
 from gtpo.system.whole_files import write_whole
+
+logger = logging.getLogger(__name__)
 
 
 class Setting(NamedTuple):
@@ -72,12 +76,19 @@ def make_header(
     content = repr((prompts, list(problems["answer"])))
     return {
         **notes,
+        "grading": GRADING_VERSION,
         "problems": len(prompts),
         "samples": samples,
         **sampling._asdict(),
         "weights": weights,
         "prompts": hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
     }
+
+
+def grading_version(header: dict[str, Any]) -> int:
+    """The version of the rules by which an evaluation was graded; 1 where its header has none."""
+    version = header.get("grading", 1)
+    return version if isinstance(version, int) else 1
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -185,6 +196,14 @@ class EvaluationFile:
         existing = read_evaluation(path)
         _check_settings(path, existing.header, header)
         self.rows, self.cut = existing.rows, existing.cut
+        if self.missing and grading_version(existing.header) != grading_version(header):
+            logger.warning(
+                "[GTPO] %s was begun with version %d of the grading rules; the rest is graded with"
+                " version %d (docs/grading.md)",
+                path,
+                grading_version(existing.header),
+                grading_version(header),
+            )
         self._complete_bytes = existing.complete_bytes
 
     @property

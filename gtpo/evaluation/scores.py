@@ -13,7 +13,7 @@ import numpy
 
 from gtpo.errors import RecipeError
 from gtpo.evaluation.estimators import intervals, maj_at_k, pass_at_k
-from gtpo.evaluation.file import Evaluation
+from gtpo.evaluation.file import Evaluation, grading_version
 
 DIFFERENCE = "difference"  # title of the column with the differences of two evaluations
 
@@ -173,6 +173,12 @@ def scores_as_text(evaluations: Mapping[str, Evaluation], ks: Sequence[int] | No
     lines = []
     for (name, evaluation), column in zip(evaluations.items(), columns.values(), strict=True):
         lines += _description(name, evaluation, column.problems)
+    versions = [grading_version(header) for header in headers]
+    if len(set(versions)) > 1:
+        lines.append(
+            f"Graded by versions {versions[0]} and {versions[1]} of the rules (docs/grading.md): a"
+            " part of the difference may come from that"
+        )
     if len(columns) == 2:
         ours, base = evaluations.values()
         columns[DIFFERENCE] = score_differences(

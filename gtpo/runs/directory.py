@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import gtpo
+from gtpo.answers import GRADING_VERSION
 from gtpo.models.adapters import checkpoint_folders, checkpoint_step
 from gtpo.recipe import Recipe
 from gtpo.recipe.yaml_text import write_yaml
@@ -111,7 +112,7 @@ def versions() -> dict[str, str]:
 
     The version of a library that is missing is "not installed".
     """
-    found = {"gtpo": gtpo.__version__, "commit": _commit()}
+    found = {"gtpo": gtpo.__version__, "commit": _commit(), "grading": str(GRADING_VERSION)}
     for library in LIBRARIES:
         try:
             found[library] = importlib.metadata.version(library)
