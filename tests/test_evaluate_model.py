@@ -48,7 +48,7 @@ def evaluate(capsys, *flags: str) -> str:
     return capsys.readouterr().out
 
 
-def refusal(capsys, *flags: str) -> str:
+def error_of(capsys, *flags: str) -> str:
     assert evaluate_model.main([str(flag) for flag in flags]) == 2
     captured = capsys.readouterr()
     (sentence,) = [line for line in captured.err.splitlines() if line.startswith("error: ")]
@@ -135,22 +135,18 @@ def test_an_interrupted_evaluation_continues_where_it_stopped(run_dir, capsys, m
         in capsys.readouterr().err
     )
     assert evaluate_model.main(flags) == 0
-    out = capsys.readouterr()
-    assert "continuing after 10 completions" in out.err
-    assert out.out.splitlines()[1:-1] == whole.splitlines()[1:-1]
-    assert (
-        Path(run_dir, "evaluation/test-10x2-t1.jsonl").read_bytes()
-        == Path("whole.jsonl").read_bytes()
-    )
+    printed = capsys.readouterr()
+    assert "continuing after 10 completions" in printed.err
+    assert printed.out.splitlines()[1:-1] == whole.splitlines()[1:-1]
+    file = Path(run_dir, "evaluation/test-10x2-t1.jsonl")
+    assert file.read_bytes() == Path("whole.jsonl").read_bytes()
     assert len(drawn) - 1 == len(set(drawn) - {None}) == 20
 
 
 def test_a_single_file_is_every_split_and_takes_slices(run_dir, capsys):
-    first = evaluate(capsys, run_dir, "--split", "test[:5]", "--to", "first.jsonl")
-    assert "5 problems x 1" in first
-    assert "5 problems x 1" in evaluate(
-        capsys, run_dir, "--split", "train[3:8]", "--to", "others.jsonl"
-    )
+    for split, file in (("test[:5]", "first.jsonl"), ("train[3:8]", "others.jsonl")):
+        out = evaluate(capsys, run_dir, "--split", split, "--to", file)
+        assert "5 problems x 1" in out
     rows = [
         sorted(evaluation_file.read_evaluation(Path(name)).rows, key=lambda row: row["problem"])
         for name in ("first.jsonl", "others.jsonl")
@@ -163,23 +159,13 @@ def test_an_adapter_with_another_config_counts_as_other_weights(run_dir, capsys)
     shutil.copytree(
         f"{run_dir}/checkpoint-12", "adapter", ignore=shutil.ignore_patterns("optimizer*")
     )
-    flags = [
-        "adapter",
-        "--dataset",
-        TEST,
-        "--limit",
-        "4",
-        "--system-instruction",
-        "Reason, then answer.",
-        "--to",
-        "four.jsonl",
-    ]
+    flags = ["adapter", "--dataset", TEST, "--limit", "4", "--to", "four.jsonl"]
+    flags += ["--system-instruction", "Reason, then answer."]
     evaluate(capsys, *flags)
     config = json.loads(Path("adapter/adapter_config.json").read_text())
-    Path("adapter/adapter_config.json").write_text(
-        json.dumps({**config, "lora_alpha": 4 * config["lora_alpha"]})
-    )
-    assert "four.jsonl: holds an evaluation with other weights" in refusal(capsys, *flags)
+    config["lora_alpha"] *= 4
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    assert "four.jsonl: holds an evaluation with other weights" in error_of(capsys, *flags)
 
 
 @pytest.mark.parametrize("damage", [{"temperature": "hot"}, {"prompts": [1]}, {"seed": None}])
@@ -189,7 +175,7 @@ def test_a_header_with_a_value_of_the_wrong_type_is_refused(run_dir, capsys, dam
     Path("damaged.jsonl").write_text(
         "".join([json.dumps({"header": {**header, **damage}}) + "\n", *lines[1:]])
     )
-    assert "damaged.jsonl: the first line is not the header of an evaluation" in refusal(
+    assert "damaged.jsonl: the first line is not the header of an evaluation" in error_of(
         capsys, "--from", "damaged.jsonl"
     )
 
@@ -197,7 +183,7 @@ def test_a_header_with_a_value_of_the_wrong_type_is_refused(run_dir, capsys, dam
 def test_a_line_that_is_nested_too_deeply_is_damage(run_dir, capsys):
     lines = Path(run_dir, "evaluation/after.jsonl").read_text().splitlines(keepends=True)
     Path("deep.jsonl").write_text("".join([lines[0], "[" * 200_000 + "\n", *lines[1:]]))
-    assert "deep.jsonl, line 2: this is not a completion; the file is damaged" in refusal(
+    assert "deep.jsonl, line 2: this is not a completion; the file is damaged" in error_of(
         capsys, "--from", "deep.jsonl"
     )
 
@@ -212,15 +198,13 @@ def test_a_file_with_an_incomplete_last_line_is_refused_by_from_and_continued_by
     file.write_bytes(content[:-40])
     assert (
         "test-6x1-t0.jsonl: its last line is incomplete; run the command that wrote the file again"
-        in refusal(capsys, "--from", file)
+        in error_of(capsys, "--from", file)
     )
     assert file.read_bytes() == content[:-40]  # reading changes nothing
     assert evaluate_model.main(flags) == 0
     again = capsys.readouterr()
-    assert (
-        "continuing after 5 completions; the last line was incomplete" in again.err
-        and again.out == whole
-    )
+    assert "continuing after 5 completions; the last line was incomplete" in again.err
+    assert again.out == whole
     assert file.read_bytes() == content
 
 
@@ -251,7 +235,7 @@ def test_other_weights_in_the_same_folder_are_refused_unless_overwrite_is_given(
     content = file.read_bytes()
     assert (
         "holds an evaluation with other weights; name another file with --to, or replace this one"
-        " with --overwrite" in refusal(capsys, run_dir, "--limit", "4")
+        " with --overwrite" in error_of(capsys, run_dir, "--limit", "4")
     )
     assert file.read_bytes() == content
     evaluate(capsys, run_dir, "--limit", "4", "--overwrite")
@@ -259,13 +243,9 @@ def test_other_weights_in_the_same_folder_are_refused_unless_overwrite_is_given(
 
 
 def test_integer_answers_with_zero_padding_as_in_aime_are_graded(run_dir, capsys, monkeypatch):
-    Path("aime.jsonl").write_text(
-        "".join(
-            json.dumps({"problem": f"What is {a}?", "solution": a}) + "\n"
-            for a in ("073", "204", "005")
-        )
-    )
-    answers = {"073": "73", "204": "0204", "005": "50"}
+    answers = {"073": "73", "204": "0204", "005": "50"}  # reference -> the model's answer
+    rows = [{"problem": f"What is {reference}?", "solution": reference} for reference in answers]
+    Path("aime.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def sampler_with_answers(policy, sampling, **options):
         return lambda prompts, seeds: [
@@ -278,83 +258,51 @@ def test_integer_answers_with_zero_padding_as_in_aime_are_graded(run_dir, capsys
         ]
 
     monkeypatch.setattr("gtpo.evaluation.engines.policy_sampler", sampler_with_answers)
-    out = evaluate(
-        capsys,
-        run_dir,
-        "--dataset",
-        "aime.jsonl",
-        "--question-column",
-        "problem",
-        "--answer-column",
-        "solution",
-        "--max-prompt-length",
-        "100",
-    )
+    columns = ["--question-column", "problem", "--answer-column", "solution"]
+    flags = ["--dataset", "aime.jsonl", *columns, "--max-prompt-length", "100"]
+    out = evaluate(capsys, run_dir, *flags)
     rows = evaluation_file.read_evaluation(Path(run_dir, "evaluation/aime-3x1-t0.jsonl")).rows
-    assert {row["answer"]: row["correct"] for row in rows} == {
-        "73": True,
-        "0204": True,
-        "50": False,
-    }
+    correct = {row["answer"]: row["correct"] for row in rows}
+    assert correct == {"73": True, "0204": True, "50": False}
     assert "\naccuracy      66.7 % [" in out
 
 
+# fmt: off
 @pytest.mark.parametrize(
     "flags, problems, name",
     [
-        (
-            ["--dataset", "gsm8k", "--path", "{data}/gsm8k", "--split", "test[:3]"],
-            3,
-            "gsm8k-test-3-3x1-t0",
-        ),
-        (
-            [
-                "--dataset",
-                "math",
-                "--path",
-                "{data}/hendrycks_math",
-                "--subset",
-                "algebra",
-                "--limit",
-                "2",
-            ],
-            2,
-            "hendrycks_math-algebra-test-2x1-t0",
-        ),
+        ("--dataset gsm8k --path {data}/gsm8k --split test[:3]", 3, "gsm8k-test-3-3x1-t0"),
+        ("--dataset math --path {data}/hendrycks_math --subset algebra --limit 2", 2,
+         "hendrycks_math-algebra-test-2x1-t0"),
     ],
 )
+# fmt: on
 def test_gsm8k_and_math_are_evaluated_from_local_folders(
     run_dir, capsys, shared_data, flags, problems, name
 ):
-    flags = [flag.format(data=shared_data) for flag in flags]
-    out = evaluate(
-        capsys, run_dir, *flags, "--max-prompt-length", "700", "--max-completion-length", "8"
-    )
+    flags = [flag.format(data=shared_data) for flag in flags.split()]
+    lengths = ["--max-prompt-length", "700", "--max-completion-length", "8"]
+    out = evaluate(capsys, run_dir, *flags, *lengths)
     assert f"{problems} problems x 1" in out
     rows = evaluation_file.read_evaluation(Path(run_dir, f"evaluation/{name}.jsonl")).rows
     assert len(rows) == problems and all(row["tokens"] <= 8 for row in rows)
 
 
 def test_problems_of_a_function_are_evaluated(run_dir, capsys):
-    Path("my_problems.py").write_text(
-        "def load():\n    return [{'question': 'Tom has 7 coins and gives 1 away. How many?',"
-        " 'answer': '6'}]\n"
-    )
+    row = {"question": "Tom has 7 coins and gives 1 away. How many?", "answer": "6"}
+    Path("my_problems.py").write_text(f"def load():\n    return [{row}]\n")
     assert "1 problems x 1" in evaluate(capsys, run_dir, "--dataset", "my_problems.load")
 
 
 def test_two_files_are_compared_problem_by_problem(run_dir, capsys):
-    out = evaluate(
-        capsys, "--from", f"{run_dir}/evaluation/after.jsonl", f"{run_dir}/evaluation/before.jsonl"
+    before, after, other = (
+        f"{run_dir}/evaluation/{name}.jsonl" for name in ("before", "after", "test-3x1-t0")
     )
+    out = evaluate(capsys, "--from", after, before)
     assert out.splitlines()[2].split() == ["after", "before", "difference"]
     evaluate(capsys, run_dir, "--limit", "3")
-    assert "they are of different problems, so they cannot be compared" in refusal(
-        capsys,
-        "--from",
-        f"{run_dir}/evaluation/after.jsonl",
-        f"{run_dir}/evaluation/test-3x1-t0.jsonl",
-    )
+    error = error_of(capsys, "--from", after, other)
+    assert "they are of different problems, so they cannot be compared" in error
 
 
 # ---- chat
@@ -367,35 +315,23 @@ def chat(capsys, monkeypatch, lines: str, *flags: str):
 
 
 def test_a_line_with_invalid_bytes_is_answered(run_dir, capsys, monkeypatch):
-    assert (
-        "\n"
-        in chat(
-            capsys, monkeypatch, "caf\udce9 hi\udcff\n", run_dir, "--max-completion-length", "4"
-        ).out
-    )
+    flags = [run_dir, "--max-completion-length", "4"]
+    assert "\n" in chat(capsys, monkeypatch, "caf\udce9 hi\udcff\n", *flags).out
 
 
 def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
-    conversations, template = [], "apply_chat_template"
     from transformers import PreTrainedTokenizerBase
 
-    original = getattr(PreTrainedTokenizerBase, template)
-    monkeypatch.setattr(
-        PreTrainedTokenizerBase,
-        template,
-        lambda self, messages, **options: (
-            conversations.append(messages) or original(self, messages, **options)
-        ),
-    )
+    conversations, original = [], PreTrainedTokenizerBase.apply_chat_template
+
+    def apply_chat_template(self, messages, **options):
+        conversations.append(messages)
+        return original(self, messages, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", apply_chat_template)
     question = "Tom has 7 coins and gives 1 away. How many coins does Tom have now?"
-    printed = chat(
-        capsys,
-        monkeypatch,
-        f"{question}\n\nAnd Mia?\n/what\n/reset\n{question}\n/exit\nnever",
-        run_dir,
-        "--temperature",
-        "0",
-    )
+    lines = f"{question}\n\nAnd Mia?\n/what\n/reset\n{question}\n/exit\nnever"
+    printed = chat(capsys, monkeypatch, lines, run_dir, "--temperature", "0")
     first, second, third = conversations[-3:]
     assert [m["role"] for m in first] == ["system", "user"]
     assert first[0]["content"] == "Reason, then answer."
@@ -409,12 +345,9 @@ def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
 def test_a_line_longer_than_the_context_is_refused_and_the_conversation_continues(
     run_dir, capsys, monkeypatch
 ):
-    printed = chat(
-        capsys,
-        monkeypatch,
-        "Tom has 7 coins. " * 900 + "\nTom has 7 coins and gives 1 away. How many?\n",
-        run_dir,
-    )
+    long = "Tom has 7 coins. " * 900
+    lines = f"{long}\nTom has 7 coins and gives 1 away. How many?\n"
+    printed = chat(capsys, monkeypatch, lines, run_dir)
     assert (
         "tokens with this line, and the model takes 4096: write less, or use /reset" in printed.err
     )
@@ -500,7 +433,7 @@ def test_invalid_flags_are_refused_in_one_sentence_and_nothing_is_written(
     run_dir, capsys, flags, sentence
 ):
     before = contents(Path())
-    assert sentence in refusal(capsys, run_dir, *flags)
+    assert sentence in error_of(capsys, run_dir, *flags)
     assert contents(Path()) == before
 
 
@@ -529,20 +462,20 @@ def test_invalid_flags_are_refused_in_one_sentence_and_nothing_is_written(
 )
 # fmt: on
 def test_invalid_targets_and_files_are_refused(run_dir, capsys, flags, sentence):
-    assert sentence in refusal(capsys, *flags)
+    assert sentence in error_of(capsys, *flags)
 
 
 def test_a_run_without_an_adapter_is_refused(run_dir, capsys):
     for folder in ("", "checkpoint-6", "checkpoint-12"):
         Path(run_dir, folder, "adapter_model.safetensors").unlink()
-    assert "this run has no adapter" in refusal(capsys, run_dir)
+    assert "this run has no adapter" in error_of(capsys, run_dir)
 
 
 def test_a_base_model_that_does_not_fit_the_adapter_is_refused(run_dir, capsys):
     recipe = Path(run_dir, "recipe.yaml")
     other = tiny.save_tiny_policy("other")
     recipe.write_text(recipe.read_text().replace(BASE, other))
-    assert "does not fit the base model 'other'" in refusal(capsys, run_dir)
+    assert "does not fit the base model 'other'" in error_of(capsys, run_dir)
 
 
 def test_a_damaged_file_is_refused_and_stays_as_it_is(run_dir, capsys):
@@ -554,7 +487,7 @@ def test_a_damaged_file_is_refused_and_stays_as_it_is(run_dir, capsys):
     for flags in ([run_dir, "--limit", "4"], ["--from", str(file)]):
         assert (
             "line 3: this is not a completion; the file is damaged: restore it, or move it away"
-            in refusal(capsys, *flags)
+            in error_of(capsys, *flags)
         )
     assert file.read_bytes() == damaged
 
@@ -563,7 +496,7 @@ def test_a_file_that_is_not_an_evaluation_is_never_overwritten(run_dir, capsys):
     mine = Path("mine.jsonl")
     mine.write_text('{"not": "an evaluation"}\n')
     for more in ([], ["--overwrite"]):
-        assert "mine.jsonl" in refusal(capsys, run_dir, "--to", "mine.jsonl", *more)
+        assert "mine.jsonl" in error_of(capsys, run_dir, "--to", "mine.jsonl", *more)
     assert mine.read_text() == '{"not": "an evaluation"}\n'
 
 

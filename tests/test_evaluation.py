@@ -1,6 +1,7 @@
 """Evaluations on the demo's model and problems: drawing, grading, the file and the scores."""
 
 import json
+import sys
 import types
 
 import datasets
@@ -167,10 +168,8 @@ def test_vllm_gets_the_same_seeds_and_end_token(policy, prompts, monkeypatch, tm
             calls["llm"] = locals()
 
         def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
-            calls["requests"], calls["lora"] = (
-                list(zip(prompts, sampling_params, strict=True)),
-                lora_request,
-            )
+            calls["requests"] = list(zip(prompts, sampling_params, strict=True))
+            calls["lora"] = lora_request
             end = policy.tokenizer.eos_token_id
             ids = [*policy.tokenizer.encode("<answer>6</answer>", add_special_tokens=False), end]
             return [
@@ -180,13 +179,10 @@ def test_vllm_gets_the_same_seeds_and_end_token(policy, prompts, monkeypatch, tm
                 for i in range(len(prompts))
             ]
 
+    vllm = types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given)
     lora = types.SimpleNamespace(LoRARequest=lambda name, number, path: (name, number, path))
-    monkeypatch.setitem(
-        __import__("sys").modules,
-        "vllm",
-        types.SimpleNamespace(LLM=LLM, SamplingParams=lambda **given: given),
-    )
-    monkeypatch.setitem(__import__("sys").modules, "vllm.lora.request", lora)
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", lora)
     sampler = generation.vllm_samplers(
         "base/model", policy.tokenizer, SAMPLED, max_length=96, adapter=tmp_path, rank=20
     )
@@ -285,15 +281,9 @@ def test_a_file_has_a_header_and_the_same_keys_for_every_completion(
 
 @pytest.fixture
 def whole_file(policy, problems, prompts, tmp_path):
-    run(
-        tmp_path / "e.jsonl",
-        problems,
-        prompts,
-        policy_sampler(policy, GREEDY),
-        sampling=GREEDY,
-        samples=1,
-    )
-    return tmp_path / "e.jsonl"
+    path = tmp_path / "e.jsonl"
+    run(path, problems, prompts, policy_sampler(policy, GREEDY), sampling=GREEDY, samples=1)
+    return path
 
 
 @pytest.mark.parametrize("cut", [2, 30])
@@ -391,11 +381,8 @@ def test_a_file_with_other_settings_is_refused(problems, prompts, whole_file, ch
 
 def test_a_second_evaluation_into_the_same_file_is_refused(problems, prompts, tmp_path):
     one, other = (EvaluationFile(tmp_path / "e.jsonl", header(problems, prompts)) for _ in range(2))
-    row = {
-        "problem": 0,
-        "sample": 0,
-        **draw.graded_row(problems[0], SampledCompletion("", 1, True)),
-    }
+    graded = draw.graded_row(problems[0], SampledCompletion("", 1, True))
+    row = {"problem": 0, "sample": 0, **graded}
     with one:
         with (
             pytest.raises(RecipeError, match="another evaluation writes to it at the same time"),
@@ -442,11 +429,14 @@ def row(problem: int, sample: int, answer: str | None, grade: str, tokens: int =
     }
 
 
+def means_of(result: scores.Scores) -> dict[str, float]:
+    return {name: score.mean for name, score in result.by_name.items()}
+
+
 def test_scores_are_means_over_problems():
     rows = [row(0, 0, "1", "+"), row(0, 1, "1", "-", 30), row(1, 1, None, "t"), row(1, 0, "5", "f")]
     result = scores.scores_with_intervals(rows, 2, [1, 2])
-    means = {name: score.mean for name, score in result.by_name.items()}
-    assert means == {
+    assert means_of(result) == {
         "accuracy": 0.25,
         "pass@1": 0.25,
         "pass@2": 0.5,
@@ -463,15 +453,12 @@ def test_scores_are_means_over_problems():
 
 def test_mean_scores_need_no_resampling(monkeypatch):
     rows = [row(0, 0, "1", "+"), row(0, 1, "1", "-", 30), row(1, 1, None, "t"), row(1, 0, "5", "f")]
-    expected = {
-        name: score.mean for name, score in scores.scores_with_intervals(rows, 2).by_name.items()
-    }
+    expected = means_of(scores.scores_with_intervals(rows, 2))
     monkeypatch.delattr(scores, "intervals")
-    assert {
-        name: score.mean for name, score in scores.mean_scores(rows, 2).by_name.items()
-    } == expected
-    assert scores.mean_scores(rows, 2).problems == 2
-    assert str(scores.mean_scores(rows, 2)) == "accuracy 25.0%, format 50.0%"
+    result = scores.mean_scores(rows, 2)
+    assert means_of(result) == expected
+    assert result.problems == 2
+    assert str(result) == "accuracy 25.0%, format 50.0%"
 
 
 def test_a_completion_that_is_not_well_formed_has_no_vote():
@@ -495,27 +482,18 @@ def test_differences_are_taken_problem_by_problem():
     assert difference.problems == 40 and difference.by_name["accuracy"].mean == pytest.approx(0.05)
     # No problem got worse. Separate intervals would not show that.
     assert difference.by_name["accuracy"].low >= 0
-    assert (
-        scores.scores_with_intervals(ours, 1).by_name["accuracy"].low
-        < scores.scores_with_intervals(base, 1).by_name["accuracy"].mean
-    )
+    separate = scores.scores_with_intervals(ours, 1).by_name["accuracy"]
+    assert separate.low < scores.mean_scores(base, 1).by_name["accuracy"].mean
 
 
 def test_the_table_shows_every_score_with_its_interval_and_differences_with_signs():
     rows = [row(i, 0, "1", "+") for i in range(3)]
     trained = scores.scores_with_intervals(rows, 1, [1])
-    text = scores.table(
-        {"trained": trained, "difference": scores.score_differences(rows, rows, 1, [1])}
-    )
+    difference = scores.score_differences(rows, rows, 1, [1])
+    text = scores.table({"trained": trained, "difference": difference})
     assert "accuracy      100.0 % [100.0, 100.0]" in text and "+0.0 % [+0.0, +0.0]" in text
-    assert [line.split("  ")[0] for line in text.splitlines()[1:]] == [
-        "accuracy",
-        "pass@1",
-        "maj@1",
-        "format rate",
-        "truncated",
-        "mean length",
-    ]
+    names = [line.split("  ")[0] for line in text.splitlines()[1:]]
+    assert names == ["accuracy", "pass@1", "maj@1", "format rate", "truncated", "mean length"]
 
 
 def test_problems_of_gsm8k_and_math_are_evaluated(policy, shared_data, tmp_path):

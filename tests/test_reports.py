@@ -18,22 +18,29 @@ from gtpo.report import page as reports
 from gtpo.report.comparison import configurations, differing_keys
 from gtpo.report.completion_log import CompletionLog, RecordedCompletion
 from gtpo.report.conflict_view import choose_steps, conflict_view
-from gtpo.report.run_record import AlarmEvent, read_run
-from gtpo.report.summary import answers
+from gtpo.report.run_record import AlarmEvent, RunRecord, read_run
+from gtpo.report.summary import Answer, answers
 
 TWO = [(RIGHT, 20.0), (WRONG, 10.0)]
 ONE_CURVE = [{"step": 1, "reward": 1.0}]  # drawn quickly
 
 
+def record_of(folder, *lines_and_history, **more) -> RunRecord:
+    return read_run(write_run(folder, *lines_and_history, **more))
+
+
 def log_of(tmp_path, lines) -> CompletionLog:
-    return read_run(write_run(tmp_path / "run", lines)).completions
+    return record_of(tmp_path / "run", lines).completions
 
 
-def answers_of(record) -> dict[str, object]:
+def labels(runs: list[RunRecord]) -> list[str]:
+    return [configuration.label for configuration in configurations(runs)]
+
+
+def answers_of(record: RunRecord) -> dict[str, Answer]:
     """The three answers of one run by short names of the questions."""
-    return dict(
-        zip(("learn", "stable", "protected"), answers(configurations([record])[0]), strict=True)
-    )
+    questions = ("learn", "stable", "protected")
+    return dict(zip(questions, answers(configurations([record])[0]), strict=True))
 
 
 # ---- the completions file
@@ -42,12 +49,8 @@ def answers_of(record) -> dict[str, object]:
 def test_protected_texts_are_counted_once_per_completion(tmp_path):
     log = log_of(tmp_path, group([(RIGHT, 20.0), (WRONG, 10.0), (WRONG, 10.0)]))
     assert dict(log.protected_pieces) == {"<reasoning>\n": 2, "2+2": 2, "</answer><end>": 2}
-    assert (log.protected_completions, log.worse, log.protected_tokens, log.amplified_tokens) == (
-        2,
-        2,
-        10,
-        5,
-    )
+    assert (log.protected_completions, log.worse) == (2, 2)
+    assert (log.protected_tokens, log.amplified_tokens) == (10, 5)
 
 
 def test_consecutive_tags_are_one_text(tmp_path):
@@ -64,17 +67,11 @@ def test_an_incomplete_last_line_is_left_out_and_counted(tmp_path):
     assert (log.completions, log.unreadable) == (2, 1)
 
 
+BAD_TOKENS = '{"step": 1, "group": 0, "row": 0, "tokens": 7}'
+
+
 @pytest.mark.parametrize(
-    "line",
-    [
-        "[]",
-        "null",
-        "{}",
-        '{"step": "x"}',
-        "\x00",
-        '{"step": 1, "group": 0, "row": 0, "tokens": 7}',
-        "{" * 5000,
-    ],
+    "line", ["[]", "null", "{}", '{"step": "x"}', "\x00", BAD_TOKENS, "{" * 5000]
 )
 def test_a_line_that_is_not_a_completion_is_left_out(tmp_path, line):
     run = write_run(tmp_path / "run", group(TWO))
@@ -85,20 +82,14 @@ def test_a_line_that_is_not_a_completion_is_left_out(tmp_path, line):
 
 
 def test_steps_that_a_resumed_run_repeats_replace_the_earlier_ones(tmp_path):
-    before = [
-        line for step in (1, 2, 3) for line in group([(RIGHT, 20.0), (WRONG, 0.0)], step=step)
-    ]
-    again = [
-        line
-        for step in (2, 3)
-        for line in group([(RIGHT, 20.0), (WRONG, 18.0)], step=step, rollout=step - 1)
-    ]
-    log = log_of(tmp_path, before + again)
-    assert {step: values["reward"] for step, values in log.averages().items()} == {
-        1: 10.0,
-        2: 19.0,
-        3: 19.0,
-    }
+    lines = []
+    for step in (1, 2, 3):
+        lines += group([(RIGHT, 20.0), (WRONG, 0.0)], step=step)
+    for step in (2, 3):
+        lines += group([(RIGHT, 20.0), (WRONG, 18.0)], step=step, rollout=step - 1)
+    log = log_of(tmp_path, lines)
+    rewards = {step: values["reward"] for step, values in log.averages().items()}
+    assert rewards == {1: 10.0, 2: 19.0, 3: 19.0}
     assert [group.step for group in log.groups] == [1, 2, 3]
 
 
@@ -160,24 +151,18 @@ def test_a_run_without_a_final_state_reports_from_its_newest_readable_checkpoint
     (run / "checkpoint-10").mkdir()
     (run / "checkpoint-10" / "trainer_state.json").write_text('{"log_history": [{"st')
     record = read_run(run)
-    assert (record.finished, record.last_step, record.max_steps, record.state_file.parent.name) == (
-        False,
-        4,
-        10,
-        "checkpoint-4",
-    )
+    assert not record.finished
+    assert (record.last_step, record.max_steps) == (4, 10)
+    assert record.state_file.parent.name == "checkpoint-4"
     assert "Its last known step is 4 of 10" in " ".join(answers_of(record)["stable"].sentences)
 
 
 def test_metrics_after_the_checkpoint_come_from_the_completions(tmp_path):
     lines = [line for step in (1, 2, 3) for line in group(TWO, step=step)]
-    record = read_run(
-        write_run(tmp_path / "run", lines, [{"step": 1, "reward": 7.0}], checkpoint=1)
-    )
+    record = record_of(tmp_path / "run", lines, [{"step": 1, "reward": 7.0}], checkpoint=1)
     assert record.series("reward") == {1: 7.0, 2: 15.0, 3: 15.0}
-    assert record.series("gtpo/frac_conflict_tokens") == dict.fromkeys(
-        (1, 2, 3), pytest.approx(10 / 22)
-    )
+    shares = record.series("gtpo/frac_conflict_tokens")
+    assert shares == dict.fromkeys((1, 2, 3), pytest.approx(10 / 22))
 
 
 @pytest.mark.slow
@@ -192,29 +177,34 @@ def test_a_run_with_only_completions_has_a_report(tmp_path):
 
 def test_runs_that_differ_in_seed_and_name_are_one_configuration(tmp_path):
     runs = [
-        read_run(
-            write_run(
-                tmp_path / f"s{seed}",
-                history=[{"step": 1, "reward": float(seed)}],
-                recipe={"run_name": f"s{seed}", "model": {"random_seed": seed}},
-            )
+        record_of(
+            tmp_path / f"s{seed}",
+            history=[{"step": 1, "reward": float(seed)}],
+            recipe={"run_name": f"s{seed}", "model": {"random_seed": seed}},
         )
         for seed in (1, 2, 3)
     ]
-    grouped = configurations(runs)
-    assert [(configuration.label, len(configuration.runs)) for configuration in grouped] == [
-        ("s1 (3 seeds)", 3)
-    ]
-    assert grouped[0].series("reward") == {1: [1.0, 2.0, 3.0]}
+    (configuration,) = configurations(runs)
+    assert configuration.label == "s1 (3 seeds)"
+    assert configuration.runs == runs
+    assert configuration.series("reward") == {1: [1.0, 2.0, 3.0]}
     assert differing_keys(runs) == {"run_name": ["s1", "s2", "s3"], "model.random_seed": [1, 2, 3]}
 
 
 def test_runs_with_the_same_seed_are_called_runs_and_not_seeds(tmp_path):
     runs = [
-        read_run(write_run(tmp_path / name, history=ONE_CURVE, recipe={"run_name": name}))
-        for name in "ab"
+        record_of(tmp_path / name, history=ONE_CURVE, recipe={"run_name": name}) for name in "ab"
     ]
-    assert [configuration.label for configuration in configurations(runs)] == ["a (2 runs)"]
+    assert labels(runs) == ["a (2 runs)"]
+
+
+def test_keys_without_influence_on_the_policy_make_no_configuration(tmp_path):
+    recipes = [{}, {"training": {"logging_steps": 5}}, {"rewards": {"seconds": 9}}]
+    runs = [
+        record_of(tmp_path / str(i), history=ONE_CURVE, recipe=recipe)
+        for i, recipe in enumerate(recipes)
+    ]
+    assert labels(runs) == ["small (3 runs)"]
 
 
 def test_the_legend_names_what_differs_between_recipes(tmp_path):
@@ -224,10 +214,10 @@ def test_the_legend_names_what_differs_between_recipes(tmp_path):
         {"training": {"learning_rate": 5e-4}},
     ]
     runs = [
-        read_run(write_run(tmp_path / str(i), history=rising(3), recipe=recipe))
+        record_of(tmp_path / str(i), history=rising(3), recipe=recipe)
         for i, recipe in enumerate(recipes)
     ]
-    assert [configuration.label for configuration in configurations(runs)] == [
+    assert labels(runs) == [
         "UnslothGTPOTrainer, learning_rate 0.0001",
         "UnslothGRPOTrainer, learning_rate 0.0001",
         "UnslothGTPOTrainer, learning_rate 0.0005",
@@ -241,26 +231,17 @@ def test_curves_of_seeds_have_their_mean_and_one_standard_deviation(tmp_path):
         [pytest.approx(2 - 2**0.5), 5.0],
         [pytest.approx(2 + 2**0.5), 5.0],
     )
-    steps, means, _, _ = curves.line_points(
-        {step: [float(step)] for step in range(1, 1001)}, max_points=100
-    )
+    thousand = {step: [float(step)] for step in range(1, 1001)}
+    steps, means, _, _ = curves.line_points(thousand, max_points=100)
     assert (len(steps), steps[0], means[-1]) == (100, 5.5, 995.5)
 
 
 @pytest.mark.slow
 def test_every_metric_has_a_panel_and_the_entropy_its_threshold(tmp_path):
-    grouped = configurations(
-        [
-            read_run(
-                write_run(
-                    tmp_path / "run",
-                    history=rising(30, evaluation__accuracy=lambda s: 0.5),
-                    recipe={"gtpo_runtime": {"ent_threshold": 0.65}},
-                )
-            )
-        ]
-    )
-    svgs = curves.inline_svgs(grouped)
+    history = rising(30, evaluation__accuracy=lambda s: 0.5)
+    recipe = {"gtpo_runtime": {"ent_threshold": 0.65}}
+    run = record_of(tmp_path / "run", history=history, recipe=recipe)
+    svgs = curves.inline_svgs(configurations([run]))
     assert set(svgs) == {panel.name for panel in curves.PANELS}
     assert [name for name, svg in svgs.items() if "threshold 0.65" in svg] == ["entropy"]
     for svg in svgs.values():
@@ -271,35 +252,29 @@ def test_every_metric_has_a_panel_and_the_entropy_its_threshold(tmp_path):
 def test_entropy_falling_towards_zero_is_drawn_on_a_log_scale(tmp_path):
     for name, last, scale in (("falls", 0.01, True), ("stays", 0.3, False)):
         history = rising(30, gtpo__completion_entropy=lambda s, last=last: 0.4 if s < 20 else last)
-        run = read_run(write_run(tmp_path / name, history=history))
+        run = record_of(tmp_path / name, history=history)
         assert ("log scale" in curves.inline_svgs(configurations([run]))["entropy"]) == scale
 
 
 # ---- the summary
 
 
-def test_a_rising_reward_is_learning_and_a_falling_one_is_not(tmp_path):
-    for name, reward, word in (
-        ("up", lambda s: 5 + s, "yes"),
-        ("down", lambda s: 50 - s, "it got worse"),
-        ("flat", lambda s: 5 + s % 2, "no clear change"),
-    ):
-        assert (
-            answers_of(read_run(write_run(tmp_path / name, history=rising(40, reward=reward))))[
-                "learn"
-            ].headline
-            == word
-        )
-    assert (
-        answers_of(read_run(write_run(tmp_path / "short", history=rising(3))))["learn"].headline
-        == "too early to say"
-    )
+@pytest.mark.parametrize(
+    ("steps", "reward", "headline"),
+    [
+        (40, lambda s: 5 + s, "yes"),
+        (40, lambda s: 50 - s, "it got worse"),
+        (40, lambda s: 5 + s % 2, "no clear change"),
+        (3, lambda s: 5 + s, "too early to say"),
+    ],
+)
+def test_a_rising_reward_is_learning_and_a_falling_one_is_not(tmp_path, steps, reward, headline):
+    run = record_of(tmp_path / "run", history=rising(steps, reward=reward))
+    assert answers_of(run)["learn"].headline == headline
 
 
 def test_the_summary_has_the_numbers(tmp_path):
-    run = write_run(
-        tmp_path / "run", [line for step in (1, 40) for line in group(TWO, step=step)], rising(40)
-    )
+    run = write_run(tmp_path / "run", [*group(TWO, step=1), *group(TWO, step=40)], rising(40))
     for name, right in (("before", 1), ("after", 3)):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[i < right] for i in range(4)])
     learn, stable, protected = answers_of(read_run(run)).values()
@@ -370,9 +345,7 @@ def test_alarms_are_listed_with_their_evidence_and_drawn(tmp_path):
     assert "Vertical dotted lines are alarms." in (run / "report.html").read_text()
 
 
-def test_for_a_trainer_without_weights_the_report_says_what_gtpo_would_have_protected(
-    tmp_path,
-):
+def test_without_token_weights_the_report_says_what_gtpo_would_have_protected(tmp_path):
     run = write_run(tmp_path / "run", group(TWO, weight=None))
     protected = answers_of(read_run(run))["protected"]
     assert protected.headline == "nothing: no token weights"
@@ -384,10 +357,10 @@ def test_for_a_trainer_without_weights_the_report_says_what_gtpo_would_have_prot
 
 def test_the_first_the_middle_the_last_and_the_steps_with_most_conflicts_are_shown(tmp_path):
     alike = [(RIGHT, 20.0), ([*RIGHT[:-2], "!", "<end>"], 3.0)]
-    lines = [
-        line for step in range(1, 12) for line in group(alike if step in (4, 8) else TWO, step=step)
-    ]
-    record = read_run(write_run(tmp_path / "run", lines))
+    lines = []
+    for step in range(1, 12):
+        lines += group(alike if step in (4, 8) else TWO, step=step)
+    record = record_of(tmp_path / "run", lines)
     assert list(choose_steps(record, [])) == [1, 4, 6, 8, 11]
     assert list(choose_steps(record, [2])) == [1, 2, 4, 6, 8, 11]
     record.alarms.append(AlarmEvent(9, "truncated", ""))
@@ -398,18 +371,12 @@ def test_the_first_the_middle_the_last_and_the_steps_with_most_conflicts_are_sho
 
 def test_both_ends_of_a_completion_that_is_too_long_are_shown(tmp_path):
     long = ["<start>", *(f"w{i}" for i in range(30_000)), "<end>"]
-    grouped = configurations(
-        [read_run(write_run(tmp_path / "run", group([(long, 1.0), (["<start>", "<end>"], 0.0)])))]
-    )
-    view = conflict_view(grouped, [], size=10**7)
+    record = record_of(tmp_path / "run", group([(long, 1.0), (["<start>", "<end>"], 0.0)]))
+    view = conflict_view(configurations([record]), [], size=10**7)
     row = view["runs"][0]["steps"][0]["groups"][0]["rows"][0]
     assert (row["length"], row["head"], len(row["tokens"])) == (30_002, 6_000, 12_000)
-    assert [view["tokens"][row["tokens"][i]] for i in (0, 5_999, 6_000, -1)] == [
-        "<start>",
-        "w5998",
-        "w24001",
-        "<end>",
-    ]
+    shown = [view["tokens"][row["tokens"][i]] for i in (0, 5_999, 6_000, -1)]
+    assert shown == ["<start>", "w5998", "w24001", "<end>"]
     assert row["weights"] == [[2.0, 1], [1.0, 30_000], [2.0, 1]]
 
 
@@ -419,7 +386,7 @@ def test_steps_without_recorded_tokens_are_not_chosen(tmp_path):
         if line["step"] % 4 != 1:
             for name in ("ids", "tokens", "weights", "entropies"):
                 del line[name]
-    assert list(choose_steps(read_run(write_run(tmp_path / "run", lines)), [])) == [1, 5, 9]
+    assert list(choose_steps(record_of(tmp_path / "run", lines), [])) == [1, 5, 9]
 
 
 @pytest.mark.slow
@@ -427,38 +394,30 @@ def test_a_huge_completions_file_still_makes_a_page_below_five_megabytes(tmp_pat
     torch.manual_seed(0)
     words = [f"word{i} " for i in range(50_000)]
 
-    def text():
-        return [
-            "<reasoning>",
-            *(words[i] for i in torch.randint(len(words), (2500,)).tolist()),
-            "</answer>",
-        ]
+    def tokens():
+        drawn = torch.randint(len(words), (2500,)).tolist()
+        return ["<reasoning>", *(words[i] for i in drawn), "</answer>"]
 
-    run = write_run(
-        tmp_path / "run",
-        [
-            line
-            for step in range(1, 6)
-            for number in range(2)
-            for line in group(
-                [(text(), float(row % 2)) for row in range(16)], step=step, number=number
-            )
-        ],
-    )
+    lines = []
+    for step in range(1, 6):
+        for number in range(2):
+            rows = [(tokens(), float(row % 2)) for row in range(16)]
+            lines += group(rows, step=step, number=number)
+    run = write_run(tmp_path / "run", lines)
     assert (run / "completions.jsonl").stat().st_size > 10_000_000
     assert report_run.main([str(run)]) == 0
     page = (run / "report.html").read_text()
     assert len(page.encode()) < 5_000_000
-    assert [step["step"] for step in json.loads(data_of(page))["runs"][0]["steps"]] == [1, 2, 3, 5]
+    (view,) = json.loads(data_of(page))["runs"]
+    assert [step["step"] for step in view["steps"]] == [1, 2, 3, 5]
 
 
 # ---- the page
 
 
 def data_of(page: str) -> str:
-    return re.search(r'<script type="application/json" id="view">(.*?)</script>', page, re.DOTALL)[
-        1
-    ]
+    script = r'<script type="application/json" id="view">(.*?)</script>'
+    return re.search(script, page, re.DOTALL)[1]
 
 
 @pytest.mark.slow
@@ -479,9 +438,8 @@ def test_texts_of_a_model_cannot_become_elements_of_the_page(tmp_path):
     assert page.count("<script") == 2 == page.count("</script")
     assert "<img" not in page
     assert "<b>" not in page
-    assert json.loads(data_of(page))["runs"][0]["steps"][0]["groups"][0][
-        "reference"
-    ] == evil.replace("\ud800", "")
+    shown = json.loads(data_of(page))["runs"][0]["steps"][0]["groups"][0]
+    assert shown["reference"] == evil.replace("\ud800", "")
 
 
 @pytest.mark.slow
@@ -490,9 +448,8 @@ def test_the_page_forbids_the_browser_to_fetch_anything(tmp_path):
     report_run.main([str(run)])
     page = (run / "report.html").read_text()
     assert "default-src 'none'" in page
-    assert not re.search(
-        r"""(?:src|href)=["'](?!data:|#)|url\(|@import""", page.replace('clip-path="url(#', "")
-    )
+    outside = r"""(?:src|href)=["'](?!data:|#)|url\(|@import"""
+    assert not re.search(outside, page.replace('clip-path="url(#', ""))
 
 
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
@@ -508,13 +465,8 @@ def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
         assert f"{name}: exists and is not a report" in capsys.readouterr().err
         assert (run / name).read_text() == "mine"
         (run / name).write_bytes(kept)
-    assert {path.name for path in run.iterdir()} == {
-        "curves.png",
-        "recipe.yaml",
-        "report.html",
-        "trainer_state.json",
-        "versions.json",
-    }
+    of_the_run = {"recipe.yaml", "trainer_state.json", "versions.json"}
+    assert {path.name for path in run.iterdir()} == {*of_the_run, "curves.png", "report.html"}
 
 
 @pytest.mark.slow
@@ -536,9 +488,8 @@ def test_a_recipe_and_its_flags_name_the_run_directory(tmp_path, monkeypatch, ca
     monkeypatch.chdir(ROOT)
     flags = ["recipes/demo.yaml", "--output_root", str(tmp_path), "--training.max_steps", "3"]
     assert report_run.main(flags) == 2
-    run = re.search(
-        rf"error: ({tmp_path}/demo_\S+): there is no such run directory", capsys.readouterr().err
-    )[1]
+    error = rf"error: ({tmp_path}/demo_\S+): there is no such run directory"
+    run = re.search(error, capsys.readouterr().err)[1]
     write_run(tmp_path / run, history=ONE_CURVE)
     assert report_run.main([*flags, "--out", str(tmp_path / "out")]) == 0
     assert f"Report: {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
@@ -548,30 +499,20 @@ def test_the_table_of_evaluations_has_intervals_and_is_in_order(tmp_path):
     run = write_run(tmp_path / "run", history=ONE_CURVE)
     for name in ("mine", "after", "step-100", "step-20", "before"):
         write_evaluation(run / "evaluation" / f"{name}.jsonl", [[True], [False]])
-    write_evaluation(
-        run / "evaluation" / "many.jsonl", [[True, False], [False, False]], temperature=0.7
-    )
+    several = [[True, False], [False, False]]
+    write_evaluation(run / "evaluation" / "many.jsonl", several, temperature=0.7)
     assert report_run.main([str(run)]) == 0
     table = (run / "report.html").read_text().split('id="evaluation"')[1].split("</table>")[0]
     rows = [
         re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
         for row in re.findall(r"<tr>(.*?)</tr>", table)
     ]
-    assert [row[0] for row in rows] == [
-        "evaluation",
-        "before",
-        "step-20",
-        "step-100",
-        "after",
-        "many",
-        "mine",
-    ]
+    names = [row[0] for row in rows[1:]]
+    assert names == ["before", "step-20", "step-100", "after", "many", "mine"]
     many = dict(zip(rows[0], rows[5], strict=True))
-    assert (many["accuracy"], many["pass@2"], many["temperature"]) == (
-        "25.0 % [0.0, 50.0]",
-        "50.0 % [0.0, 100.0]",
-        "0.7",
-    )
+    assert many["accuracy"] == "25.0 % [0.0, 50.0]"
+    assert many["pass@2"] == "50.0 % [0.0, 100.0]"
+    assert many["temperature"] == "0.7"
     assert dict(zip(rows[0], rows[1], strict=True))["pass@2"] == "-"
 
 
@@ -582,7 +523,8 @@ def test_a_damaged_evaluation_is_left_out_with_a_note(tmp_path):
     cut.write_text(cut.read_text()[:-20])
     (run / "evaluation" / "other.jsonl").write_text('{"a": 1}\n')
     record = read_run(run)
-    assert (record.evaluations["cut"].scores.problems, list(record.evaluations)) == (1, ["cut"])
+    assert list(record.evaluations) == ["cut"]
+    assert record.evaluations["cut"].scores.problems == 1
     assert len(record.notes) == 2
     assert "cut.jsonl: the last line is incomplete and is left out" in record.notes[0]
     assert "other.jsonl: the first line is not the header of an evaluation" in record.notes[1]
@@ -602,60 +544,48 @@ def test_evaluations_of_different_numbers_of_problems_are_not_compared(tmp_path)
 def test_noise_is_seldom_called_learning_or_a_fall(tmp_path, steps):
     draw, headlines, falls = random.Random(steps), [], 0
     for i in range(60):
-        run = write_run(
-            tmp_path / f"run-{i}", history=rising(steps, reward=lambda s: 10 + draw.gauss(0, 1))
-        )
-        learn, stable, _ = answers_of(read_run(run)).values()
+        history = rising(steps, reward=lambda s: 10 + draw.gauss(0, 1))
+        learn, stable, _ = answers_of(record_of(tmp_path / f"run-{i}", history=history)).values()
         headlines.append(learn.headline)
         falls += "reward fell" in stable.headline
     assert headlines.count("too early to say" if steps < 10 else "no clear change") >= 45
     assert falls <= 10
 
 
+def loaded_modules(flags: list[str], names: set[str]) -> subprocess.CompletedProcess:
+    """Runs report_run.py; the last line of its output is those of the modules that it imports."""
+    code = f"import sys, report_run; report_run.main({flags}); print({names} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+
+
 @pytest.mark.slow
 def test_a_report_loads_no_model(tmp_path):
     run = write_run(tmp_path / "run", group(TWO), ONE_CURVE)
-    code = (
-        f"import sys, report_run; report_run.main([{str(run)!r}]); print({{'torch', 'transformers',"
-        " 'trl'} & set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = loaded_modules([str(run)], {"torch", "transformers", "trl"})
     assert done.stdout.endswith("set()\n")
 
 
 @pytest.mark.slow
 def test_help_needs_neither_matplotlib_nor_jinja2():
-    code = (
-        "import sys, report_run; report_run.main(['--help']); print({'matplotlib', 'jinja2'} &"
-        " set(sys.modules))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert "--steps" in done.stdout and done.stdout.endswith("set()\n")
+    done = loaded_modules(["--help"], {"matplotlib", "jinja2"})
+    assert "--steps" in done.stdout
+    assert done.stdout.endswith("set()\n")
 
 
 # ---- errors
 
 
+# fmt: off
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         ([], "RUN: missing; use: python report_run.py RUN [RUN ...]"),
-        (
-            ["missing"],
-            (
-                "missing: there is no such run directory; give the one that train_model.py printed"
-                " last"
-            ),
-        ),
+        (["missing"],
+         "missing: there is no such run directory; give the one that train_model.py printed last"),
         (["empty"], "empty: is not a run directory (it has no recipe.yaml)"),
-        (
-            ["run/checkpoint-3"],
-            "run/checkpoint-3: is not a run directory (it has no recipe.yaml); give ",
-        ),
+        (["run/checkpoint-3"],
+         "run/checkpoint-3: is not a run directory (it has no recipe.yaml); give "),
         (["new"], "new: there is nothing to report yet"),
         (["broken"], "broken/recipe.yaml: is not a recipe"),
         (["run", "--outt", "x"], "--outt: unknown flag; use --out and --steps"),
@@ -666,6 +596,7 @@ def test_help_needs_neither_matplotlib_nor_jinja2():
         (["nothing.yaml"], "nothing.yaml: there is no such recipe file"),
     ],
 )
+# fmt: on
 def test_an_error_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
@@ -677,5 +608,6 @@ def test_an_error_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys,
     before = sorted(tmp_path.rglob("*"))
     assert report_run.main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {sentence}") and error.count("\n") == 1
+    assert error.startswith(f"error: {sentence}")
+    assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
