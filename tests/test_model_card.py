@@ -40,19 +40,9 @@ def recipe_with(*flags: str):
 @pytest.mark.slow
 def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):  # noqa: F811
     monkeypatch.setenv("SOME_API_KEY", "x" * 8)
-    assert (
-        train_model.main(
-            demo_flags(
-                "--evaluation.path",
-                str(ROOT / "demo/data/test.jsonl"),
-                "--evaluation.limit",
-                "8",
-                "--env.HF_TOKEN",
-                "hf_secretsecretsecretsecret",
-            )
-        )
-        == 0
-    )
+    held_out = ["--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "8"]
+    secret = ["--env.HF_TOKEN", "hf_secretsecretsecretsecret"]
+    assert train_model.main(demo_flags(*held_out, *secret)) == 0
     folder = run_dir(here)
     card = ModelCard.load(folder / "README.md")
     assert card.data.to_dict() == {
@@ -64,11 +54,8 @@ def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):  # no
         "**GTPO** (Group-relative Trajectory-based Policy Optimization, [arXiv 2508.03772]"
         in card.text
     )
-    last = [
-        row
-        for row in json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        if "reward" in row
-    ][-1]
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    last = [row for row in history if "reward" in row][-1]
     for text in (
         "| reward | " + f"{last['reward']:.4g}",
         "| before | 8 | 1 | 0.0 |",
@@ -84,14 +71,10 @@ def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):  # no
     assert "GTPO" in early
     assert "More Information Needed" not in early
     assert export_model.main([str(folder), str(here / "merged")]) == 0
-    for file in (
-        folder / "README.md",
-        folder / "checkpoint-2/README.md",
-        here / "merged/README.md",
-    ):
-        text = file.read_text()
+    for place in (folder, folder / "checkpoint-2", here / "merged"):
+        text = (place / "README.md").read_text()
         for private in ("GRPO", "None", str(ROOT), str(here), "hf_secret", "xxxxxxxx", "HF_TOKEN"):
-            assert private not in text, (file, private)
+            assert private not in text, (place, private)
 
     for place in (folder, here / "merged"):
         (code,) = re.findall(r"```python\n(.*?)```", (place / "README.md").read_text(), re.DOTALL)
@@ -102,41 +85,23 @@ def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):  # no
     assert "rounding alone" in merged.text
 
 
+# fmt: off
 @pytest.mark.parametrize(
     "path, trainer, tag, expected",
     [
-        (
-            "gtpo.gtpo_training.UnslothGTPOTrainer",
-            UnslothGTPOTrainer,
-            "gtpo",
-            "trained with **GTPO** (",
-        ),
-        (
-            "custom_trainer.released.ReleasedGTPOTrainer",
-            ReleasedGTPOTrainer,
-            "gtpo",
-            "computed as in its authors' released code",
-        ),
-        (
-            "custom_trainer.original.UnslothGRPOTrainer",
-            UnslothGRPOTrainer,
-            "grpo",
-            "trained with **GRPO** (",
-        ),
-        (
-            "test_model_card.MyTrainer",
-            MyTrainer,
-            "gtpo",
-            "by `test_model_card.MyTrainer`, a variant of **GTPO** (",
-        ),
-        (
-            "test_model_card.MyBaseline",
-            MyBaseline,
-            "grpo",
-            "by `test_model_card.MyBaseline`, a variant of **GRPO** (",
-        ),
+        ("gtpo.gtpo_training.UnslothGTPOTrainer", UnslothGTPOTrainer, "gtpo",
+         "trained with **GTPO** ("),
+        ("custom_trainer.released.ReleasedGTPOTrainer", ReleasedGTPOTrainer, "gtpo",
+         "computed as in its authors' released code"),
+        ("custom_trainer.original.UnslothGRPOTrainer", UnslothGRPOTrainer, "grpo",
+         "trained with **GRPO** ("),
+        ("test_model_card.MyTrainer", MyTrainer, "gtpo",
+         "by `test_model_card.MyTrainer`, a variant of **GTPO** ("),
+        ("test_model_card.MyBaseline", MyBaseline, "grpo",
+         "by `test_model_card.MyBaseline`, a variant of **GRPO** ("),
     ],
 )
+# fmt: on
 def test_the_method_is_named(tmp_path, path, trainer, tag, expected):
     text = card_of(recipe_with("--trainer.class_path", path), trainer, tmp_path)
     assert expected in text and ModelCard(text).data.tags[0] == tag
@@ -150,11 +115,8 @@ def test_only_names_on_the_hub_are_metadata(tmp_path):
     assert (data.base_model, data.base_model_relation) == ("Qwen/Qwen2.5-3B-Instruct", "adapter")
     assert data.datasets == ["openai/gsm8k"]
     for base in (str(tmp_path), "../model", "~/model"):
-        text = card_of(
-            recipe_with("--model-name", base, "--dataset.path", str(tmp_path / "mine.jsonl")),
-            UnslothGTPOTrainer,
-            tmp_path,
-        )
+        local = recipe_with("--model-name", base, "--dataset.path", str(tmp_path / "mine.jsonl"))
+        text = card_of(local, UnslothGTPOTrainer, tmp_path)
         data = ModelCard(text).data
         assert data.base_model is None
         assert data.datasets is None
@@ -176,19 +138,16 @@ def test_a_merged_variant_has_the_method_of_its_run_s_card(tmp_path):
     )
     assert ModelCard(text).data.base_model_relation == "finetune"
     (tmp_path / "README.md").unlink()
-    assert (
-        "by `test_model_card.MyTrainer`, a trainer that its recipe names"
-        in model_card.merged_card(saved, "bfloat16", "")
-    )
+    text = model_card.merged_card(saved, "bfloat16", "")
+    assert "by `test_model_card.MyTrainer`, a trainer that its recipe names" in text
 
 
 def test_a_merged_checkpoint_has_no_evaluations_of_other_adapters(tmp_path):
     run, evaluations = tmp_path / "run", tmp_path / "run/evaluation"
     for folder, step in ((run, 12), (run / "checkpoint-6", 6)):
         folder.mkdir(exist_ok=True, parents=True)
-        (folder / "trainer_state.json").write_text(
-            json.dumps({"global_step": step, "log_history": []})
-        )
+        state = json.dumps({"global_step": step, "log_history": []})
+        (folder / "trainer_state.json").write_text(state)
     for name, header in (
         ("before", {"weights": "step 0"}),
         ("step-6", {"weights": "step 6"}),
@@ -200,11 +159,8 @@ def test_a_merged_checkpoint_has_no_evaluations_of_other_adapters(tmp_path):
         write_evaluation(evaluations / f"{name}.jsonl", [[True]], **header)
     listed = {}
     for adapter in (run, run / "checkpoint-6"):
-        text = model_card.merged_card(
-            SimpleNamespace(recipe=recipe_with(), base="a/b", adapter=adapter, run_dir=run),
-            "bfloat16",
-            "equal",
-        )
+        saved = SimpleNamespace(recipe=recipe_with(), base="a/b", adapter=adapter, run_dir=run)
+        text = model_card.merged_card(saved, "bfloat16", "equal")
         listed[adapter.name] = set(re.findall(r"^\| (\S+) \| 1 \| 1 \|", text, re.MULTILINE))
     assert listed == {
         "run": {"before", "after", "test"},

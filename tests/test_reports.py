@@ -313,7 +313,7 @@ def test_a_reason_to_worry_is_named(tmp_path, changes, worry):
         for entry in rising(40, **changes)
     ]
     stable = answers_of(read_run(write_run(tmp_path / "run", history=history)))["stable"]
-    assert (stable.verdict, stable.headline) == ("careful", worry)
+    assert (stable.status, stable.headline) == ("careful", worry)
 
 
 @pytest.mark.slow

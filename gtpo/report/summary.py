@@ -24,7 +24,7 @@ class Answer(NamedTuple):
     """A question with its answer: a headline and sentences."""
 
     question: str
-    verdict: str  # yes, no, careful or unknown; decides the sign and colour on the page
+    status: str  # yes, no, careful or unknown; decides the sign and colour on the page
     headline: str
     sentences: list[str]
     texts: list[tuple[str, int]] = []  # protected texts, and in how many completions
@@ -43,11 +43,11 @@ def answers(configuration: Configuration) -> list[Answer]:
 
 
 def _did_it_learn(configuration: Configuration) -> Answer:
-    verdict, headline, sentences = "unknown", "too early to say", []
+    status, headline, sentences = "unknown", "too early to say", []
     if reward := _series("reward", configuration):
         first, last = windows(reward)
         if len(reward) >= MIN_STEPS:
-            verdict, headline = _change_of_reward(first, last)
+            status, headline = _change_of_reward(first, last)
         sentences.append(
             f"The mean reward went from {first.mean:.2f} ({first.steps}) to {last.mean:.2f}"
             f" ({last.steps})."
@@ -56,15 +56,15 @@ def _did_it_learn(configuration: Configuration) -> Answer:
     if held_out := _held_out(configuration):
         gain, sentence = held_out
         sentences.append(sentence)
-        if verdict == "yes" and gain < 0:
-            verdict, headline = "careful", "reward yes, accuracy no"
+        if status == "yes" and gain < 0:
+            status, headline = "careful", "reward yes, accuracy no"
     no_signal = _series("no_signal", configuration)
     if no_signal and (share := windows(no_signal)[1].mean) > 0.5:
         sentences.append(
             f"Near the end {share:.0%} of the groups gave no signal: all completions of a group had"
             " the same reward."
         )
-    return Answer("Did it learn?", verdict, headline, sentences or ["No rewards were recorded."])
+    return Answer("Did it learn?", status, headline, sentences or ["No rewards were recorded."])
 
 
 def _change_of_reward(first, last) -> tuple[str, str]:

@@ -179,7 +179,7 @@
     const atStart = matches(index, row.tokens[i], alignedAtStart), atEnd = matches(index, row.tokens[i], alignedAtEnd);
     const sides = [["start", "prefix run", atStart, alignedAtStart], ["end", "suffix run", atEnd, alignedAtEnd]]
       .filter(([, name]) => !runsOf.length || runsOf.includes(name));
-    for (const [other, where] of sides.flatMap(([, , found]) => found)) {
+    for (const [other, where] of sides.flatMap(([, , same]) => same)) {
       const same = cells[other].get(where);
       if (same) same.classList.add(sign(rows[other]) * sign(row) < 0 ? "same-opposite" : "same-side");
     }
@@ -189,23 +189,23 @@
                    `position ${position + 1} from the start, ${fromEnd + 1} from the end`, ...runsOf];
     what.append(element("b", "", visible(texts[row.tokens[i]])), ` ${facts.join(" · ")}`);
     const lines = [what, element("p", "", reason(row, runsOf, atStart, atEnd, weight))];
-    for (const [side, , found, positionIn] of sides) lines.push(element("p", "about", elsewhere(index, side, found, positionIn)));
+    for (const [side, , same, positionIn] of sides) lines.push(element("p", "about", elsewhere(index, side, same, positionIn)));
     at("inspector").replaceChildren(...lines);
   };
   const matches = (index, token, positionIn) =>  // [row, position] of the same token at the aligned position of other completions
     rows.map((other, j) => [j, positionIn(other)]).filter(([j, where]) => j !== index && tokenAt(rows[j], where) === token);
-  const elsewhere = (index, side, found, positionIn) => {
-    const same = found.map(([j]) => name(rows[j]));
-    const different = rows.map((_, j) => j).filter((j) => j !== index && rows[j].tokens && !found.some(([k]) => k === j)).map((j) => {
+  const elsewhere = (index, side, same, positionIn) => {
+    const names = same.map(([j]) => name(rows[j])).join(", ") || "none";
+    const different = rows.map((_, j) => j).filter((j) => j !== index && rows[j].tokens && !same.some(([k]) => k === j)).map((j) => {
       const token = tokenAt(rows[j], positionIn(rows[j]));
       return `${name(rows[j])} ${token === undefined ? "nothing shown" : visible(texts[token])}`;
     });
     const others = different.length ? ` Another token in: ${different.slice(0, 12).join(", ")}.` : "";
-    return `At this position from the ${side}, the same token in: ${same.length ? same.join(", ") : "none"}.${others}`;
+    return `At this position from the ${side}, the same token in: ${names}.${others}`;
   };
   const name = (row) => `#${row.row + 1}${sign(row) > 0 ? "+" : sign(row) < 0 ? "−" : ""}`;
   const reason = (row, runsOf, atStart, atEnd, weight) => {
-    const opposite = (found) => found.filter(([j]) => sign(rows[j]) * sign(row) < 0).length;
+    const opposite = (same) => same.filter(([j]) => sign(rows[j]) * sign(row) < 0).length;
     const other = sign(row) > 0 ? "worse" : "better";
     if (runsOf.length) {
       const side = runsOf[0] === "prefix run" ? "start" : "end";
