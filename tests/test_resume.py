@@ -59,6 +59,24 @@ def test_a_trainer_without_a_recipe_resumes_exactly(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_resumed_run_does_not_repeat_an_alarm(tmp_path):
+    from gtpo.hooks.alarm import CONDITIONS, Alarm
+
+    class FirstStepAlarm(Alarm):
+        def __init__(self):
+            limits = {**dict.fromkeys(CONDITIONS), "no_signal": 0.0}  # holds at every step
+            super().__init__(action="warn", window=1, limits=limits)
+
+    options = {"callback": FirstStepAlarm, "logging_steps": 1, "max_steps": 3}
+    straight = resumes.train(BASELINE, tmp_path / "straight", **options)
+    alarms = [line["step"] for line in straight["metrics"] if "alarm/no_signal" in line]
+    checkpoint = checkpoints.read(tmp_path / "straight/checkpoint-1")
+    resumed = resumes.train(BASELINE, tmp_path / "resumed", checkpoint=checkpoint, **options)
+    assert alarms == [1]
+    assert resume_proof.differences(straight, resumed) == []
+
+
+@pytest.mark.slow
 def test_without_exact_resume_the_runs_differ(tmp_path, monkeypatch):
     from gtpo.runs.exact_resume import ExactResume
 

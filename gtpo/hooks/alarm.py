@@ -48,7 +48,10 @@ class Alarm(TrainerCallback, ExportableState):
         self.stopped_by: str | None = None
 
     def state(self) -> dict:
-        """What transformers saves in each checkpoint, and sets again as attributes."""
+        """What transformers saves in each checkpoint, and sets again as attributes.
+
+        It stands there under the name of this class, so class and attributes keep their names.
+        """
         attributes = ("lines", "initial_entropy", "best_format", "told")
         return {
             "args": {"action": self.action, "window": self.window, "limits": self.limits},

@@ -179,31 +179,26 @@ class ExactResume(TrainerCallback):
             trainer._metrics[mode].update(metrics)
         _extend(trainer._logs, saved["logs"])
         self._state_to_restore = saved["sampler"]
-        self._restore_exportable_callbacks(state)
         for callback in self._callbacks_with_state():
             keys = [key for key in _state_keys(callback) if key in saved["callbacks"]]
             if keys:
                 callback.restore(send_to_device(saved["callbacks"][keys[0]], device))
+        self._restore_exportable_callbacks(state)
         # The recipe sets logging_steps and save_steps, not the checkpoint.
         state.compute_steps(args, state.max_steps)
 
     def _restore_exportable_callbacks(self, state) -> None:
         """Restores the attributes of callbacks that transformers itself saves.
 
-        transformers 5.17.0 keeps them in trainer_state.json under their class names, and fails at
-        the next checkpoint if a class has no entry there.
+        transformers 5.17.0 keeps them in trainer_state.json under their class names. It fails at
+        the next checkpoint if a class has no entry there, for instance a callback that is new.
         """
         for callback in self.trainer.callback_handler.callbacks:
             if not isinstance(callback, ExportableState):
                 continue
-            name = type(callback).__name__
-            for earlier_name in getattr(callback, "earlier_class_names", ()):
-                if earlier_name in state.stateful_callbacks:
-                    earlier = state.stateful_callbacks.pop(earlier_name)
-                    state.stateful_callbacks.setdefault(name, earlier)
-            saved = state.stateful_callbacks.setdefault(name, {})
-            for attribute, value in saved.get("attributes", {}).items():
-                setattr(callback, attribute, value)
+            saved = state.stateful_callbacks.setdefault(type(callback).__name__, {})
+            for name, value in saved.get("attributes", {}).items():
+                setattr(callback, name, value)
 
     def _micro_batches_for_other_processes(self, rollout: list | None) -> int:
         """TRL's counter of micro-batches, if more or fewer processes continue the run.
@@ -244,7 +239,7 @@ class ExactResume(TrainerCallback):
         run_epoch(*args, **kwargs)
 
     def _load_optimizer(self, load: Callable, checkpoint):
-        """Loads optimizer and schedule, and then puts the recipe's settings back if asked to."""
+        """Loads optimizer and schedule; with `use_recipe_optimizer` the recipe's settings win."""
         optimizer, scheduler = self.trainer.optimizer, self.trainer.lr_scheduler
         recipe_settings = [
             {name: value for name, value in group.items() if name != "params"}
