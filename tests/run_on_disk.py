@@ -73,7 +73,7 @@ def group(
 
 
 def _id(token: str) -> int:
-    return hash(token) % 2**31  # the same in one test run, which is enough
+    return hash(token) % 2**31  # stable within one process
 
 
 def write_run(

@@ -196,7 +196,7 @@ def test_the_adapter_of_a_4_bit_model_is_trained_in_float32(tmp_path):
     for make in (trl.GRPOTrainer, trainers.make_trainer):
         tokenizer = tiny.tiny_tokenizer()
         model = tiny.with_lora(tiny.tiny_model(tokenizer))
-        model.is_loaded_in_4bit = True  # what TRL looks at
+        model.is_loaded_in_4bit = True  # TRL reads this
         arguments = trl.GRPOConfig(
             output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none"
         )
