@@ -283,7 +283,7 @@ def test_the_summary_has_the_numbers(tmp_path):
         "The share of well-formed completions went from 100% to 100%. The share of correct"
         " completions went from 50% to 50%.",
         "On 4 held-out problems (greedy), accuracy went from 25.0% to 75.0% (+50.0 points, 95 %"
-        " interval +0.0 to +100.0), and the share of well-formed completions from 100.0% to"
+        " interval +0.0 to +100.0). The share of well-formed completions went from 100.0% to"
         " 100.0%.",
     ]
     assert stable.headline == "yes"

@@ -177,8 +177,8 @@ class EvaluationFile:
     `overwrite`, an evaluation in `path` is replaced as soon as the file is opened; a file that is
     not an evaluation never is.
 
-    Raises RecipeError, and leaves `path` as it is, if it holds an evaluation with other settings,
-    is damaged, is not an evaluation, or cannot be written.
+    Raises RecipeError if `path` has an evaluation with other settings, is damaged, is not an
+    evaluation or cannot be written. The file stays as it is then.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], *, overwrite: bool = False):

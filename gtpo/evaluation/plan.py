@@ -255,8 +255,8 @@ def weights_fingerprint(*folders: Path) -> str:
 def _file_path(saved: Saved, plan: EvaluationPlan, problems: int, *, adapter: bool) -> Path:
     """A path in evaluation/ of the run, or of the current directory for a model without a run.
 
-    The name lists the settings. For a run's base model it begins with "base-", for a checkpoint
-    with the checkpoint's name, and for a model without a run with the model's name.
+    The name lists the settings. It begins with "base-" for a run's base model, and with the
+    checkpoint's name for a checkpoint. Without a run it begins with the model's name.
     """
     section, folder = plan.section, saved.run_dir or Path()
     model = Path(saved.adapter or saved.base).absolute().name

@@ -97,6 +97,7 @@ class Window(NamedTuple):
 
     @property
     def mean(self) -> float:
+        """The mean of all values."""
         return statistics.fmean(self.values)
 
     @property

@@ -24,7 +24,7 @@ class RecordedCompletion(CompletionLine):
     """A line as a report uses it. Per-token lists of different lengths count as not recorded."""
 
     @model_validator(mode="after")
-    def drop_lists_that_do_not_fit(self):
+    def _drop_lists_that_do_not_fit(self):
         if self.ids is None or self.tokens is None or len(self.ids) != len(self.tokens):
             self.ids = self.tokens = None
         for name in ("weights", "entropies"):
@@ -44,8 +44,8 @@ class RecordedCompletion(CompletionLine):
     def token_weights(self, weight: float = 2.0) -> list[float]:
         """Returns lambda per token, as recorded.
 
-        For a trainer without token weights it is the lambda that GTPO would have used, with
-        `weight` on the conflict tokens of completions with a positive advantage.
+        For a trainer without token weights it is the lambda that GTPO would have used. `weight` is
+        that of conflict tokens with a positive advantage.
         """
         if self.weights is not None:
             return [1.0 if value is None else value for value in self.weights]

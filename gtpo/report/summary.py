@@ -10,7 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from gtpo.evaluation.scores import score_differences
-from gtpo.report.comparison import Configuration, best_window, windows
+from gtpo.report.comparison import Configuration, Window, best_window, windows
 from gtpo.report.curves import PANELS, panel_series
 from gtpo.report.run_record import ScoredEvaluation
 
@@ -67,8 +67,8 @@ def _did_it_learn(configuration: Configuration) -> Answer:
     return Answer("Did it learn?", status, headline, sentences or ["No rewards were recorded."])
 
 
-def _change_of_reward(first, last) -> tuple[str, str]:
-    """Verdict and headline. A change counts if it is larger than two standard errors."""
+def _change_of_reward(first: Window, last: Window) -> tuple[str, str]:
+    """The status and the headline; a change counts if it is over two standard errors."""
     noise = 2 * math.hypot(first.error, last.error)
     if last.mean - first.mean > noise:
         return "yes", "yes"
@@ -109,8 +109,8 @@ def _held_out(configuration: Configuration) -> tuple[float, str] | None:
     return (
         accuracy_after - accuracy_before,
         f"On {after.scores.problems} held-out problems ({drawn}{runs}), accuracy went from"
-        f" {accuracy_before:.1%} to {accuracy_after:.1%}{interval}, and the share of well-formed"
-        f" completions from {format_before:.1%} to {format_after:.1%}.",
+        f" {accuracy_before:.1%} to {accuracy_after:.1%}{interval}. The share of well-formed"
+        f" completions went from {format_before:.1%} to {format_after:.1%}.",
     )
 
 
