@@ -1,5 +1,6 @@
-"""Ablations as a user would write them: small classes, chosen by dotted path. `compare.py` trains
-them.
+"""Ablations as users would write them: small classes, chosen by dotted path.
+
+compare.py trains them.
 """
 
 import torch
@@ -11,4 +12,5 @@ class WithoutTokenWeights(UnslothGTPOTrainer):
     """GTPO with lambda = 1 everywhere."""
 
     def token_weights(self, rollout):
+        """(B, T) ones."""
         return torch.ones_like(rollout["completion_ids"], dtype=torch.float32)

@@ -1,9 +1,8 @@
-"""Where a step of the embedded demo goes, with the adapter merged while it generates and without:
-`python benchmarks/demo_step.py`.
+"""Times the parts of a step of the embedded demo: `python benchmarks/demo_step.py`.
 
-Trains recipes/demo.yaml with `train_model.py`'s own main; every other step generates without
-merging, so both are measured side by side. CPU-seconds of one thread. The processes that grade are
-counted apart; what happens before the first step as well.
+Trains recipes/demo.yaml with train_model.py. Every other step generates without merging the
+adapter, so both ways are measured in one run. Prints CPU-seconds of one thread. The processes that
+run rewards are counted separately, and so is everything before the first step.
 """
 
 import argparse
@@ -16,8 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-# steps that do not count: the first ones fill caches, and check what completions look like
-WARM_UP = 4
+WARM_UP = 4  # steps that do not count, because they fill caches and check the completions
 
 
 def main() -> int:
@@ -33,86 +31,67 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=44, help="steps to train (default: 44)")
     parser.add_argument("--json", type=Path, help="save the figures to this file")
     options = parser.parse_args()
-    os.chdir(ROOT)  # the recipe names its files from here
+    os.chdir(ROOT)  # the recipe's paths start here
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
-    from figures import machine, ratio, save
-    from shares import PARTS, Shares, medians
+    from measure import machine_line, ratio, save
+    from shares import PARTS, Shares, columns, header, medians
 
     import train_model
     from gtpo.hooks import merged_generation as merging
     from gtpo.runs import trainers as run_trainers
 
-    most, trainers, clocks, graded = merging.MOST_BYTES, [], {}, []
+    most_bytes, shares, clocks, worker_clocks = merging.MOST_BYTES, [], {}, []
 
     def before_step(step: int) -> None:
-        merging.MOST_BYTES = most if step % 2 else -1
+        merging.MOST_BYTES = most_bytes if step % 2 else -1
         clocks.setdefault("started", time.process_time())
         if step >= WARM_UP:
-            graded.append(worker_seconds())
+            worker_clocks.append(worker_seconds())
 
     make_trainer = run_trainers.make_trainer
 
-    def make_watched(*args, **kwargs):
+    def make_counted_trainer(*args, **kwargs):
         clocks["loaded"] = time.process_time()
-        trainers.append(Shares(make_trainer(*args, **kwargs), before_step))
-        return trainers[0].trainer
+        shares.append(Shares(make_trainer(*args, **kwargs), before_step))
+        return shares[0].trainer
 
-    run_trainers.make_trainer = make_watched
+    run_trainers.make_trainer = make_counted_trainer
     with tempfile.TemporaryDirectory() as folder:
-        flags = [
-            "--output_root",
-            folder,
-            "--training.max_steps",
-            str(options.steps),
-            "--evaluation.path",
-            "null",
-        ]
+        flags = ["--output_root", folder, "--evaluation.path", "null"]
+        flags += ["--training.max_steps", str(options.steps)]
         if code := train_model.main([options.recipe, *flags]):
             return code
-    workers = (graded[-1] - graded[0]) / (len(graded) - 1)
+    workers = (worker_clocks[-1] - worker_clocks[0]) / (len(worker_clocks) - 1)
 
-    counted = trainers[0].steps[WARM_UP:]
-    found = {"not merged": medians(counted[0::2]), "merged": medians(counted[1::2])}
-    print(machine())
+    counted = shares[0].steps[WARM_UP:]
+    parts = {"not merged": medians(counted[0::2]), "merged": medians(counted[1::2])}
+    print(machine_line())
     print(f"Median CPU-seconds of a step, {len(counted) // 2} steps of each, in turn:")
-    print(f"{'':<12}" + "".join(f"{part:>17}" for part in (*PARTS, "step")))
-    for name, parts in found.items():
-        print(
-            f"{name:<12}"
-            + "".join(
-                f"{parts[part]:>10.3f} {parts[part] / parts['step']:>5.0%} "
-                for part in (*PARTS, "step")
-            )
-        )
+    print(header(12))
+    for name, values in parts.items():
+        print(f"{name:<12}{columns(values)}")
     totals = [sum(step.values()) for step in counted]
-    merged = {
+    generation = [step["generation"] for step in counted]
+    ratios = {
         "step": ratio(totals[1::2], totals[0::2]),
-        "generation": ratio(
-            [s["generation"] for s in counted[1::2]], [s["generation"] for s in counted[0::2]]
-        ),
+        "generation": ratio(generation[1::2], generation[0::2]),
     }
-    print(
-        "Merged / not merged, median of pairs: "
-        + ", ".join(f"{what} {value:.2f}" for what, value in merged.items())
-    )
-    print(f"Beside it, in the processes that grade: {workers:.3f} CPU-seconds a step")
-    print(
-        f"Before the first step: {clocks['started']:.1f} CPU-seconds, of which"
-        f" {clocks['loaded']:.1f} until model and data are loaded"
-    )
-    largest = max(PARTS, key=found["merged"].get)
+    shown = ", ".join(f"{part} {value:.2f}" for part, value in ratios.items())
+    print(f"Merged / not merged, median of pairs: {shown}")
+    print(f"In the processes that run rewards: {workers:.3f} CPU-seconds a step")
+    started, loaded = clocks["started"], clocks["loaded"]
+    print(f"Before the first step: {started:.1f} CPU-seconds; model and data took {loaded:.1f}")
+    largest = max(PARTS, key=parts["merged"].get)
     print(f"The largest share: {largest}")
-    save(
-        options.json,
-        {
-            "recipe": options.recipe,
-            "cpu_seconds": found,
-            "ratios": merged,
-            "workers": workers,
-            "clocks": clocks,
-            "largest": largest,
-        },
-    )
+    figures = {
+        "recipe": options.recipe,
+        "cpu_seconds": parts,
+        "ratios": ratios,
+        "workers": workers,
+        "clocks": clocks,
+        "largest": largest,
+    }
+    save(options.json, figures)
     return 0
 
 

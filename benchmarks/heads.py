@@ -1,9 +1,9 @@
-"""Log-probs and entropies from hidden states, heads side by side: `python benchmarks/heads.py`.
+"""Times ways to compute log-probs and entropies from hidden states: `python benchmarks/heads.py`.
 
-Each head gets the same hidden states, output matrix and tokens, and returns log-probs, entropies
-and the gradient of the hidden states. No head can be faster than its two matrix products: hidden x
-matrix forward, gradient x matrix backward. Unsloth's is timed where it is installed (its GRPO head
-without entropies too, which is what its GRPO runs).
+Each head gets the same hidden states, output matrix and tokens. It returns log-probs and entropies,
+and the gradient of the hidden states. No head can be faster than its two matrix products: hidden
+states times matrix in the forward pass, gradient times matrix in the backward pass. Unsloth's heads
+are timed where Unsloth is installed: with entropies, and without, as its GRPO runs it.
 """
 
 import argparse
@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 
 import measure
-from figures import ratio
 
-CASES = {  # name: hidden, vocabulary
+CASES = {  # name: hidden size, vocabulary
     "small, V = 32 k": (1024, 32_000),
     "Llama-3.1-8B, V = 128 k": (4096, 128_256),
     "Qwen2.5-3B, V = 152 k": (2048, 151_936),
@@ -29,29 +28,21 @@ def main() -> int:
     parser.add_argument(
         "--tokens",
         type=int,
-        help="completion tokens of a micro-batch of 8 rows; 4096 on a GPU, 128 on a CPU",
+        help="completion tokens of a micro-batch of 8 rows (default: 4096 on a GPU, 128 on a CPU)",
     )
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if not importlib.util.find_spec("unsloth"):
-        print("Unsloth is not installed: its heads are left out")
+        print("Unsloth is not installed, so its heads are not timed")
     elif not _cuda():
         os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1")
-    figures = {"machine": None, "cases": []}
+    tokens, cases = options.tokens or (4096 if _cuda() else 128), []
     for name in options.cases:
-        figures["cases"].append(
-            {
-                "name": name,
-                **compare(
-                    *CASES[name], options.tokens or (4096 if _cuda() else 128), options.rounds
-                ),
-            }
-        )
-        figures["machine"] = measure.machine()
-        print_table(figures["cases"][-1])
-        measure.save(figures, options.json)
+        cases.append({"name": name, **compare(*CASES[name], tokens, options.rounds)})
+        print_table(cases[-1])
+        measure.save(options.json, {"cases": cases})
     return 0
 
 
@@ -62,10 +53,11 @@ def _cuda() -> bool:
 
 
 def compare(hidden_size: int, vocabulary: int, tokens: int, rounds: int) -> dict:
+    """Seconds, peak memory and gradient error of each head, on 8 rows of `tokens` / 8 tokens."""
     import torch
 
     if not _cuda():
-        # CPU-seconds of one core: two would also count their waiting for each other
+        # With two threads, the CPU-seconds would include their waiting for each other.
         torch.set_num_threads(1)
     device, dtype = ("cuda", torch.bfloat16) if _cuda() else ("cpu", torch.float32)
     torch.manual_seed(0)
@@ -84,15 +76,14 @@ def compare(hidden_size: int, vocabulary: int, tokens: int, rounds: int) -> dict
 
         return step
 
-    runs = {
-        BOUND: lambda: products(hidden, weight),
-        **{name: run(head) for name, head in heads().items()},
-    }
+    runs = {BOUND: lambda: products(hidden, weight)}
+    runs |= {name: run(head) for name, head in heads().items()}
     errors = {}
     with measure.using_the_gpu(alone=False):
         exact = float64(hidden, weight, ids, gradient)
         for name, function in runs.items():
-            function(), function()  # compiles
+            function()  # compiles
+            function()
             if name != BOUND:
                 errors[name] = ((hidden.grad[:, :8].double() - exact).norm() / exact.norm()).item()
     hidden.grad = None
@@ -106,48 +97,48 @@ def compare(hidden_size: int, vocabulary: int, tokens: int, rounds: int) -> dict
         "seconds": taken,
         "peak_bytes": peaks,
         "median": {name: statistics.median(values) for name, values in taken.items()},
-        "ratio": {name: ratio(taken[name], taken[BOUND]) for name in taken},
+        "ratio": {name: measure.ratio(taken[name], taken[BOUND]) for name in taken},
         "gradient_error": errors,
     }
 
 
 def heads() -> dict:
-    found = {}
+    """The heads by name: functions of hidden states, output matrix and ids."""
+    unsloths = {}
     if importlib.util.find_spec("unsloth"):
-        import unsloth  # noqa: F401 (first: it patches the others)
-        from unsloth_zoo import rl_replacements
+        import unsloth  # noqa: F401 (first, because it patches the others)
+        from unsloth_zoo import rl_replacements as zoo
 
         os.environ.pop("UNSLOTH_ALLOW_CPU", None)
-        chunks = 32  # as its loss calls them: four for each of the eight rows
-        found["Unsloth, without entropies"] = lambda hidden, weight, ids: (
-            rl_replacements.chunked_hidden_states_selective_log_softmax(
-                hidden, weight, ids, chunks
-            ),
-            None,
-        )
-        found["Unsloth"] = lambda hidden, weight, ids: (
-            rl_replacements.chunked_hidden_states_selective_log_softmax_recompute(
-                hidden, weight, ids, chunks, return_entropy=True
-            )
-        )
+        chunks = 32  # Unsloth's loss makes four for each of the eight rows
+
+        def without_entropies(hidden, weight, ids):
+            head = zoo.chunked_hidden_states_selective_log_softmax
+            return head(hidden, weight, ids, chunks), None
+
+        def with_entropies(hidden, weight, ids):
+            head = zoo.chunked_hidden_states_selective_log_softmax_recompute
+            return head(hidden, weight, ids, chunks, return_entropy=True)
+
+        unsloths = {"Unsloth, without entropies": without_entropies, "Unsloth": with_entropies}
     import torch
     from trl.trainer import utils
 
     from gtpo.hooks.streaming_head import log_probs_and_entropies
 
     def whole_logits(hidden, weight, ids):
-        # accelerate makes a model's outputs float32
+        # accelerate converts a model's outputs to float32.
         logits = torch.nn.functional.linear(hidden, weight).float()
         logits = logits / 1.0
         log_probs = utils.selective_log_softmax(logits, ids)
         with torch.no_grad():
             return log_probs, utils.entropy_from_logits(logits)
 
-    return {"TRL": whole_logits, **found, "streaming (ours)": log_probs_and_entropies}
+    return {"TRL": whole_logits, **unsloths, "streaming (ours)": log_probs_and_entropies}
 
 
 def products(hidden, weight, rows: int = 512) -> None:
-    """The two products alone, the logits standing in for their gradient."""
+    """Computes the two products, with the logits in place of their gradient."""
     import torch
 
     with torch.no_grad():
@@ -156,9 +147,7 @@ def products(hidden, weight, rows: int = 512) -> None:
 
 
 def float64(hidden, weight, ids, gradient):
-    """The gradient of the hidden states of the first eight tokens of each row, in double
-    precision.
-    """
+    """The gradient of each row's first eight hidden states, in double precision."""
     import torch
 
     some = hidden.detach()[:, :8].double().requires_grad_()
@@ -169,18 +158,16 @@ def float64(hidden, weight, ids, gradient):
 
 
 def print_table(case: dict) -> None:
-    print(
-        f"\n{case['name']}: {case['tokens']} tokens, hidden size {case['hidden']}, vocabulary"
-        f" {case['vocabulary']}"
-    )
+    """Prints one row per head."""
+    sizes = f"{case['tokens']} tokens, hidden size {case['hidden']}"
+    print(f"\n{case['name']}: {sizes}, vocabulary {case['vocabulary']}")
     print(f"{'':<28}{'ms':>9}{'of the bound':>14}{'peak MiB':>10}{'gradient error':>16}")
     for name, median in case["median"].items():
         error = case["gradient_error"].get(name)
-        print(
-            f"{name:<28}{median * 1e3:>9.1f}{case['ratio'][name]:>14.2f}{case['peak_bytes'][name] / 2**20:>10.0f}"
-            f"{f'{error:.1e}' if error is not None else '':>16}",
-            flush=True,
-        )
+        error = "" if error is None else f"{error:.1e}"
+        peak = case["peak_bytes"][name] / 2**20
+        print(f"{name:<28}{median * 1e3:>9.1f}{case['ratio'][name]:>14.2f}{peak:>10.0f}{error:>16}")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""Completions graded per second, on real GSM8K and MATH answers, by one process and by two: `python
-benchmarks/rewards.py`.
+"""Measures how many completions rewards grade per second: `python benchmarks/rewards.py`.
 
-`reward_math.final_reward`, format score included, as a run calls it: in processes of their own
-(`rewards.workers`, with `rewards.per: group`), a group of 8 completions per problem: 3 with the
-dataset's own solution, 3 with the answer of another problem, 1 with an open tag, 1 with text after
-the answer. One and two processes take turns. The data is found as in the tests: GTPO_SHARED
-(default ../shared) is the folder that holds data/.
+Calls `reward_math.final_reward` on real GSM8K and MATH answers, as a run with `rewards.per: group`
+does: in processes of its own. One and two processes take turns. A group of 8 completions per
+problem has 3 with the dataset's solution, 3 with the answer of another problem, 1 with an open tag,
+and 1 with text after the answer. GTPO_SHARED (default: ../shared) is the folder that holds data/.
 """
 
 import argparse
@@ -13,14 +11,11 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import psutil
-from figures import ROOT, machine, ratio, save
-
-sys.path[:0] = [str(ROOT)]
+from measure import ROOT, machine_line, ratio, save
 
 from gtpo.answers import format_reference, format_score, reference_answer  # noqa: E402
 from gtpo.data import gsm8k_reference, math_reference  # noqa: E402
@@ -38,19 +33,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--problems", type=int, default=400, help="drawn from each set (default: 400)"
+        "--problems", type=int, default=400, help="problems from each set (default: 400)"
     )
     parser.add_argument(
         "--rounds",
         type=int,
         default=3,
-        help="how often each is graded, of which the median counts (default: 3)",
+        help="gradings of each set; the median counts (default: 3)",
     )
     parser.add_argument("--json", type=Path, help="save the figures to this file")
     options = parser.parse_args()
     data = Path(os.environ.get("GTPO_SHARED", ROOT.parent / "shared")) / "data"
-    print(machine())
-    found = {}
+    print(machine_line())
+    sets = {}
     for name, (pattern, column, reference) in SETS.items():
         rows = [
             json.loads(line)
@@ -58,46 +53,39 @@ def main() -> int:
             for line in file.read_text(encoding="utf-8").splitlines()
         ]
         if not rows:
-            print(
-                f"{name}: skipped, there is no {data / pattern}; set GTPO_SHARED to the folder that"
-                " holds data/"
-            )
+            print(f"{name}: skipped, because {data / pattern} does not exist")
+            print("Set GTPO_SHARED to the folder that holds data/")
             continue
         random.Random(0).shuffle(rows)
-        found[name] = graded(
-            name,
-            groups([reference(row[column]) for row in rows[: options.problems + WARM_UP]]),
-            options.rounds,
-        )
-    save(options.json, {"sets": found} if found else {"skipped": f"no data under {data}"})
+        references = [reference(row[column]) for row in rows[: options.problems + WARM_UP]]
+        sets[name] = measure_set(name, groups(references), options.rounds)
+    save(options.json, {"sets": sets} if sets else {"skipped": f"no data under {data}"})
     return 0
 
 
 def groups(references: list[str]) -> list[dict]:
-    """What a call of the reward gets, one per problem."""
+    """The arguments of a call of the reward function, one call per problem."""
     calls = []
     for i, reference in enumerate(references):
         wrong = [
             format_reference("Let me see.", reference_answer(references[i - j])) for j in (1, 2, 3)
         ]
-        completions = (
-            [reference] * 3
-            + wrong
-            + [reference.replace("</reasoning>", ""), reference + " That is it."]
-        )
+        malformed = [reference.replace("</reasoning>", ""), reference + " That is it."]
+        completions = [reference] * 3 + wrong + malformed
         calls.append({"completions": completions, "answer": [reference] * len(completions)})
     return calls
 
 
-def graded(name: str, calls: list[dict], rounds: int) -> dict:
-    started, calls = calls[:WARM_UP], calls[WARM_UP:]
+def measure_set(name: str, calls: list[dict], rounds: int) -> dict:
+    """Grades a set with one and with two processes, and prints and returns the figures."""
+    warm_up, calls = calls[:WARM_UP], calls[WARM_UP:]
     count = sum(len(call["completions"]) for call in calls)
     wall, cpu, rewards = {1: [], 2: []}, {1: [], 2: []}, {}
     for _ in range(rounds):
         for workers in (1, 2):
-            # new ones: a process remembers what it has compared
+            # New processes, because a process remembers the answers that it has compared.
             pool = RewardPool(workers, seconds=30, memory=4)
-            grade(pool, started)  # and imports what it needs
+            grade(pool, warm_up)  # which also imports modules
             began, before = time.perf_counter(), cpu_seconds()
             rewards[workers] = grade(pool, calls)
             wall[workers].append(time.perf_counter() - began)
@@ -111,16 +99,13 @@ def graded(name: str, calls: list[dict], rounds: int) -> dict:
     assert rewards[1] == rewards[2], "two processes grade as one does"
     paid = statistics.mean(reward == 20.0 for group in rewards[1] for reward in group[:3])
     speedup, more_cpu = ratio(wall[1], wall[2]), ratio(cpu[2], cpu[1])
+    one, two = (count / statistics.median(wall[workers]) for workers in (1, 2))
+    milliseconds = statistics.median(cpu[1]) / count * 1e3
     print(
-        f"{name}, {len(calls)} problems x 8: "
-        + ", ".join(
-            f"{count / statistics.median(wall[w]):,.0f} completions/s by {w}"
-            f" process{'es'[: 2 * w - 2]}"
-            for w in (1, 2)
-        )
-        + f" ({speedup:.2f} times, for {more_cpu:.2f} times the CPU-seconds, medians of {rounds}"
-        f" pairs); {statistics.median(cpu[1]) / count * 1e3:.2f} CPU-ms each; the format score"
-        f" alone {formats:,.0f}/CPU-s; {paid:.1%} of the datasets' own solutions paid in full"
+        f"{name}, {len(calls)} problems x 8: {one:,.0f} completions/s by 1 process, {two:,.0f}"
+        f" completions/s by 2 processes ({speedup:.2f} times, for {more_cpu:.2f} times the"
+        f" CPU-seconds, medians of {rounds} pairs); {milliseconds:.2f} CPU-ms each; the format"
+        f" score alone {formats:,.0f}/CPU-s; {paid:.1%} of the datasets' solutions paid in full"
     )
     return {
         "completions": count,
@@ -134,19 +119,18 @@ def graded(name: str, calls: list[dict], rounds: int) -> dict:
 
 
 def grade(pool: RewardPool, calls: list[dict]) -> list[list[float]]:
-    """The rewards of each call, at most as many calls at a time as the pool has processes."""
-    return [
-        reply["rewards"]
-        for reply in pool.map(
-            lambda call: pool.call("reward_math.final_reward", call, "seed"), calls
-        )
-    ]
+    """The rewards of each call. Each process of the pool runs one call at a time."""
+
+    def call_reward(call):
+        return pool.call("reward_math.final_reward", call, "seed")
+
+    return [reply["rewards"] for reply in pool.map(call_reward, calls)]
 
 
 def cpu_seconds() -> float:
-    """CPU-seconds so far of this process and of those it has started."""
-    me = psutil.Process()
-    return sum(sum(process.cpu_times()[:2]) for process in (me, *me.children(recursive=True)))
+    """CPU-seconds so far of this process and of those that it has started."""
+    this = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (this, *this.children(recursive=True)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a step costs against generations, completion length, vocabulary and prompts, and where it
-goes: `python benchmarks/scaling.py`.
+"""Measures how the cost of a step grows, and its parts: `python benchmarks/scaling.py`.
 
-GTPO's trainer on plain TRL and a random Llama of 4 layers and 128 hidden units, made here;
-completions use their whole length. One axis is varied at a time. CPU-seconds of one thread, median
-of the steps of two passes over all points, so that a disturbance does not fall on one axis.
+Varies one of generations, completion length, vocabulary and prompts at a time. Uses GTPO's trainer
+on plain TRL, and a random Llama with 4 layers and 128 hidden units. Completions have their maximum
+length. Prints CPU-seconds of one thread, as medians of two passes over all points. With two passes,
+a disturbance does not affect one axis alone.
 """
 
 import argparse
@@ -30,15 +30,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--steps", type=int, default=3, help="steps that count, per point and pass (default: 3)"
+        "--steps", type=int, default=3, help="counted steps per point and pass (default: 3)"
     )
     parser.add_argument("--json", type=Path, help="save the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw the curves to this file")
     options = parser.parse_args()
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
     import torch
-    from figures import exponent, machine, save
-    from shares import PARTS, medians
+    from measure import exponent, machine_line, save
+    from shares import PARTS, columns, header, medians
 
     torch.set_num_threads(1)
     points = {
@@ -50,47 +50,35 @@ def main() -> int:
         for point, steps in points.items():
             steps += measured_steps(dict(point), options.steps)[WARM_UP:]
 
-    print(machine())
-    print(f"{'':<30}" + "".join(f"{part:>17}" for part in (*PARTS, "step")))
+    print(machine_line())
+    print(header(30))
     curves, growth = {}, {}
     for axis, values in AXES.items():
         curves[axis] = [medians(points[tuple({**CENTRE, axis: value}.items())]) for value in values]
         for value, parts in zip(values, curves[axis], strict=True):
-            print(
-                f"{axis:<18}{value:>9,}   "
-                + "".join(
-                    f"{parts[part]:>10.3f} {parts[part] / parts['step']:>5.0%} "
-                    for part in (*PARTS, "step")
-                )
-            )
+            print(f"{axis:<18}{value:>9,}   {columns(parts)}")
         growth[axis] = exponent(values[-2:], [parts["step"] for parts in curves[axis][-2:]])
-    print(
-        "Growth exponent of a step between the two largest values: "
-        + ", ".join(f"{axis} {value:.2f}" for axis, value in growth.items())
-    )
+    exponents = ", ".join(f"{axis} {value:.2f}" for axis, value in growth.items())
+    print(f"Growth exponent of a step between the two largest values: {exponents}")
     centre = medians(points[tuple(CENTRE.items())])
     largest = max(PARTS, key=centre.get)
-    print(
-        f"At {', '.join(f'{axis} {value:,}' for axis, value in CENTRE.items())}: the largest share"
-        f" is {largest}, {centre[largest] / centre['step']:.0%}"
-    )
+    place = ", ".join(f"{axis} {value:,}" for axis, value in CENTRE.items())
+    print(f"At {place}: the largest share is {largest}, {centre[largest] / centre['step']:.0%}")
     if options.plot:
         draw(options.plot, curves, growth)
-    save(
-        options.json,
-        {
-            "centre": CENTRE,
-            "axes": AXES,
-            "cpu_seconds": curves,
-            "growth_exponents": growth,
-            "largest": largest,
-        },
-    )
+    figures = {
+        "centre": CENTRE,
+        "axes": AXES,
+        "cpu_seconds": curves,
+        "growth_exponents": growth,
+        "largest": largest,
+    }
+    save(options.json, figures)
     return 0
 
 
 def measured_steps(point: dict[str, int], steps: int) -> list[dict[str, float]]:
-    """The CPU-seconds of each part of each step, of a fresh trainer."""
+    """The CPU-seconds of each part of each step of a new trainer."""
     import torch
     import trl
     from datasets import Dataset
@@ -150,20 +138,11 @@ def measured_steps(point: dict[str, int], steps: int) -> list[dict[str, float]]:
             disable_tqdm=True,
             learning_rate=1e-5,
         )
-        rows = [
-            {
-                "prompt": [
-                    {
-                        "role": "user",
-                        "content": (
-                            f"Ann has {i} pens and buys {i + 2} more. How many pens has she?"
-                        ),
-                    }
-                ],
-                "answer": format_reference("", str(2 * i + 2)),
-            }
-            for i in range(64)
-        ]
+        rows = []
+        for i in range(64):
+            question = f"Ann has {i} pens and buys {i + 2} more. How many pens has she?"
+            prompt = [{"role": "user", "content": question}]
+            rows.append({"prompt": prompt, "answer": format_reference("", str(2 * i + 2))})
         trainer = UnslothGTPOTrainer(
             model=model,
             args=arguments,
@@ -174,12 +153,13 @@ def measured_steps(point: dict[str, int], steps: int) -> list[dict[str, float]]:
         generate_merged(trainer)
         stream_log_probs(trainer)
         shares = Shares(trainer)
-        trainer.log = lambda *args, **kwargs: None  # it would print
+        trainer.log = lambda *args, **kwargs: None  # the trainer's log prints every step
         trainer.train()
     return shares.steps
 
 
 def draw(file: Path, curves: dict[str, list], growth: dict[str, float]) -> None:
+    """Draws the parts of a step over each axis."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -188,23 +168,16 @@ def draw(file: Path, curves: dict[str, list], growth: dict[str, float]) -> None:
 
     figure, axes = pyplot.subplots(1, len(AXES), figsize=(13, 3.6), layout="constrained")
     for axis, (name, values) in zip(axes, AXES.items(), strict=True):
-        axis.stackplot(
-            range(len(values)),
-            [[parts[part] for parts in curves[name]] for part in PARTS],
-            labels=PARTS,
-        )
+        layers = [[parts[part] for parts in curves[name]] for part in PARTS]
+        axis.stackplot(range(len(values)), layers, labels=PARTS)
         axis.set_xticks(range(len(values)), [f"{value:,}" for value in values])
         axis.set_xlabel(f"{name} (exponent {growth[name]:.2f})")
         axis.margins(x=0)
         axis.set_ylim(0)
     axes[0].set_ylabel("CPU-seconds of a step")
     axes[0].legend(loc="upper left", frameon=False, reverse=True)
-    figure.suptitle(
-        "A step against "
-        + ", ".join(AXES)
-        + "; the others at "
-        + ", ".join(f"{value:,}" for value in CENTRE.values())
-    )
+    centre = ", ".join(f"{value:,}" for value in CENTRE.values())
+    figure.suptitle(f"A step against {', '.join(AXES)}; the others at {centre}")
     figure.savefig(file, dpi=110)
     print(f"Written: {file}")
 

@@ -1,6 +1,4 @@
-"""Where the CPU-seconds of a training step go: generation, rewards, forward and backward, the
-rest.
-"""
+"""Counts the CPU-seconds of a training step by part."""
 
 import functools
 import statistics
@@ -12,11 +10,11 @@ PARTS = ("generation", "rewards", "forward", "backward", "rest")
 
 
 class Shares(TrainerCallback):
-    """Counts the CPU-seconds of each part of every step of `trainer`, any `trl.GRPOTrainer`; its
-    worker processes apart.
+    """Counts the CPU-seconds of each part of every step of `trainer`, any `trl.GRPOTrainer`.
 
-    `steps` has a dict of PARTS per optimizer step; "rest" is what no other part has: preparing,
-    conflicts, optimizer, logs, checkpoints.
+    `steps` holds a dict of PARTS per optimizer step. "rest" is everything that no other part
+    counts, such as conflict tokens, optimizer, logs and checkpoints. The processes that run rewards
+    are not counted. `before_step` is called with the number of steps done so far.
     """
 
     def __init__(self, trainer, before_step=lambda step: None):
@@ -65,5 +63,17 @@ class Shares(TrainerCallback):
 
 def medians(steps: list[dict[str, float]]) -> dict[str, float]:
     """The median CPU-seconds of each part, and of the whole step."""
-    found = {part: statistics.median(step[part] for step in steps) for part in PARTS}
-    return {**found, "step": statistics.median(sum(step.values()) for step in steps)}
+    parts = {part: statistics.median(step[part] for step in steps) for part in PARTS}
+    return {**parts, "step": statistics.median(sum(step.values()) for step in steps)}
+
+
+def header(width: int) -> str:
+    """The header of a table of medians, whose first column has this width."""
+    return " " * width + "".join(f"{part:>17}" for part in (*PARTS, "step"))
+
+
+def columns(parts: dict[str, float]) -> str:
+    """Medians as the columns of such a table: seconds, and the share of the step."""
+    return "".join(
+        f"{parts[part]:>10.3f} {parts[part] / parts['step']:>5.0%} " for part in (*PARTS, "step")
+    )

@@ -1,11 +1,12 @@
-"""What GTPO costs over GRPO: a step of each on one model and one fixed rollout, in turn: `python
-benchmarks/step.py`.
+"""Times a training step of GTPO against a step of GRPO: `python benchmarks/step.py`.
 
-A step is everything but sampling: scoring the rollout, conflict tokens, forward, backward,
-clipping, optimizer. `--backend unsloth` compares with Unsloth's generated trainer, its
-shared-prefix trick off and as it comes, and with GTPO on Unsloth's own head; on a CPU, uncompiled
-and on a model that transformers loads. Without `--backend`, TRL's trainer, once with its own
-log-probs and once with the streaming head that GTPO uses there.
+Both train one model on one fixed rollout, in turn. A step is everything except sampling: rewards,
+conflict tokens, forward, backward, clipping and optimizer.
+
+By default the trainer is TRL's, once with TRL's log-probs and once with the streaming head that
+GTPO uses there. `--backend unsloth` takes the trainer that Unsloth generates, without and with its
+shared-prefix trick, and GTPO on Unsloth's own head. On a CPU, Unsloth's code is not compiled, and
+transformers loads the model.
 """
 
 import argparse
@@ -18,25 +19,24 @@ import unittest.mock
 from pathlib import Path
 
 import measure
-from figures import ratio
 
 SEED, RANK = 3407, 16
 STOCK, UNSLOTHS_HEAD = "GRPO, as Unsloth comes", "GTPO, Unsloth's head"
-PATCHES = {  # what is another way in a step on Unsloth: a name, and its value for that step
-    # the shared-prefix trick, which needs that no entropies are asked for
+PATCHES = {  # on Unsloth: the name that is patched during the step, and its value
+    # Unsloth uses its shared-prefix trick only where no entropies are needed, so GTPO never does.
     "GRPO": ("unsloth.utils.prefix_grouper._ENABLED", False),
     UNSLOTHS_HEAD: ("gtpo.gtpo_training.streaming_in_unsloths_loss", contextlib.nullcontext),
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Time GTPO's step against GRPO's.")
+    parser = argparse.ArgumentParser(description="Time a step of GTPO against a step of GRPO.")
     parser.add_argument("--backend", choices=["transformers", "unsloth"], default="transformers")
     parser.add_argument("--shape", choices=measure.SHAPES, default="small")
     parser.add_argument(
         "--model",
         type=Path,
-        help="folder of a model of that shape, made before; one is made if left out",
+        help="folder of a model of that shape (default: makes one)",
     )
     parser.add_argument("--bits", type=int, choices=[4, 16], default=16)
     parser.add_argument("--generations", type=int, default=8)
@@ -45,20 +45,21 @@ def main() -> int:
         "--completion",
         type=int,
         default=128,
-        help="tokens of the longest completion; the shortest has half",
+        help="tokens of the longest completion; the shortest has half as many",
     )
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # Unsloth writes a cache where it runs
+        os.chdir(folder)  # Unsloth writes a cache into the current folder
         figures = compare(options, Path(folder))
     print_table(figures)
-    measure.save(figures, options.json)
+    measure.save(options.json, figures)
     return 0
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict:
+    """Seconds and peak memory of each trainer's step, with the ratios of GTPO to the others."""
     policy = load(options, folder)
     import torch
     import trl
@@ -66,20 +67,20 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
     from gtpo.gtpo_training import UnslothGTPOTrainer
 
     on_unsloth = options.backend == "unsloth"
-    between = (
-        {STOCK: trl.GRPOTrainer, UNSLOTHS_HEAD: UnslothGTPOTrainer}
-        if on_unsloth
-        else {"GRPO, streaming head": trl.GRPOTrainer}
-    )
-    makers = {"GRPO": trl.GRPOTrainer, **between, "GTPO": UnslothGTPOTrainer}
+    classes = {"GRPO": trl.GRPOTrainer}
+    if on_unsloth:
+        classes |= {STOCK: trl.GRPOTrainer, UNSLOTHS_HEAD: UnslothGTPOTrainer}
+    else:
+        classes |= {"GRPO, streaming head": trl.GRPOTrainer}
+    classes["GTPO"] = UnslothGTPOTrainer
     steps, first = {}, None
     if not torch.cuda.is_available():
-        # CPU-seconds of one core: two would also count their waiting for each other
+        # With two threads, the CPU-seconds would include their waiting for each other.
         torch.set_num_threads(1)
-    elif options.backend == "transformers":  # what Trainer.train() does first
+    elif options.backend == "transformers":  # Trainer.train() begins with this call
         policy.model.gradient_checkpointing_enable()
-    for name, maker in makers.items():
-        trainer = make_trainer(maker, policy, options, folder)
+    for name, trainer_class in classes.items():
+        trainer = make_trainer(trainer_class, policy, options, folder)
         if name == "GRPO, streaming head":
             from gtpo.hooks.streaming_head import StreamingHead
 
@@ -89,30 +90,30 @@ def compare(options: argparse.Namespace, folder: Path) -> dict:
         steps[name] = Step(trainer, options, PATCHES.get(name) if on_unsloth else None)
     with measure.using_the_gpu(alone=False):
         for step in steps.values():
-            step(), step()  # compiles, and GTPO measures its initial entropy
+            step()  # compiles, and GTPO measures its initial entropy
+            step()
     with measure.using_the_gpu(alone=True):
         peaks = {name: measure.peak_bytes(step) for name, step in steps.items()}
         taken = measure.interleaved(steps, options.rounds)
-    held = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    others = [name for name in steps if name != "GTPO"]
+    metrics = steps["GTPO"].trainer._metrics["train"]
     return {
-        "machine": measure.machine(),
         "options": {k: str(v) for k, v in vars(options).items() if k not in ("json", "model")},
         "seconds": taken,
         "median": {name: statistics.median(values) for name, values in taken.items()},
-        "ratio": {name: ratio(taken["GTPO"], taken[name]) for name in taken if name != "GTPO"},
+        "ratio": {name: measure.ratio(taken["GTPO"], taken[name]) for name in others},
         "peak_bytes": peaks,
-        "weights_bytes": held,
+        "weights_bytes": weights,
         "memory_ratio": {
-            name: (held + peaks["GTPO"]) / (held + peak)
-            for name, peak in peaks.items()
-            if name != "GTPO"
+            name: (weights + peaks["GTPO"]) / (weights + peaks[name]) for name in others
         },
-        "conflict_tokens": steps["GTPO"].trainer._metrics["train"]["gtpo/frac_conflict_tokens"][-1],
+        "conflict_tokens": metrics["gtpo/frac_conflict_tokens"][-1],
     }
 
 
 def load(options: argparse.Namespace, folder: Path):
-    """The policy as train_model.py loads it, of a model with random weights."""
+    """A policy with random weights, loaded as train_model.py loads it."""
     import torch
 
     from gtpo.models import backends
@@ -129,12 +130,11 @@ def load(options: argparse.Namespace, folder: Path):
         load_in_4bit=options.bits == 4,
         fast_inference=False,
     )
-    # before anything imports TRL
-    backend = (
-        backends.prepare_backend(section, {})
-        if cuda or options.backend != "unsloth"
-        else unsloth_on_a_cpu()
-    )
+    # This comes before any import of TRL.
+    if options.backend == "unsloth" and not cuda:
+        backend = unsloth_on_a_cpu()
+    else:
+        backend = backends.prepare_backend(section, {})
     from gtpo.models.tokenizer import load_tokenizer
 
     if not options.model:
@@ -148,15 +148,13 @@ def load(options: argparse.Namespace, folder: Path):
         gradient_checkpointing=cuda,
     )
     if backend != options.backend:
-        # what Unsloth's trainer calls
+        # Unsloth's trainer calls these methods of Unsloth's models.
         policy.model.for_training = policy.model.for_inference = lambda *args, **kwargs: None
     return policy
 
 
 def unsloth_on_a_cpu() -> str:
-    """Let Unsloth generate its trainer without a GPU; returns the backend that can load the
-    model.
-    """
+    """Lets Unsloth generate its trainer without a GPU, and returns the backend for the model."""
     os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1", UNSLOTH_FORCE_FLOAT32="1")
     import unsloth
 
@@ -165,9 +163,11 @@ def unsloth_on_a_cpu() -> str:
     return "transformers"
 
 
-def make_trainer(maker, policy, options: argparse.Namespace, folder: Path):
-    """A trainer whose generation returns one fixed rollout: a shared start and end, and lengths
-    from a half to the whole.
+def make_trainer(trainer_class, policy, options: argparse.Namespace, folder: Path):
+    """A trainer whose generation returns one fixed rollout.
+
+    The completions share their first 6 and last 4 tokens. Their lengths run from half of
+    `--completion` to all of it.
     """
     import datasets
     import torch
@@ -195,38 +195,37 @@ def make_trainer(maker, policy, options: argparse.Namespace, folder: Path):
         disable_tqdm=True,
         temperature=1.0,
     )
-    trainer = maker(
+    trainer = trainer_class(
         model=policy.model,
         args=arguments,
         processing_class=policy.tokenizer,
-        reward_funcs=[
-            lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))]
-        ],
+        reward_funcs=[pay_in_turn],
         train_dataset=datasets.Dataset.from_list([{"prompt": "?"}]),
     )
-    if options.backend == "unsloth" and not cuda:  # float32, as the model is
-        trainer._autocast_enabled, trainer._autocast_force_float32, trainer._autocast_dtype = (
-            False,
-            False,
-            torch.float16,
-        )
+    if options.backend == "unsloth" and not cuda:  # float32, like the model
+        trainer._autocast_enabled = trainer._autocast_force_float32 = False
+        trainer._autocast_dtype = torch.float16
     generator = torch.Generator().manual_seed(SEED)
-    draw = lambda n: torch.randint(
-        100, len(policy.tokenizer) - 20, (n,), generator=generator
-    ).tolist()  # noqa: E731
+
+    def draw(count: int) -> list[int]:
+        ids = torch.randint(100, len(policy.tokenizer) - 20, (count,), generator=generator)
+        return ids.tolist()
+
     prompt, start, end = draw(options.prompt), draw(6), [*draw(3), policy.tokenizer.eos_token_id]
-    lengths = (
-        torch.linspace(options.completion / 2, options.completion, options.generations)
-        .int()
-        .tolist()
-    )
-    rows = [[*start, *draw(length - 10), *end] for length in lengths]
-    trainer._generate_single_turn = lambda prompt_ids, *args, **kwargs: (
-        [list(row) for row in rows],
-        None,
-    )
+    lengths = torch.linspace(options.completion / 2, options.completion, options.generations)
+    rows = [[*start, *draw(length - 10), *end] for length in lengths.int().tolist()]
+
+    def generate(prompt_ids, *args, **kwargs):
+        return [list(row) for row in rows], None
+
+    trainer._generate_single_turn = generate
     trainer._tokenize_prompts = lambda prompts: ([list(prompt) for _ in prompts], None, {})
     return trainer
+
+
+def pay_in_turn(completions, **kwargs) -> list[float]:
+    """Rewards of 0, 1, 2, 0, 1, 2 and so on."""
+    return [float(i % 3) for i in range(len(completions))]
 
 
 class Step:
@@ -252,23 +251,19 @@ class Step:
 
 
 def print_table(figures: dict) -> None:
-    made_of = "  ".join(f"{key} {value}" for key, value in figures["options"].items())
-    print(
-        f"{figures['machine']['device']}: {made_of}\n{figures['conflict_tokens']:.0%} of the tokens"
-        " are conflict tokens"
-    )
-    print(
-        f"{'':<24}{'s / step':>10}{'GTPO is':>9}{'peak MiB':>10}{'GTPO is':>9}   (peak: beside the"
-        " weights; ratio: with them)"
-    )
+    """Prints one row per trainer."""
+    values = "  ".join(f"{key} {value}" for key, value in figures["options"].items())
+    print(f"{measure.machine()['device']}: {values}")
+    print(f"{figures['conflict_tokens']:.0%} of the tokens are conflict tokens")
+    columns = f"{'':<24}{'s / step':>10}{'GTPO is':>9}{'peak MiB':>10}{'GTPO is':>9}"
+    print(f"{columns}   (peak: beside the weights; ratio: with them)")
     for name, median in figures["median"].items():
-        ratios = [
+        time, memory = (
             f"{figures[key][name]:.3f}" if name in figures[key] else ""
             for key in ("ratio", "memory_ratio")
-        ]
-        print(
-            f"{name:<24}{median:>10.3f}{ratios[0]:>9}{figures['peak_bytes'][name] / 2**20:>10.0f}{ratios[1]:>9}"
         )
+        peak = figures["peak_bytes"][name] / 2**20
+        print(f"{name:<24}{median:>10.3f}{time:>9}{peak:>10.0f}{memory:>9}")
 
 
 if __name__ == "__main__":
