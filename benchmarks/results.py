@@ -1,8 +1,8 @@
-"""Tables and figures of docs/results.md, from the files that compare.py left: `python
-benchmarks/results.py`.
+"""Writes the tables and figures of docs/results.md: `python benchmarks/results.py`.
 
-Replaces what stands between the marks of docs/results.md, and docs/results/*.png. The sentences
-around it are written by hand and have to be read again when the numbers change. Needs no model.
+Reads the files that compare.py wrote. Replaces the text between the marks of docs/results.md, and
+docs/results/*.png. People write the other sentences of the page, and must read them again when the
+numbers change.
 """
 
 import json
@@ -13,8 +13,8 @@ import numpy
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS, PAGE = ROOT / "docs/results/runs", ROOT / "docs/results.md"
-LAST = 0.1  # "at the end" means over the last tenth of the steps
-CLAIM = 10  # seeds from which on a difference is claimed
+LAST = 0.1  # "at the end" means the last tenth of the steps
+CLAIM = 10  # a difference is claimed only with at least this many seeds
 NAMES = {
     "grpo": "GRPO",
     "grpo_std": "GRPO, divided by the standard deviation",
@@ -25,24 +25,18 @@ NAMES = {
     "w_raw_1": "GTPO, w_raw 1",
     "released": "GTPO as released",
 }
-# Okabe and Ito's colours, and a line style each, so that colour is not needed to tell them apart.
-STYLES = dict(
-    zip(
-        NAMES,
-        [
-            ("#000000", "-"),
-            ("#E69F00", "--"),
-            ("#0072B2", "-"),
-            ("#009E73", "-."),
-            ("#D55E00", ":"),
-            ("#56B4E9", "--"),
-            ("#CC79A7", "-."),
-            ("#999999", ":"),
-        ],
-        strict=True,
-    )
-)
-COLUMNS = {  # title -> figure of a run, in percent where it is a share
+# Okabe and Ito's colours. Line styles differ too, so that nobody needs colours to tell lines apart.
+STYLES = {
+    "grpo": ("#000000", "-"),
+    "grpo_std": ("#E69F00", "--"),
+    "gtpo": ("#0072B2", "-"),
+    "neutral": ("#009E73", "-."),
+    "no_lambda": ("#D55E00", ":"),
+    "no_entropy": ("#56B4E9", "--"),
+    "w_raw_1": ("#CC79A7", "-."),
+    "released": ("#999999", ":"),
+}
+COLUMNS = {  # title: figure of a run, with shares in percent
     "greedy accuracy, %": lambda run: 100 * run["greedy"]["after"]["correct"],
     "sampled accuracy, %": lambda run: 100 * run["sampled"]["correct"],
     "format, %": lambda run: 100 * run["sampled"]["format"],
@@ -77,74 +71,62 @@ def main() -> None:
 
 
 def between(text: str, mark: str, content: str) -> str:
-    """`text` with what stands between `<!-- mark -->` and `<!-- /mark -->` replaced; unchanged
-    without the marks.
-    """
-    return re.sub(
-        rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)",
-        lambda m: f"{m[1]}{content}\n{m[2]}",
-        text,
-        flags=re.DOTALL,
-    )
+    """`text` with `content` between `<!-- mark -->` and `<!-- /mark -->`, if it has these marks."""
+    pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{content}\n{m[2]}", text, flags=re.DOTALL)
 
 
 def at_the_end(run: dict, name: str) -> float:
+    """The mean of a figure over the last tenth of the steps."""
     values = known(run, name)
     return float(numpy.mean(values[-max(1, round(LAST * len(values))) :]))
 
 
 def throughout(run: dict, name: str) -> float:
+    """The mean of a figure over all steps."""
     return float(numpy.mean(known(run, name)))
 
 
 def known(run: dict, name: str) -> list[float]:
+    """A figure at the steps that have one."""
     return [value for value in run["steps"][name] if value is not None]
 
 
 def table(variants: dict[str, dict]) -> str:
-    """Mean and standard deviation over seeds, a row per variant."""
+    """Mean and standard deviation over seeds, with a row per variant."""
     lines = [["", "seeds", *COLUMNS]]
     for name, runs in variants.items():
-        figures = numpy.array(
-            [[figure(run) for figure in COLUMNS.values()] for run in runs.values()]
-        )
+        rows = [[figure(run) for figure in COLUMNS.values()] for run in runs.values()]
+        figures = numpy.array(rows)  # (seeds, columns)
         spread = figures.std(axis=0, ddof=1) if len(figures) > 1 else figures[0] * 0
-        cells = zip(COLUMNS, figures.mean(axis=0), spread)
-        lines.append(
-            [
-                NAMES[name],
-                str(len(figures)),
-                *(
-                    f"{mean:.{digits(title)}f} ± {sd:.{digits(title)}f}"
-                    for title, mean, sd in cells
-                ),
-            ]
-        )
+        cells = [
+            f"{mean:.{digits(title)}f} ± {deviation:.{digits(title)}f}"
+            for title, mean, deviation in zip(COLUMNS, figures.mean(axis=0), spread, strict=True)
+        ]
+        lines.append([NAMES[name], str(len(figures)), *cells])
     return markdown(lines)
 
 
 def paired(variants: dict[str, dict]) -> str:
-    """Differences from GRPO, seed by seed: the mean with its 95 % interval (Student's t).
+    """The mean difference from GRPO with the same seed, with its 95 % interval (Student's t).
 
-    Bold where it leaves out 0 and the seeds are enough to claim something.
+    A difference is bold if its interval excludes 0 and there are enough seeds for a claim.
     """
     lines = [["difference from GRPO", "seeds", *COLUMNS]]
     for name, runs in variants.items():
         seeds = sorted(runs.keys() & variants["grpo"].keys())
         if name == "grpo" or len(seeds) < 2:
             continue
-        cells = [
-            difference(
-                [figure(runs[seed]) - figure(variants["grpo"][seed]) for seed in seeds],
-                digits(title),
-            )
-            for title, figure in COLUMNS.items()
-        ]
+        cells = []
+        for title, figure in COLUMNS.items():
+            values = [figure(runs[seed]) - figure(variants["grpo"][seed]) for seed in seeds]
+            cells.append(difference(values, digits(title)))
         lines.append([NAMES[name], str(len(seeds)), *cells])
     return markdown(lines)
 
 
 def difference(values: list[float], places: int) -> str:
+    """The mean of `values` and its interval, with this many decimal places."""
     from scipy import stats
 
     mean, error = numpy.mean(values), stats.sem(values)
@@ -156,33 +138,35 @@ def difference(values: list[float], places: int) -> str:
 
 
 def digits(title: str) -> int:
+    """The decimal places of a column."""
     return 3 if "nats" in title else 1
 
 
 def markdown(lines: list[list[str]]) -> str:
+    """A table whose first line is the header."""
     head, *rows = [f"| {' | '.join(line)} |" for line in lines]
     return "\n".join([head, f"|{'---|' * len(lines[0])}", *rows])
 
 
 def cost(runs: dict) -> str:
-    every = [
-        run for variants in runs.values() for seeds in variants.values() for run in seeds.values()
-    ]
+    """The number of runs, their CPU hours, and the versions they ran with."""
+    seeds = [seeds for variants in runs.values() for seeds in variants.values()]
+    every = [run for by_seed in seeds for run in by_seed.values()]
     hours = sum(run["cpu_seconds"] for run in every) / 3600
-    one = every[0]["versions"]
-    commits = ", ".join(
-        sorted({re.sub("(?<=^.{10})[0-9a-f]+", "", run["versions"]["commit"]) for run in every})
-    )
+    versions = every[0]["versions"]
+    commits = {re.sub("(?<=^.{10})[0-9a-f]+", "", run["versions"]["commit"]) for run in every}
+    libraries = [f"{name} {versions[name]}" for name in ("torch", "transformers", "trl", "peft")]
     return (
         f"{len(every)} runs, {hours:.1f} CPU hours in all (training and evaluation, one thread"
-        f" each). torch {one['torch']}, transformers {one['transformers']}, trl {one['trl']}, peft"
-        f" {one['peft']}, Python {one['python']}; commits {commits}."
+        f" each). {', '.join(libraries)}, Python {versions['python']}; commits"
+        f" {', '.join(sorted(commits))}."
     )
 
 
 def draw(task: str, variants: dict[str, dict]) -> None:
-    """docs/results/TASK.png: mean over seeds and a band of one standard deviation, smoothed over a
-    tenth of the steps.
+    """Draws docs/results/TASK.png: the mean over seeds, and a band of one standard deviation.
+
+    Curves are smoothed over a tenth of the steps.
     """
     import matplotlib
 
@@ -190,25 +174,17 @@ def draw(task: str, variants: dict[str, dict]) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-    for axis, (name, title) in zip(axes.flat, CURVES.items()):
+    for axis, (name, title) in zip(axes.flat, CURVES.items(), strict=True):
         for variant, runs in variants.items():
             length = min(len(run["steps"][name]) for run in runs.values())
-            # (seeds, steps)
-            curves = numpy.array(
-                [run["steps"][name][:length] for run in runs.values()], dtype=float
-            )
+            values = [run["steps"][name][:length] for run in runs.values()]
+            curves = numpy.array(values, dtype=float)  # (seeds, steps)
             curves = numpy.stack([smooth(curve, max(1, length // 10)) for curve in curves])
             mean, spread = numpy.nanmean(curves, axis=0), numpy.nanstd(curves, axis=0)
-            colour, style = STYLES[variant]
-            axis.plot(range(1, length + 1), mean, style, color=colour, label=NAMES[variant])
-            axis.fill_between(
-                range(1, length + 1),
-                mean - spread,
-                mean + spread,
-                color=colour,
-                alpha=0.1,
-                linewidth=0,
-            )
+            steps, (colour, style) = range(1, length + 1), STYLES[variant]
+            axis.plot(steps, mean, style, color=colour, label=NAMES[variant])
+            band = {"color": colour, "alpha": 0.1, "linewidth": 0}
+            axis.fill_between(steps, mean - spread, mean + spread, **band)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=9)
         axis.grid(alpha=0.3)
@@ -220,16 +196,10 @@ def draw(task: str, variants: dict[str, dict]) -> None:
 
 
 def smooth(values: numpy.ndarray, width: int) -> numpy.ndarray:
-    """The mean of the last `width` known values at each step."""
+    """At each step, the mean of the values known among the last `width`; NaN if there is none."""
+    windows = [values[max(0, i + 1 - width) : i + 1] for i in range(len(values))]
     return numpy.array(
-        [
-            (
-                numpy.nanmean(values[max(0, i + 1 - width) : i + 1])
-                if not numpy.isnan(values[max(0, i + 1 - width) : i + 1]).all()
-                else numpy.nan
-            )
-            for i in range(len(values))
-        ]
+        [numpy.nan if numpy.isnan(window).all() else numpy.nanmean(window) for window in windows]
     )
 
 
