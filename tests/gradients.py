@@ -1,8 +1,8 @@
-"""One optimizer step of a real trainer on the tiny policy, held against the float64 objective.
+"""Compare one optimizer step of a real trainer on the tiny policy with the float64 objective.
 
-`python tests/gradients.py '[{}]'` does so, for each case of a JSON list, with the trainer Unsloth
-generates, in a process of its own because Unsloth replaces trl.GRPOTrainer; tests call `compare`
-and read the figures.
+Tests call `compare` and read its figures. `python tests/gradients.py '[{}]'` prints them for the
+trainer that Unsloth generates, for each case of a JSON list. It runs in a process of its own,
+because Unsloth replaces `trl.GRPOTrainer`.
 """
 
 import copy
@@ -17,8 +17,11 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.dirname(os.path.abspath(__file__))]
 
 
+GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"
+
+
 def patch_unsloth() -> None:
-    """Import Unsloth without a GPU and let it generate its GRPO trainer."""
+    """Imports Unsloth without a GPU and lets it generate its GRPO trainer."""
     os.environ.update(UNSLOTH_ALLOW_CPU="1", UNSLOTH_COMPILE_DISABLE="1", UNSLOTH_FORCE_FLOAT32="1")
     import unsloth
 
@@ -30,10 +33,12 @@ def patch_unsloth() -> None:
 
 
 def letters_reward(completions, **kwargs) -> list[float]:
-    """Something to disagree about: the share of vowels, in tenths, of each completion."""
-    return [
-        round(10 * sum(c in "aeiou" for c in text) / max(len(text), 1)) / 10 for text in completions
-    ]
+    """The share of vowels in each completion, in tenths: it differs within a group."""
+
+    def share(text: str) -> float:
+        return sum(letter in "aeiou" for letter in text) / max(len(text), 1)
+
+    return [round(10 * share(text)) / 10 for text in completions]
 
 
 def make_trainer(
@@ -45,8 +50,9 @@ def make_trainer(
     reward=letters_reward,
     **options,
 ):
-    """A trainer of `class_path` on the tiny policy and eight prompts of unequal length; `options`
-    go to GRPOConfig.
+    """A trainer of `class_path` on the tiny policy and eight prompts of unequal length.
+
+    `options` go to GRPOConfig. `peaked` scales the head's weights, which lowers the entropy.
     """
     import datasets
     import tiny
@@ -59,7 +65,7 @@ def make_trainer(
     tokenizer = tiny.tiny_tokenizer(pad=pad, alphabet="abcdefgh \n:u")
     model = tiny.with_lora(tiny.tiny_model(tokenizer))
     model.base_model.model.lm_head.weight.data *= peaked
-    # what Unsloth's trainer calls
+    # Unsloth's trainer calls these two.
     model.for_training = model.for_inference = lambda *args, **kwargs: None
     never = [i for i in {0, tokenizer.pad_token_id} if i != tokenizer.eos_token_id]
     arguments = trl.GRPOConfig(
@@ -101,20 +107,14 @@ def make_trainer(
         reward_funcs=reward if isinstance(reward, list) else [reward],
         train_dataset=datasets.Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
     )
-    # In float32 on a CPU; Unsloth would otherwise autocast to float16 once it has computed old log-
-    # probs.
-    trainer._autocast_enabled, trainer._autocast_force_float32, trainer._autocast_dtype = (
-        False,
-        False,
-        torch.float16,
-    )
+    # Float32 on a CPU. Otherwise Unsloth autocasts to float16 once it has old log-probs.
+    trainer._autocast_enabled = trainer._autocast_force_float32 = False
+    trainer._autocast_dtype = torch.float16
     return trainer
 
 
 def watch(trainer) -> dict:
-    """Record the rollouts and, at each optimizer step, the gradients that the trainer is about to
-    apply.
-    """
+    """Records the rollouts, the log lines, and the gradients before each optimizer step."""
     from transformers import TrainerCallback
 
     seen = {"rollouts": [], "gradients": [], "logs": []}
@@ -140,8 +140,10 @@ def watch(trainer) -> dict:
 
 
 def float64_copy(model):
-    """`model` in float64, free of the wrapped `forward`s that Accelerate and Unsloth leave on it
-    (bound to the original).
+    """A copy of `model` in float64.
+
+    accelerate and Unsloth leave wrapped `forward` methods on a model, which are bound to the
+    original. The copy has none.
     """
     model = copy.deepcopy(model)
     for module in model.modules():
@@ -152,8 +154,9 @@ def float64_copy(model):
 def oracle_gradients(
     model, rollout, *, temperature, num_generations, weight, scale, threshold, initial, drop_id=None
 ):
-    """d(-J)/d(LoRA) in float64, each row run alone and without padding. `drop_id`: an id that
-    counts nowhere.
+    """d(-J)/d(LoRA) in float64 by parameter name, and -J.
+
+    Each row runs alone and without padding. Tokens with the id `drop_id` do not enter the sums.
     """
     import reference
     import torch
@@ -172,25 +175,21 @@ def oracle_gradients(
             ids.append(completion.tolist())
             counted.append([int(token != drop_id) for token in ids[-1]])
         advantages = rollout["advantages"][start : start + num_generations].double().tolist()
-        total = (
-            total
-            + reference.loss(
-                log_probs,
-                ids,
-                [[1] * len(row) for row in ids],
-                advantages,
-                counted=counted,
-                weight=weight,
-                scale=scale,
-                threshold=threshold,
-                initial=initial,
-            )
-            / groups
+        loss = reference.loss(
+            log_probs,
+            ids,
+            [[1] * len(row) for row in ids],
+            advantages,
+            counted=counted,
+            weight=weight,
+            scale=scale,
+            threshold=threshold,
+            initial=initial,
         )
+        total = total + loss / groups
     total.backward()
-    return {
-        name: p.grad for name, p in model.named_parameters() if p.grad is not None
-    }, total.item()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found, total.item()
 
 
 def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
@@ -206,17 +205,16 @@ def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
         with torch.no_grad():
             logits = model(input_ids=torch.cat([prompt, completion]).unsqueeze(0)).logits[0]
         entropy = reference.entropy((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
-        real = (
-            completion != drop_id
-            if drop_id is not None
-            else torch.ones_like(completion, dtype=torch.bool)
-        )
+        real = torch.ones_like(completion, dtype=torch.bool)
+        if drop_id is not None:
+            real = completion != drop_id
         if real.any():
             means.append(entropy[real].mean().item())
     return sum(means) / len(means)
 
 
 def relative_error(found: dict, expected: dict) -> float:
+    """The distance of two dictionaries of tensors, relative to the length of the second."""
     import torch
 
     found = torch.cat([found[name].double().flatten() for name in expected])
@@ -225,34 +223,32 @@ def relative_error(found: dict, expected: dict) -> float:
 
 
 def two_steps(folder: str, class_path: str, **options) -> tuple[dict, dict]:
-    """LoRA weights and log lines after two steps of `class_path` with w_raw 1, ent_scale 0 and the
-    gate off.
+    """LoRA weights and log lines after two steps of `class_path`.
+
+    W_RAW is 1, ENT_SCALE is 0, and the gate keeps everything.
     """
-    trainer = make_trainer(
-        class_path,
-        folder,
-        **{"max_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0, **options},
-    )
+    options = {"max_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0, **options}
+    trainer = make_trainer(class_path, folder, **options)
     from gtpo import gtpo_training
     from gtpo.hooks.streaming_head import stream_log_probs
 
-    # as train_model.py does for every trainer: the same arithmetic for both
+    # As train_model.py does for every trainer, so that both have the same arithmetic.
     stream_log_probs(trainer)
     saved = {name: getattr(gtpo_training, name) for name in ("W_RAW", "ENT_SCALE", "ENT_THRESHOLD")}
     vars(gtpo_training).update(W_RAW=1.0, ENT_SCALE=0.0, ENT_THRESHOLD=float("inf"))
     seen = watch(trainer)
     trainer.train()
     vars(gtpo_training).update(saved)
-    return {
-        n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad
-    }, seen["logs"]
+    trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {name: p.detach().clone() for name, p in trained.items()}, seen["logs"]
 
 
 def distance_from_grpo(folder: str, **options) -> float:
-    """Largest difference of any LoRA weight between GRPO and GTPO without lambda, gate and penalty,
-    after two steps.
+    """The largest difference between the LoRA weights of GRPO and of GTPO after two steps.
+
+    GTPO has no lambda, no gate and no penalty here.
     """
-    grpo, _ = two_steps(folder, "custom_trainer.original.UnslothGRPOTrainer", **options)
+    grpo, _ = two_steps(folder, GRPO, **options)
     gtpo, _ = two_steps(folder, "benchmarks.ablations.WithoutTokenWeights", **options)
     return max((grpo[name] - gtpo[name]).abs().max().item() for name in grpo)
 
@@ -266,28 +262,26 @@ def compare(
     unsloth: bool = False,
     **options,
 ) -> dict:
-    """Figures of one GTPO step against float64: relative gradient error, initial entropy, and how
-    much was exercised.
-    """
-    trainer = make_trainer(
-        "gtpo.gtpo_training.UnslothGTPOTrainer", folder, pad=pad, peaked=peaked, **options
-    )
+    """Figures of one GTPO step and of the float64 objective, and of what the step contained."""
+    trainer = make_trainer(GTPO, folder, pad=pad, peaked=peaked, **options)
     from gtpo import gtpo_training
     from gtpo.hooks import streaming_head
 
     streamed, head = [], streaming_head.log_probs_and_entropies
-    streaming_head.log_probs_and_entropies = lambda *args, **kwargs: (
-        streamed.append(1) or head(*args, **kwargs)
-    )
-    gtpo_training.ENT_THRESHOLD = threshold  # each case states it
+
+    def counted_head(*args, **kwargs):
+        streamed.append(1)
+        return head(*args, **kwargs)
+
+    streaming_head.log_probs_and_entropies = counted_head
+    gtpo_training.ENT_THRESHOLD = threshold  # no test puts it back, so each case sets it
     before = copy.deepcopy(trainer.model)
     seen = watch(trainer)
     trainer.train()
     streaming_head.log_probs_and_entropies = head
     rollout = seen["rollouts"][0]
     temperature = trainer.args.temperature
-    # Unsloth's mask leaves every pad id out, so an end token that is also the pad token does not
-    # count there.
+    # Unsloth's mask leaves out every pad id, and so an end token that is the pad token too.
     drop_id = trainer.processing_class.pad_token_id if unsloth and pad == "^" else None
     initial = initial_entropy(before, rollout, temperature=temperature, drop_id=drop_id)
     expected, loss = oracle_gradients(
@@ -301,7 +295,7 @@ def compare(
         threshold=threshold,
         initial=initial,
     )
-    # the steps that share the rollout average to its gradient
+    # The mean over the steps that share the rollout is the gradient of the rollout.
     logs, steps = seen["logs"][0], seen["gradients"]
     gradient = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return {
@@ -322,29 +316,21 @@ def compare(
 
 
 def heads() -> list[dict]:
-    """Unsloth's head with entropies while GTPO's loss runs: how far it is from itself, and whether
-    ours stood in for it.
+    """Unsloth's head with entropies, called inside and outside `streaming_in_unsloths_loss`.
+
+    For each set of options: the largest difference, and whether our head was used inside.
     """
     import torch
     from unsloth_zoo import rl_replacements
 
-    from gtpo.hooks import streaming_head
+    from gtpo.hooks.streaming_head import UNSLOTH_HEAD, streaming_in_unsloths_loss
 
-    theirs, name = (
-        rl_replacements.chunked_hidden_states_selective_log_softmax_recompute,
-        streaming_head.UNSLOTH_HEAD,
-    )
+    theirs = getattr(rl_replacements, UNSLOTH_HEAD)
     torch.manual_seed(0)
-    hidden, weight, ids = (
-        torch.randn(3, 5, 8, requires_grad=True),
-        torch.randn(50, 8),
-        torch.randint(0, 50, (3, 5)),
-    )
-    bias, trained, upstream = (
-        torch.randn(50),
-        torch.randn(50, 8, requires_grad=True),
-        torch.randn(3, 5),
-    )
+    hidden, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn(50, 8)
+    ids = torch.randint(0, 50, (3, 5))
+    bias, trained = torch.randn(50), torch.randn(50, 8, requires_grad=True)
+    upstream = torch.randn(3, 5)
 
     def run(head, weight=weight, **options):
         log_probs, entropies = head(hidden, weight, ids, 4, return_entropy=True, **options)
@@ -363,20 +349,18 @@ def heads() -> list[dict]:
         {"weight": trained},
     ):
         expected = run(theirs, **options)
-        with streaming_head.streaming_in_unsloths_loss():
-            values = run(getattr(rl_replacements, name), **options)
-            # it steps back for the whole of a loss
-            replaced = getattr(rl_replacements, name) is not theirs
-        assert getattr(rl_replacements, name) is theirs
+        with streaming_in_unsloths_loss():
+            values = run(getattr(rl_replacements, UNSLOTH_HEAD), **options)
+            # Where our head does not fit, it steps back until the end of the loss.
+            ours = getattr(rl_replacements, UNSLOTH_HEAD) is not theirs
+        assert getattr(rl_replacements, UNSLOTH_HEAD) is theirs
         error = max((a - b).abs().max().item() for a, b in zip(values, expected, strict=True))
-        found.append({"options": list(options), "ours": replaced, "error": error})
+        found.append({"options": list(options), "ours": ours, "error": error})
     return found
 
 
-def judged(folder: str) -> dict:
-    """A step with rewards some of which cannot be had, one with none at all, and one with gradients
-    that are not finite.
-    """
+def failures(folder: str) -> dict:
+    """Figures of three steps: some rewards fail, all rewards fail, gradients are not finite."""
     from pathlib import Path
 
     import hostile_rewards
@@ -386,10 +370,7 @@ def judged(folder: str) -> dict:
     from gtpo.rewards.guarded import GuardedRewards
 
     figures = {}
-    for class_path in (
-        "gtpo.gtpo_training.UnslothGTPOTrainer",
-        "custom_trainer.original.UnslothGRPOTrainer",
-    ):
+    for class_path in (GTPO, GRPO):
         guarded = GuardedRewards(
             RewardsSection(max_failures=1),
             [("hostile_rewards.failing_step_by_step", hostile_rewards.failing_step_by_step)],
@@ -400,70 +381,54 @@ def judged(folder: str) -> dict:
         guarded.attach(trainer)
         skipping, seen = skip_non_finite(trainer, None), watch(trainer)
         weight = next(p for p in trainer.model.parameters() if p.requires_grad)
-        weight.register_hook(
-            lambda gradient, trainer=trainer: (
-                gradient * (1.0 if trainer.state.global_step < 2 else float("nan"))
-            )
-        )
+
+        def in_the_third_step_nan(gradient, trainer=trainer):
+            return gradient * (1.0 if trainer.state.global_step < 2 else float("nan"))
+
+        weight.register_hook(in_the_third_step_nan)
         trainer.train()
+        rollouts, steps = seen["rollouts"][:3], seen["gradients"][:2]
         figures[class_path] = {
-            "unjudged": [logs["reward/cannot_judge"] for logs in seen["logs"][:3]],
+            "cannot_judge": [logs["reward/cannot_judge"] for logs in seen["logs"][:3]],
             "skipped": skipping.skipped,
-            "advantages": [
-                int((rollout["advantages"] != 0).sum()) for rollout in seen["rollouts"][:3]
-            ],
-            "largest": [
-                max(g.abs().max().item() for g in step.values()) for step in seen["gradients"][:2]
-            ],
+            "advantages": [int((rollout["advantages"] != 0).sum()) for rollout in rollouts],
+            "largest": [max(g.abs().max().item() for g in step.values()) for step in steps],
             "finite": all(p.isfinite().all().item() for p in trainer.model.parameters()),
         }
     return figures
 
 
-if __name__ == "__main__":
-    patch_unsloth()
+def main(cases: list[dict]) -> dict:
+    """The figures of all that is done with the trainer that Unsloth generates."""
     import inspect
 
     import recordings
     import resumes
     from unsloth import FastLanguageModel
 
-    generated = sys.modules["UnslothGRPOTrainer"].torch_compile_options
-    figures = [compare(os.getcwd(), unsloth=True, **case) for case in json.loads(sys.argv[1])]
+    here = os.getcwd()
+    compile_options = sys.modules["UnslothGRPOTrainer"].torch_compile_options
+    compared = [compare(here, unsloth=True, **case) for case in cases]
     recorded = [
-        recordings.record(class_path, os.getcwd(), pad=pad)
-        for class_path, pad in (
-            ("gtpo.gtpo_training.UnslothGTPOTrainer", "~"),
-            ("gtpo.gtpo_training.UnslothGTPOTrainer", "^"),
-            ("custom_trainer.original.UnslothGRPOTrainer", "~"),
-        )
+        recordings.record(class_path, here, pad=pad)
+        for class_path, pad in ((GTPO, "~"), (GTPO, "^"), (GRPO, "~"))
     ]
-    folder = pathlib.Path(tempfile.mkdtemp(dir=os.getcwd()))
-    resumed = resumes.where_resumed_runs_differ(
-        "gtpo.gtpo_training.UnslothGTPOTrainer", folder, steps=[1]
-    )
-    print(
-        "FIGURES "
-        + json.dumps(
-            {
-                "cases": figures,
-                "distance_from_grpo": distance_from_grpo(os.getcwd()),
-                "resumed": resumed,
-                "heads": heads(),
-                "judged": judged(os.getcwd()),
-                "recorded": [
-                    {name: run[name] for name in ("lines", "entropy_error")} for run in recorded
-                ],
-                "compile_options": {
-                    name: generated[name]
-                    for name in ("shape_padding", "trace.enabled", "max_autotune")
-                },
-                "from_pretrained": list(
-                    inspect.signature(FastLanguageModel.from_pretrained).parameters
-                ),
-                "get_peft_model": list(
-                    inspect.signature(FastLanguageModel.get_peft_model).parameters
-                ),
-            }
-        )
-    )
+    folder = pathlib.Path(tempfile.mkdtemp(dir=here))
+    resumed = resumes.where_resumed_runs_differ(GTPO, folder, steps=[1])
+    options = ("shape_padding", "trace.enabled", "max_autotune")
+    return {
+        "cases": compared,
+        "distance_from_grpo": distance_from_grpo(here),
+        "resumed": resumed,
+        "heads": heads(),
+        "failures": failures(here),
+        "recorded": [{name: run[name] for name in ("lines", "entropy_error")} for run in recorded],
+        "compile_options": {name: compile_options[name] for name in options},
+        "from_pretrained": list(inspect.signature(FastLanguageModel.from_pretrained).parameters),
+        "get_peft_model": list(inspect.signature(FastLanguageModel.get_peft_model).parameters),
+    }
+
+
+if __name__ == "__main__":
+    patch_unsloth()
+    print("FIGURES " + json.dumps(main(json.loads(sys.argv[1]))))

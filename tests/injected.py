@@ -1,11 +1,12 @@
-"""Train the tiny policy on rollouts that are given, so that any number of processes trains on the
-same ones.
+"""Train the tiny policy on given rollouts, so that any number of processes trains on the same.
 
-`python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes,
-which are forked once all is imported, leaves what has to be the same in FOLDER/N.pt and prints how
-far two and four are from one; exit code 1 if that is 1e-6 or more. So it does with a run that is
-passed on from one process to two, to four and back to one, by checkpoints, and with a model that
-FSDP spreads over two. `--unsloth` does the first two with the trainer that Unsloth generates.
+`python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes. It
+writes what must be the same to FOLDER/N.pt and prints how far two and four are from one. The exit
+code is 1 if a distance is 1e-6 or more. The same is done for a run that passes by checkpoints from
+one process to two, to four and back to one, and for a model that FSDP spreads over two processes.
+`--unsloth` does all but the last with the trainer that Unsloth generates.
+
+The processes are forked after all imports.
 """
 
 import os
@@ -22,11 +23,11 @@ import torch  # noqa: E402
 
 GTPO = "gtpo.gtpo_training.UnslothGTPOTrainer"
 ROWS = 24  # three groups of eight: two processes share the second, four share all of them
-# tokens, of each quarter of the rows: processes hold completions of unequal width
+# The most tokens in each quarter of the rows, so that processes have completions of unequal width.
 LONGEST = (7, 4, 6, 3)
 CASES = {
     "adamw": {"optim": "adamw_torch", "max_grad_norm": 0.1, "weight_decay": 0.1},
-    # <H>_ini is just below it
+    # The initial entropy is just below this threshold.
     "filtered": {"optim": "sgd", "learning_rate": 1.0, "threshold": 1.58},
     "accumulation": {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 3},
     "iterations": {"optim": "sgd", "learning_rate": 1.0, "num_iterations": 2, "max_steps": 4},
@@ -34,27 +35,26 @@ CASES = {
 
 
 def drawn(rollout: int, tokenizer, rows: int = ROWS, seed: int = 0) -> list[list[int]]:
-    """Completions (ids) of a rollout, the same whoever asks: two letters, so that many stand at the
-    same place; some are cut off.
+    """The token ids of a rollout's completions, the same in every process.
+
+    They consist of two letters, so many stand at the same place. Some are cut off.
     """
     generator = torch.Generator().manual_seed(1000 * seed + rollout)
     letters = [tokenizer.convert_tokens_to_ids(letter) for letter in "ab"]
     completions = []
     for row in range(rows):
-        longest = LONGEST[row * len(LONGEST) // rows]
-        length = (
-            longest
-            if row % (rows // len(LONGEST)) == 0
-            else int(torch.randint(1, longest + 1, (1,), generator=generator))
-        )
+        length = longest = LONGEST[row * len(LONGEST) // rows]
+        if row % (rows // len(LONGEST)):
+            length = int(torch.randint(1, longest + 1, (1,), generator=generator))
         ids = [letters[int(torch.randint(0, 2, (1,), generator=generator))] for _ in range(length)]
         completions.append([*ids[:-1], tokenizer.eos_token_id] if row % 3 and length > 1 else ids)
     return completions
 
 
 def inject(trainer, rows: int = ROWS, drawn_so_far: int = 0) -> None:
-    """Let `trainer` get the completions of `drawn` instead of sampling, `rows` to a rollout over
-    all processes.
+    """Gives `trainer` the completions of `drawn` instead of sampled ones.
+
+    A rollout has `rows` of them over all processes.
     """
 
     def generate(prompt_ids, *args, **kwargs):
@@ -70,8 +70,9 @@ def inject(trainer, rows: int = ROWS, drawn_so_far: int = 0) -> None:
 
 
 def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **options) -> dict:
-    """What has to be the same for any number of processes: prompts and lambda of each rollout,
-    <H>_ini, gradients and LoRA weights.
+    """What must be the same for any number of processes.
+
+    It holds the prompts and lambda of each rollout, <H>_ini, gradients and LoRA weights.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
     micro_batches = options.get(
@@ -121,7 +122,7 @@ def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **option
 
 
 def _whole(tensors: dict) -> dict:
-    """Put together what FSDP spreads over the processes."""
+    """The whole tensors of what FSDP spreads over the processes."""
     return {
         name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()
     }
@@ -144,7 +145,7 @@ def _EachStep(model, steps: list):
 
 
 def _rows(trainer, values, mask) -> list[list[float]]:
-    """The real entries of each row, of all processes, in the rollout's order."""
+    """The real entries of each row of all processes, in the order of the rollout."""
     return _gathered(
         trainer, [row[real.bool()].tolist() for row, real in zip(values, mask, strict=True)]
     )
@@ -157,14 +158,15 @@ def _gathered(trainer, values: list) -> list:
 
 
 def largest_difference(one: dict, other: dict) -> float:
-    """Of any weight of two dictionaries of tensors."""
+    """The largest difference between two dictionaries of tensors."""
     assert one.keys() == other.keys()
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
 def train_on(folder: Path, checkpoint, last: int) -> dict:
-    """LoRA weights and <H>_ini of a run of 5 steps that goes on from `checkpoint` (None: begins)
-    and ends with step `last`.
+    """LoRA weights and <H>_ini of a run that goes on from `checkpoint` and ends with step `last`.
+
+    None as checkpoint starts a new run. The whole run has 5 steps.
     """
     from gtpo.runs.exact_resume import ExactResume
 
@@ -214,8 +216,9 @@ def _StopAfter(step: int):
 
 
 def pass_on(folder: Path, counts: list[int]) -> None:
-    """Train straight in FOLDER/passed/straight, and by `counts` of processes in turn from its
-    second step on, one step each.
+    """Trains in one process, and again by passing the run on from its second checkpoint.
+
+    The run is passed on to each of `counts` processes in turn, for one step each.
     """
     from gtpo.runs import checkpoints
 
@@ -226,16 +229,16 @@ def pass_on(folder: Path, counts: list[int]) -> None:
     for step, processes in enumerate(counts, 3):
 
         def leg(step=step, before=before):
-            told = train_on(passed / f"by{step}", checkpoints.read(before), step)
+            result = train_on(passed / f"by{step}", checkpoints.read(before), step)
             if os.environ["RANK"] == "0":
-                torch.save(told, passed / "passed_on.pt")
+                torch.save(result, passed / "passed_on.pt")
 
         fork(processes, leg)
         before = passed / f"by{step}/checkpoint-{step}"
 
 
 def fork(processes: int, work) -> None:
-    """Let as many gloo processes do `work`; raises RuntimeError if one of them fails."""
+    """Calls `work` in as many gloo processes; raises RuntimeError if one of them fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(
@@ -267,8 +270,9 @@ def _train_cases(file: Path, names=tuple(CASES)) -> None:
 
 
 def _train_spread(file: Path) -> None:
-    """With FSDP, as recipes/accelerate/fsdp.yaml has it; accelerate 1.15.0 lets GPUs alone do that,
-    and is told that we are some.
+    """Trains with FSDP, as recipes/accelerate/fsdp.yaml sets it.
+
+    accelerate 1.15.0 allows FSDP on GPUs alone, so its state is made to look like that of GPUs.
     """
     from accelerate import state
     from accelerate.utils import DistributedType
@@ -285,28 +289,23 @@ def _train_spread(file: Path) -> None:
 
 
 def launched(config: str) -> tuple:
-    """The arguments that `accelerate launch` makes of a configuration file, and what it sets in its
-    processes' environment.
-    """
+    """What `accelerate launch` makes of a file: its arguments, and the environment it sets."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-    asked = launch_command_parser().parse_args(["--config_file", config, "train_model.py"])
-    asked, defaults, _ = _validate_launch_command(asked)
-    if asked.use_deepspeed:
-        asked.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    env = (
-        prepare_deepspeed_cmd_env(asked)[1] if asked.use_deepspeed else prepare_multi_gpu_env(asked)
-    )
-    return asked, {
-        name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_"))
-    }
+    arguments = launch_command_parser().parse_args(["--config_file", config, "train_model.py"])
+    arguments, defaults, _ = _validate_launch_command(arguments)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    prefixes = ("ACCELERATE_", "FSDP_")
+    return arguments, {k: v for k, v in environment.items() if k.startswith(prefixes)}
 
 
 def distances(one: dict, several: dict) -> dict[str, float]:
-    """How far a case with several processes is from that with one: the largest difference of each
-    figure.
-    """
+    """The largest difference of each figure between one process and several."""
     return {
         "lambda": float(
             one["token_weights"] != several["token_weights"] or one["prompts"] != several["prompts"]
@@ -318,14 +317,15 @@ def distances(one: dict, several: dict) -> dict[str, float]:
 
 
 def main(folder: Path, counts: list[int]) -> int:
+    """Trains everything, prints the distances, and returns the exit code."""
     os.environ.update(ACCELERATE_USE_CPU="true", OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)  # a child of a process with more cannot use them
-    import gtpo.gtpo_training  # noqa: F401  with all that it imports
+    torch.set_num_threads(1)  # a forked child cannot use more threads
+    import gtpo.gtpo_training  # noqa: F401  (before the fork, with all that it imports)
 
     for count in [1, *counts]:
         fork(count, lambda count=count: _train_cases(folder / f"{count}.pt"))
     pass_on(folder, [*counts, 1])
-    spread = "unsloth" not in sys.modules  # which Unsloth does not do
+    spread = "unsloth" not in sys.modules  # Unsloth does not work with FSDP
     if spread:
         fork(2, lambda: _train_spread(folder / "fsdp.pt"))
     one, *others = (torch.load(folder / f"{count}.pt") for count in [1, *counts])

@@ -1,6 +1,4 @@
-"""The trainer that Unsloth generates, on a CPU: the same tiny policy, the same float64
-objective.
-"""
+"""The trainer that Unsloth generates, on a CPU, with the same tiny policy and objective."""
 
 import importlib.util
 import json
@@ -41,8 +39,9 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory) -> dict:
-    """What tests/gradients.py prints in a process of its own: importing Unsloth replaces trl's
-    trainers.
+    """What tests/gradients.py prints.
+
+    It runs in a process of its own, because importing Unsloth replaces TRL's trainers.
     """
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests/gradients.py"), json.dumps(list(CASES.values()))],
@@ -62,19 +61,15 @@ def test_gradients_agree_with_the_float64_objective(figures, case):
     assert "UnslothGRPOTrainer" in found["class"]
     assert found["gradient_error"] < 1e-5
     assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
-    # for the initial entropy, and in the loss
+    # The head streams in the pass for the initial entropy, and in the loss.
     assert found["conflicts"] > 0 and found["streamed"] > 1
 
 
-def test_the_streaming_head_stands_in_for_unsloths_where_it_computes_the_same(figures):
-    ours = {
-        "plain" if not case["options"] else case["options"][0]: case["ours"]
-        for case in figures["heads"]
-    }
-    assert [name for name, is_ours in ours.items() if is_ours] == ["plain", "temperature"] and len(
-        ours
-    ) == 9
-    assert all(case["error"] < (1e-5 if case["ours"] else 1e-12) for case in figures["heads"])
+def test_the_streaming_head_replaces_unsloths_where_it_computes_the_same(figures):
+    heads = figures["heads"]
+    replaced = [case["options"] for case in heads if case["ours"]]
+    assert replaced == [[], ["temperature"]] and len(heads) == 9
+    assert all(case["error"] < (1e-5 if case["ours"] else 1e-12) for case in heads)
 
 
 def test_the_cases_exercise_unequal_prompts_several_groups_and_the_gate(figures):
@@ -88,48 +83,38 @@ def test_without_lambda_gate_and_penalty_a_step_is_grpos(figures):
     assert figures["distance_from_grpo"] < 1e-6
 
 
-def test_rewards_that_fail_and_gradients_that_are_not_finite_leave_finite_weights(figures):
-    for class_path, found in figures["judged"].items():
-        first, second, third = found["unjudged"]
-        assert 0 < first < 8 and second == third == first + 16
-        partly, none, all_ = found["advantages"]
-        assert none == 0 < partly < all_ == 16
-        assert (
-            found["largest"][0] > 0 == found["largest"][1]
-            and found["skipped"] == 1
-            and found["finite"]
-        ), class_path
+def test_failed_rewards_and_non_finite_gradients_leave_finite_weights(figures):
+    for class_path, found in figures["failures"].items():
+        first, second, third = found["cannot_judge"]
+        assert 0 < first < 8 and second == third == first + 16, class_path
+        some, none, all_ = found["advantages"]
+        assert none == 0 < some < all_ == 16, class_path
+        assert found["largest"][0] > 0 == found["largest"][1], class_path
+        assert found["skipped"] == 1 and found["finite"], class_path
 
 
 def test_completions_are_recorded_with_the_entropies_of_their_own_tokens(figures):
-    """Unsloth's loss has other columns than the completion, and leaves padding ids out, an end
-    token among them.
+    """Unsloth's loss has other columns than the completion, and leaves out padding ids.
+
+    Where padding is the end token, the end token is left out as well.
     """
+    expected = [(step, group, row) for step in (1, 2) for group in range(4) for row in range(4)]
     for run, end_is_padding in zip(figures["recorded"][:2], (False, True), strict=True):
-        assert [(line["step"], line["group"], line["row"]) for line in run["lines"]] == [
-            (step, group, row) for step in (1, 2) for group in range(4) for row in range(4)
-        ]
-        assert (
-            len({len(line["ids"]) for line in run["lines"]}) > 1
-            and len({line["prompt"] for line in run["lines"]}) > 1
-        )
+        lines = run["lines"]
+        assert [(line["step"], line["group"], line["row"]) for line in lines] == expected
+        assert len({len(line["ids"]) for line in lines}) > 1
+        assert len({line["prompt"] for line in lines}) > 1
         assert run["entropy_error"] < 6e-4
-        for line in run["lines"]:
+        for line in lines:
             assert len(line["weights"]) == len(line["entropies"]) == len(line["ids"])
-            assert all(
-                (x is None) == (end_is_padding and text == "^")
-                for x, text in zip(line["entropies"], line["tokens"], strict=True)
-            )
+            for entropy, text in zip(line["entropies"], line["tokens"], strict=True):
+                assert (entropy is None) == (end_is_padding and text == "^")
 
 
 def test_unsloths_own_grpo_is_recorded_without_entropies(figures):
     for line in figures["recorded"][2]["lines"]:
-        assert (
-            line["ids"]
-            and line["entropy"] is None
-            and line["entropies"] is None
-            and line["weights"] is None
-        )
+        assert line["ids"] and line["weights"] is None
+        assert line["entropy"] is None and line["entropies"] is None
         assert isinstance(line["reward"], float) and isinstance(line["prefix"], int)
 
 
@@ -142,29 +127,13 @@ def test_the_recipes_compile_options_reach_the_generated_trainer(figures):
 
 
 def test_unsloth_still_takes_the_arguments_that_the_backend_gives_it(figures):
-    """FastLanguageModel itself needs a GPU; its signature does not."""
-    assert {
-        "model_name",
-        "max_seq_length",
-        "load_in_4bit",
-        "fast_inference",
-        "max_lora_rank",
-        "gpu_memory_utilization",
-        "trust_remote_code",
-        "random_state",
-    } <= set(figures["from_pretrained"])
-    assert {
-        "r",
-        "lora_alpha",
-        "target_modules",
-        "lora_dropout",
-        "bias",
-        "use_rslora",
-        "modules_to_save",
-        "kwargs",
-        "use_gradient_checkpointing",
-        "random_state",
-    } <= set(figures["get_peft_model"])
+    """FastLanguageModel needs a GPU, but its signature can be read without one."""
+    load = "model_name max_seq_length load_in_4bit fast_inference max_lora_rank"
+    load += " gpu_memory_utilization trust_remote_code random_state"
+    lora = "r lora_alpha target_modules lora_dropout bias use_rslora modules_to_save kwargs"
+    lora += " use_gradient_checkpointing random_state"
+    assert set(load.split()) <= set(figures["from_pretrained"])
+    assert set(lora.split()) <= set(figures["get_peft_model"])
 
 
 def test_a_resumed_run_is_the_run_it_would_have_been(figures):

@@ -1,8 +1,8 @@
 """`wrap`: the one function that puts code of ours around a member of another library."""
 
+import ast
 import gc
 import inspect
-import sys
 import weakref
 from types import SimpleNamespace
 
@@ -125,7 +125,11 @@ def test_a_layer_that_the_table_does_not_list_is_refused(listed):
         seams.wrap(Thing(), "act", of_layer("somewhere.else", 1))
 
 
-def test_the_table_imports_no_library():
-    source = inspect.getsource(seams)
-    assert "import trl" not in source and "import torch" not in source
-    assert "gtpo.hooks.seams" in sys.modules
+def test_the_table_can_be_read_without_any_of_its_libraries():
+    """So modules that must load quickly may import `wrap`."""
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in ast.walk(ast.parse(inspect.getsource(seams)))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    assert imported == {"functools", "collections", "typing"}

@@ -1,1 +1,1 @@
-"""What we attach to any `trl.GRPOTrainer`. Nothing here knows a recipe."""
+"""What can be attached to any `trl.GRPOTrainer`. Nothing here knows a recipe."""

@@ -41,7 +41,7 @@ ACCELERATE = Library("accelerate", ("1.15.0",))
 UNSLOTH = Library("unsloth", ("2026.10.7",))
 UNSLOTH_ZOO = Library("unsloth_zoo", ("2026.10.7",))
 WANDB = Library("wandb", ("0.31.0",))
-TORCH = Library("torch", ("2.13.0",))
+TORCH = Library("torch", ("2.11.0", "2.13.0"))
 VLLM = Library("vllm", ("0.31.0",))
 
 # Callback methods of a tracker. The shield around a tracker catches what they raise.
