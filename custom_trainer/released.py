@@ -100,8 +100,8 @@ def released_loss(
 def _run(ids: Tensor, columns: Tensor, advantages: Tensor, vocab_size: int) -> Tensor:
     """The leading run of conflicting positions of each row, bool (G, T).
 
-    A position conflicts if its key, column x vocab_size + id, is held by a positive row and by a
-    negative one.
+    The key of a position is column x vocab_size + id. A position conflicts if a positive row and a
+    negative row have its key.
     """
     keys = columns * vocab_size + ids
     shared = torch.isin(keys, keys[advantages > 0]) & torch.isin(keys, keys[advantages < 0])

@@ -111,9 +111,9 @@ class GTPOConfig(trl.GRPOConfig):
 class UnslothGTPOTrainer(trl.GRPOTrainer):
     """GRPO with conflict-aware, entropy-controlled token advantages (GTPO, arXiv 2508.03772).
 
-    The only changes to the parent: each completion token carries a weight lambda_{i,t}, and the
-    loss has the factor delta_i (A_i - gamma <H>_i) lambda_{i,t} / A_i per token instead of an
-    entropy mask. The parent multiplies that factor by A_i and by the ratio r_{i,t}. So its clipping
+    There are two changes to the parent. Each completion token carries a weight lambda_{i,t}. In
+    place of an entropy mask, the loss has the factor delta_i (A_i - gamma <H>_i) lambda_{i,t} / A_i
+    per token. The parent multiplies that factor by A_i and by the ratio r_{i,t}. So its clipping
     still depends on the sign of A_i. Where A_i = 0 it multiplies by -1 instead.
 
     Override `token_weights` or `keep` for an ablation.
@@ -187,6 +187,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
     # ---- delta and gamma: decided inside the loss, the only place where entropies exist
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The parent's loss of a micro-batch with GTPO's factor; logs the entropies."""
         loss = self._parent_loss(model, inputs, return_outputs, num_items_in_batch)
         self._log_entropies()
         return loss

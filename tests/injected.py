@@ -2,9 +2,11 @@
 
 `python tests/injected.py FOLDER 2 4` trains each of CASES with one, two and four gloo processes. It
 writes what must be the same to FOLDER/N.pt and prints how far two and four are from one. The exit
-code is 1 if a distance is 1e-6 or more. The same is done for a run that passes by checkpoints from
-one process to two, to four and back to one, and for a model that FSDP spreads over two processes.
-`--unsloth` does all but the last with the trainer that Unsloth generates.
+code is 1 if a distance is 1e-6 or more.
+
+It does the same for a run that passes by checkpoints from one process to two, to four and back to
+one. It does so as well for a model that FSDP spreads over two processes. With `--unsloth` it trains
+with the trainer that Unsloth generates, and leaves FSDP out.
 
 The processes are forked after all imports.
 """

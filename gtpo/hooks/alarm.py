@@ -43,7 +43,7 @@ class Alarm(TrainerCallback, ExportableState):
         # In nats. The mean of the first window stands in where a trainer does not measure it.
         self.initial_entropy: float | None = None
         self.best_format: float | None = None  # the format rate of the best window
-        # Reported conditions, with the number of log lines since each held last.
+        # Reported conditions, with the number of log lines since each was last true.
         self.reported: dict[str, int] = {}
         self.stopped_by: str | None = None
 

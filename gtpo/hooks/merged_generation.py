@@ -9,7 +9,7 @@ import contextlib
 
 from gtpo.hooks.seams import wrap
 
-MOST_BYTES = 2**30  # of merged weights, which are held beside the base weights while generating
+MOST_BYTES = 2**30  # of merged weights, which exist beside the base weights while generating
 
 
 @contextlib.contextmanager

@@ -255,8 +255,8 @@ def wrap(owner: Any, name: str, around: Callable) -> Callable[[], None]:
     the layer. The wrapped member keeps the metadata of the original, because unsloth_zoo 2026.10.7
     reads the source of `get_high_entropy_mask`.
 
-    Raises ValueError where the table does not list the layer for this member, where the layer is
-    there already, and where it belongs inside a layer that is there already.
+    Raises ValueError if the table does not list the layer for this member. It also does so if the
+    layer is there already, or if it belongs inside a layer that is there already.
     """
     layer, original, own = around.__module__, getattr(owner, name), name in vars(owner)
     _check_order(name, layer, original)

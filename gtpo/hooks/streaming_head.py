@@ -40,8 +40,8 @@ def log_probs_and_entropies(
     tokens exist at a time.
 
     The gradient is d log p(y) / d hidden = (weight[y] - sum_v p(v) weight[v]) / temperature. It
-    needs nothing from the layers above, so it is computed at once with the probabilities at hand,
-    and backward only scales it. That makes two matrix products in all.
+    needs nothing from the layers above. So forward computes it while it has the probabilities, and
+    backward only scales it. That makes two matrix products in all.
     """
     log_probs, entropies = _Head.apply(
         hidden.reshape(-1, hidden.shape[-1]),
