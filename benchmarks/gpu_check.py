@@ -1,27 +1,27 @@
-"""What only a GPU can show: `make gpu-check`, or `python benchmarks/gpu_check.py`. Needs no network
-and nothing but this repository.
+"""Checks what only a GPU can show: `make gpu-check`, or `python benchmarks/gpu_check.py`.
 
-- gradients: for 16 and 4 bits, a randomly initialised Llama-shaped model goes through Unsloth's
-FastLanguageModel with LoRA
-  and takes one GTPO step on a fixed rollout. The gradients of its LoRA weights are held against
-  transformers in float32 on
-  the same base weights (for 4 bits: the dequantised ones), and may be off by what bfloat16 costs
-  transformers itself, and a
-  quarter of that. Then three steps with real generation are timed.
-- train: `train_model.py config.yaml`, the documented recipe, on such a model and the demo's data;
-stopped half-way, resumed,
-  evaluated; the GPU memory it took beside the estimate of `--check`.
-- step, heads: benchmarks/step.py and benchmarks/heads.py with the shapes of real models.
+It needs no network, and nothing but this repository. Its parts:
 
-Each case runs in a process of its own, because Unsloth replaces TRL's trainers. One that fails is
-written down and does not stop the others. Writes JSON and a table to docs/gpu/. Without a GPU it
-says so and exits 0.
+- gradients: compares the LoRA gradients of one GTPO step with those of transformers in float32.
+  A Llama-shaped model with random weights, in 16 and in 4 bits, is loaded by Unsloth's
+  FastLanguageModel and takes the step on a fixed rollout. transformers has the same base weights,
+  dequantised ones for 4 bits. The error may be 1.25 times that of transformers in bfloat16. Then
+  three steps with real generation are timed.
+- train: runs `train_model.py config.yaml`, the documented recipe, on such a model and the demo's
+  data. It stops the run half-way, resumes it and evaluates it. It compares the GPU memory used with
+  the estimate of `--check`.
+- step, heads: run benchmarks/step.py and benchmarks/heads.py with the shapes of real models.
+
+Each case runs in a process of its own, because Unsloth replaces TRL's trainers. A case that fails
+is recorded and does not stop the others. The results are written to docs/gpu/, as JSON and as a
+table. Without a GPU, the program says so and exits with 0.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
 import datetime
+import functools
 import json
 import os
 import subprocess
@@ -34,24 +34,31 @@ from pathlib import Path
 import measure
 
 ROOT = measure.ROOT
-ALLOWED = 1.25  # relative error of the LoRA gradients, in errors of transformers in bfloat16
+ALLOWED = 1.25  # error of the LoRA gradients, relative to that of transformers in bfloat16
+PARTS = ["gradients", "train", "step", "heads"]
+CASES = ["unsloth", "reference", "bfloat16"]  # of gradients
 SEED, RANK, GENERATIONS, LENGTH = 3407, 16, 8, 48
-STEPS = [  # shape, GiB it needs, and the flags of benchmarks/step.py
+STEPS = [  # shape, GiB needed, and the flags of benchmarks/step.py
     (shape, gib, ["--backend", backend, *flags])
     for shape, gib in (("qwen2.5-3b", 40), ("llama-3.1-8b", 50))
     for backend, flags in (("unsloth", []), ("transformers", []), ("unsloth", ["--bits", "4"]))
 ]
+# Runs a program, and prints the most GPU memory that it used.
 PEAK = """
-import atexit, runpy, sys
-def say():
+import atexit, pathlib, runpy, sys
+
+def print_peak():
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_initialized():
-        print(f"PEAK {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated, {torch.cuda.max_memory_reserved() / 2**30:.2f} GiB reserved")
-atexit.register(say)
+        allocated = torch.cuda.max_memory_allocated() / 2**30
+        reserved = torch.cuda.max_memory_reserved() / 2**30
+        print(f"PEAK {allocated:.2f} GiB allocated, {reserved:.2f} GiB reserved")
+
+atexit.register(print_peak)
 sys.argv = sys.argv[1:]
-sys.path.insert(0, str(__import__("pathlib").Path(sys.argv[0]).parent))
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
-"""  # runs a program, and says the most GPU memory that it held
+"""
 STEP = ["--generations", "8", "--prompt", "256", "--completion", "1024", "--rounds", "9"]
 
 
@@ -60,18 +67,13 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs/gpu", help="folder for the JSON file and the table"
     )
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        choices=["gradients", "train", "step", "heads"],
-        help="some of the parts",
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="run only these parts")
     parser.add_argument(
         "--shapes",
         nargs="+",
         choices=measure.SHAPES,
         default=["qwen2.5-3b", "llama-3.1-8b"],
-        help="for step",
+        help="model shapes for step",
     )
     parser.add_argument(
         "--side-by-side",
@@ -79,17 +81,13 @@ def main() -> int:
         default=1,
         metavar="N",
         help=(
-            "cases at a time, on a GPU with 100 GiB and many cores; what is timed is alone on the"
-            " GPU, not on the CPU"
+            "cases at a time (default: 1); more need a GPU with 100 GiB and many cores, and a timed"
+            " case has the GPU alone, but not the CPU"
         ),
     )
-    parser.add_argument(
-        "--limit", type=int, default=900, help="seconds after which a case is given up"
-    )
-    parser.add_argument("--commit", help="to write down where the copy has no repository")
-    parser.add_argument(
-        "--case", choices=["unsloth", "reference", "bfloat16"], help=argparse.SUPPRESS
-    )
+    parser.add_argument("--limit", type=int, default=900, help="most seconds for a case")
+    parser.add_argument("--commit", help="the commit, for a copy without a repository")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     parser.add_argument("--bits", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -108,12 +106,10 @@ def main() -> int:
 
 
 class Check:
-    """The cases, and what they found so far; it is written down after each, so that nothing is
-    lost.
-    """
+    """The cases and their results, which are written after each case so that none is lost."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, self.only = options, options.only or ["gradients", "train", "step", "heads"]
+        self.options, self.parts = options, options.only or PARTS
         machine = measure.machine()
         if options.commit:
             machine["commit"] = options.commit
@@ -121,6 +117,7 @@ class Check:
         self.lock = threading.Lock()
 
     def run(self) -> int:
+        """Runs the cases; returns 1 if one failed."""
         import torch
 
         with tempfile.TemporaryDirectory() as folder:
@@ -129,119 +126,87 @@ class Check:
             os.environ["GTPO_GPU_LOCK"] = str(self.work / "lock")
             cases = {
                 "train": self.train,
-                **{
-                    f"gradients, {bits} bits": lambda bits=bits: self.gradients(bits)
-                    for bits in (16, 4)
-                },
-                "heads": lambda: self.benchmark("heads.py"),
+                "gradients, 16 bits": functools.partial(self.gradients, 16),
+                "gradients, 4 bits": functools.partial(self.gradients, 4),
+                "heads": functools.partial(self.benchmark, "heads.py"),
             }
-            cases = {name: case for name, case in cases.items() if name.split(",")[0] in self.only}
+            cases = {name: case for name, case in cases.items() if name.split(",")[0] in self.parts}
             for shape, gib, flags in STEPS:
-                if "step" in self.only and shape in self.options.shapes and self.has(shape, gib):
-                    cases[f"step {shape} {' '.join(flags)}"] = lambda shape=shape, flags=flags: (
-                        self.step(shape, flags)
-                    )
+                if "step" in self.parts and shape in self.options.shapes and self.has(shape, gib):
+                    case = functools.partial(self.step, shape, flags)
+                    cases[f"step {shape} {' '.join(flags)}"] = case
                     if not (self.work / shape).exists():
                         measure.make_model(shape, self.work / shape)
             torch.cuda.empty_cache()
             with concurrent.futures.ThreadPoolExecutor(self.options.side_by_side) as pool:
                 for name, case in cases.items():
                     pool.submit(self.keep, name, case)
-        failed = [
-            name for name, case in self.figures["cases"].items() if not case.get("passed", True)
-        ]
+        results = self.figures["cases"]
+        failed = [name for name, result in results.items() if not result.get("passed", True)]
         print(f"failed: {', '.join(failed)}" if failed else "all passed")
         return 1 if failed else 0
 
     def keep(self, name: str, case) -> None:
+        """Runs a case, and writes its result or its error."""
         began = time.monotonic()
         try:
-            found = case()
-        except Exception as error:  # a case that fails is a finding
-            found = {"passed": False, "error": str(error)[-4000:]}
+            result = case()
+        except Exception as error:  # the report shows it
+            result = {"passed": False, "error": str(error)[-4000:]}
         with self.lock:
-            print(
-                f"== {name}: {time.monotonic() - began:.0f} s\n{found.get('error', '')}", flush=True
-            )
-            self.figures["cases"][name] = found
+            seconds = time.monotonic() - began
+            print(f"== {name}: {seconds:.0f} s\n{result.get('error', '')}", flush=True)
+            self.figures["cases"][name] = result
             write(self.figures, self.options.out)
 
     def gradients(self, bits: int) -> dict:
+        """The error of Unsloth's gradients and its bound, and the figures of its steps."""
         from safetensors.torch import load_file
 
-        cases = ("unsloth", "reference", "bfloat16")
-        found, reference, _ = (
-            _figures(
-                self.python(
-                    Path(__file__), "--case", case, "--bits", bits, "--work", self.work, timed=False
-                )
-            )
-            for case in cases
+        flags = ["--bits", bits, "--work", self.work]
+        unsloth, reference, _ = (
+            printed_figures(self.python(Path(__file__), "--case", case, *flags, timed=False))
+            for case in CASES
         )
         ours, exact, rounded = (
-            load_file(self.work / f"{case}-{bits}.safetensors") for case in cases
+            load_file(self.work / f"{case}-{bits}.safetensors") for case in CASES
         )
         error, bound = relative_error(ours, exact), ALLOWED * relative_error(rounded, exact)
         return {
             "gradient_error": error,
             "bound": bound,
             "passed": error <= bound,
-            **found,
+            **unsloth,
             "reference_seconds_per_step": reference["seconds_per_step"],
         }
 
     def train(self) -> dict:
-        """The documented recipe on the small model: half a run, the rest after --resume, and an
-        evaluation.
+        """What the documented recipe prints on the small model.
+
+        It trains half a run, resumes it, and evaluates it.
         """
-        flags = [
-            "--model-name",
-            self.work / "model",
-            "--dataset.name",
-            "gsm8k",
-            "--dataset.subsets",
-            "null",
-            "--dataset.path",
-            ROOT / "demo/data/train.jsonl",
-            "--dataset.system_instruction",
-            "Reason, then answer.",
-            "--model.max_seq_length",
-            "256",
-            "--model.max_prompt_length",
-            "128",
-            "--training.max_prompt_length",
-            "128",
-            "--training.save_steps",
-            "2",
-            "--training.report_to",
-            "none",
-            "--output_root",
-            self.work / "runs",
-            "--run-name",
-            "check",
+        recipe = [
+            *[ROOT / "train_model.py", ROOT / "config.yaml", "--model-name", self.work / "model"],
+            *["--dataset.path", ROOT / "demo/data/train.jsonl"],
+            *["--dataset.name", "gsm8k", "--dataset.subsets", "null"],
+            *["--dataset.system_instruction", "Reason, then answer."],
+            *["--model.max_seq_length", "256", "--model.max_prompt_length", "128"],
+            *["--training.max_prompt_length", "128", "--training.save_steps", "2"],
+            *["--training.report_to", "none"],
+            *["--output_root", self.work / "runs", "--run-name", "check"],
         ]
-        recipe = [ROOT / "train_model.py", ROOT / "config.yaml", *flags]
-        checked = self.python(
-            *recipe, "--training.max_steps", "4", "--check", "--json", timed=False, may_fail=True
-        )
-        trained = self.python("-c", PEAK, *recipe, "--training.max_steps", "2", timed=False)
+        half, whole = (["--training.max_steps", steps] for steps in ("2", "4"))
+        check = [*whole, "--check", "--json"]
+        checked = self.python(*recipe, *check, timed=False, may_fail=True)
+        trained = self.python("-c", PEAK, *recipe, *half, timed=False)
         run = next((self.work / "runs").iterdir())
-        resumed = self.python(*recipe, "--training.max_steps", "4", "--resume", timed=False)
-        evaluated = self.python(
-            ROOT / "evaluate_model.py",
-            run,
-            "--dataset",
-            ROOT / "demo/data/test.jsonl",
-            "--limit",
-            "16",
-            "--samples",
-            "2",
-            "--k",
-            "1",
-            "2",
-            timed=False,
-        )
+        resumed = self.python(*recipe, *whole, "--resume", timed=False)
+        dataset = ["--dataset", ROOT / "demo/data/test.jsonl", "--limit", "16"]
+        samples = ["--samples", "2", "--k", "1", "2"]
+        program = ROOT / "evaluate_model.py"
+        evaluated = self.python(program, run, *dataset, *samples, timed=False)
         saved = sorted(file.name for file in run.iterdir())
+        peaks = [line for line in trained.splitlines() if line.startswith("PEAK ")]
         return {
             "passed": "adapter_model.safetensors" in saved,
             "saved": saved,
@@ -250,15 +215,13 @@ class Check:
                 for check in json.loads(checked)["checks"]
                 if check["check"] in ("backend", "model", "memory")
             ],
-            "peak": next(
-                (line for line in trained.splitlines() if line.startswith("PEAK ")),
-                "PEAK is not known",
-            ),
+            "peak": peaks[0] if peaks else "PEAK is not known",
             "resumed": [line for line in resumed.splitlines() if "step" in line][-6:],
             "evaluated": evaluated[-1500:],
         }
 
     def has(self, shape: str, gib: int) -> bool:
+        """Whether the GPU has enough free memory for a step of this shape."""
         import torch
 
         free = torch.cuda.mem_get_info()[0] / 2**30
@@ -267,53 +230,51 @@ class Check:
         return free >= gib
 
     def step(self, shape: str, flags: list[str]) -> dict:
-        return self.benchmark(
-            "step.py", "--shape", shape, "--model", self.work / shape, *STEP, *flags
-        )
+        """What benchmarks/step.py prints and saves."""
+        model = ["--shape", shape, "--model", self.work / shape]
+        return self.benchmark("step.py", *model, *STEP, *flags)
 
     def benchmark(self, program: str, *flags) -> dict:
+        """What a program of this folder prints and saves."""
         file = Path(tempfile.mkdtemp(dir=self.work)) / "figures.json"
         printed = "\n" + self.python(ROOT / "benchmarks" / program, "--json", file, *flags)
-        # after what libraries print
+        # Libraries print lines before it.
         start = "\n\n" if program == "heads.py" else f"\n{self.figures['machine']['device']}: "
         return {"printed": printed[printed.find(start) :], **json.loads(file.read_text())}
 
     def python(self, *arguments, timed: bool = True, may_fail: bool = False) -> str:
-        """What a Python process printed; RuntimeError with the end of it where it failed or took
-        too long.
+        """What a Python process printed.
+
+        Raises RuntimeError with the end of its output if it fails or takes too long. A program that
+        is `timed` waits for the GPU by itself.
         """
         command = [sys.executable, *map(str, arguments)]
-        folder = tempfile.mkdtemp(dir=self.work)  # Unsloth writes a cache where it runs
-        # what is timed asks for itself
+        name, limit = " ".join(command[1:])[:300], self.options.limit
+        folder = tempfile.mkdtemp(dir=self.work)  # Unsloth writes a cache into the current folder
         with contextlib.nullcontext() if timed else measure.using_the_gpu(alone=False):
             try:
                 run = subprocess.run(
-                    command, cwd=folder, capture_output=True, text=True, timeout=self.options.limit
+                    command, cwd=folder, capture_output=True, text=True, timeout=limit
                 )
             except subprocess.TimeoutExpired as error:
                 end = (error.stderr or b"").decode(errors="replace")[-2000:]
-                raise RuntimeError(
-                    f"{' '.join(command[1:])[:300]}: not done after {self.options.limit} s\n{end}"
-                ) from None
+                raise RuntimeError(f"{name}: not done after {limit} s\n{end}") from None
         if run.returncode and not may_fail:
-            raise RuntimeError(
-                f"{' '.join(command[1:])[:300]}: exit code"
-                f" {run.returncode}\n{run.stdout[-1000:]}\n{run.stderr[-3000:]}"
-            )
+            end = f"{run.stdout[-1000:]}\n{run.stderr[-3000:]}"
+            raise RuntimeError(f"{name}: exit code {run.returncode}\n{end}")
         return run.stdout
 
 
-def _figures(printed: str) -> dict:
-    return json.loads(
-        next(line for line in printed.splitlines() if line.startswith("FIGURES ")).removeprefix(
-            "FIGURES "
-        )
-    )
+def printed_figures(output: str) -> dict:
+    """The figures in what `--case` printed."""
+    line = next(line for line in output.splitlines() if line.startswith("FIGURES "))
+    return json.loads(line.removeprefix("FIGURES "))
 
 
 def make_model(folder: Path) -> None:
-    """A Llama-shaped model with random weights, far enough from zero that its logits are not
-    uniform.
+    """Saves a Llama-shaped model with random weights.
+
+    They are far enough from zero for logits that are not uniform.
     """
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -339,8 +300,9 @@ def make_model(folder: Path) -> None:
 
 
 def run_case(case: str, bits: int, work: Path) -> dict:
-    """Train one step on the fixed rollout, save the gradients, then time three steps; returns the
-    figures.
+    """The figures of one step on the fixed rollout and of three timed steps.
+
+    Saves the gradients of the first step.
     """
     from gtpo.models import backends
     from gtpo.models.tokenizer import load_tokenizer
@@ -382,7 +344,7 @@ def run_case(case: str, bits: int, work: Path) -> dict:
 
 
 def save_base_weights(model, file: Path) -> None:
-    """The base weights that the policy really computes with, dequantised where it holds 4 bits."""
+    """Saves the base weights that the policy computes with, with 4-bit weights dequantised."""
     from safetensors.torch import save_file
 
     weights = {}
@@ -400,8 +362,9 @@ def save_base_weights(model, file: Path) -> None:
 
 
 def reference_policy(weights: Path, model_folder: Path, tokenizer, *, bfloat16: bool):
-    """transformers + peft in float32, or in bfloat16 with a float32 adapter, on the base weights
-    that the Unsloth case saved.
+    """A policy of transformers and peft with the base weights that the Unsloth case saved.
+
+    It is in float32, or in bfloat16 with a float32 adapter.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -426,8 +389,9 @@ def reference_policy(weights: Path, model_folder: Path, tokenizer, *, bfloat16: 
 
 
 def fill_adapter(model) -> None:
-    """The same small random LoRA weights in every case, B included, so that both factors get
-    gradients.
+    """Fills the LoRA weights with small random numbers, the same in every case.
+
+    B is not zero, so both factors get gradients.
     """
     import torch
 
@@ -439,11 +403,10 @@ def fill_adapter(model) -> None:
 
 
 def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
-    """The LoRA gradients of one step on the fixed rollout, and the figures of three steps with real
-    generation.
-    """
-    import time
+    """The LoRA gradients of a step on the fixed rollout, and the figures of three more steps.
 
+    The three steps generate.
+    """
     import torch
     import trl
     from transformers import TrainerCallback
@@ -490,87 +453,78 @@ def steps(policy, case: str, work: Path) -> tuple[dict, dict]:
         args=arguments,
         processing_class=policy.tokenizer,
         train_dataset=problems,
-        reward_funcs=[
-            lambda completions, **kwargs: [float(i % 3) for i in range(len(completions))]
-        ],
+        reward_funcs=[pay_in_turn],
     )
-    generate, gradients, marks = trainer._generate_single_turn, {}, []
+    generate, gradients, times = trainer._generate_single_turn, {}, []
 
-    def first_fixed(prompt_ids, *args, **kwargs):
+    def first_rollout_is_fixed(prompt_ids, *args, **kwargs):
         if gradients:
             return generate(prompt_ids, *args, **kwargs)
         generator = torch.Generator().manual_seed(SEED)
-        stem = torch.randint(
-            100, len(policy.tokenizer) - 20, (LENGTH,), generator=generator
-        ).tolist()
-        rows = []
-        # a shared beginning and end, of unequal length, so that there are conflicts
-        for i in range(len(prompt_ids)):
-            own = torch.randint(
-                100, len(policy.tokenizer) - 20, (8 + i % 16,), generator=generator
-            ).tolist()
-            rows.append([*stem[:5], *own, policy.tokenizer.eos_token_id])
-        return rows, None
 
-    trainer._generate_single_turn = first_fixed
+        def draw(count: int) -> list[int]:
+            ids = torch.randint(100, len(policy.tokenizer) - 20, (count,), generator=generator)
+            return ids.tolist()
 
-    class Watch(TrainerCallback):
+        # Completions of unequal length share their beginning and end, so there are conflicts.
+        beginning, end = draw(LENGTH)[:5], policy.tokenizer.eos_token_id
+        return [[*beginning, *draw(8 + i % 16), end] for i in range(len(prompt_ids))], None
+
+    trainer._generate_single_turn = first_rollout_is_fixed
+
+    class Record(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if not gradients:
-                gradients.update(
-                    {
-                        n: p.grad.float().cpu().contiguous()
-                        for n, p in model.named_parameters()
-                        if p.grad is not None
-                    }
-                )
+            for name, parameter in () if gradients else list(model.named_parameters()):
+                if parameter.grad is not None:
+                    gradients[name] = parameter.grad.float().cpu().contiguous()
 
         def on_step_end(self, args, state, control, **kwargs):
             torch.cuda.synchronize()
-            marks.append(time.perf_counter())
+            times.append(time.perf_counter())
 
-    trainer.add_callback(Watch())
+    trainer.add_callback(Record())
     torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    logs = trainer.state.log_history[0]
+    logs, parent = trainer.state.log_history[0], type(trainer).__mro__[1]
     return gradients, {
-        "trainer": f"{type(trainer).__mro__[1].__module__}.{type(trainer).__mro__[1].__name__}",
+        "trainer": f"{parent.__module__}.{parent.__name__}",
         "initial_entropy": trainer.initial_entropy,
         "frac_conflict_tokens": logs["gtpo/frac_conflict_tokens"],
         "loss": logs["loss"],
-        "seconds_per_step": (marks[-1] - marks[0]) / max(len(marks) - 1, 1),
+        "seconds_per_step": (times[-1] - times[0]) / max(len(times) - 1, 1),
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }
 
 
-def relative_error(found: dict, expected: dict) -> float:
+def pay_in_turn(completions, **kwargs) -> list[float]:
+    """Rewards of 0, 1, 2, 0, 1, 2 and so on."""
+    return [float(i % 3) for i in range(len(completions))]
+
+
+def relative_error(actual: dict, expected: dict) -> float:
+    """The norm of the difference between two sets of tensors, relative to that of `expected`."""
     import torch
 
-    if found.keys() != expected.keys():
-        raise SystemExit(
-            f"the two paths train other weights: {sorted(found.keys() ^ expected.keys())[:4]}"
-        )
-    found, expected = (
+    if actual.keys() != expected.keys():
+        names = sorted(actual.keys() ^ expected.keys())[:4]
+        raise SystemExit(f"the two models train different weights: {names}")
+    actual, expected = (
         torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
-        for tensors in (found, expected)
+        for tensors in (actual, expected)
     )
-    return ((found - expected).norm() / expected.norm()).item()
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def write(figures: dict, out: Path) -> None:
-    """JSON and tables, named after date, GPU and commit."""
+    """Writes the JSON file and the tables, named after date, GPU and commit."""
     machine, cases = figures["machine"], figures["cases"]
     name = f"{figures['date']}-{machine['device'].replace(' ', '-')}-{machine['commit'][:7]}"
-    measure.save(figures, out / f"{name}.json")
-    lines = [
-        f"# {machine['device']}, {figures['date']}",
-        "",
-        f"Printed by `make gpu-check` at commit {machine['commit']}.",
-        "",
-        (
-            "| LoRA gradients, FastLanguageModel against float32 | error (bound) | passed | s/step"
-            " (reference) | peak memory | conflict tokens |"
-        ),
+    measure.save(out / f"{name}.json", figures)
+    lines = [f"# {machine['device']}, {figures['date']}", ""]
+    lines += [f"Printed by `make gpu-check` at commit {machine['commit']}.", ""]
+    lines += [
+        "| LoRA gradients, FastLanguageModel against float32 | error (bound) | passed | s/step"
+        " (reference) | peak memory | conflict tokens |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -588,11 +542,11 @@ def write(figures: dict, out: Path) -> None:
                 "",
                 f"## {case}: `config.yaml`, half a run, `--resume`, an evaluation",
                 "",
-                f"Passed: {row['passed']}. `--check` had said:",
+                f"Passed: {row['passed']}. `--check` printed:",
                 "",
                 *(f"- {line}" for line in row["check"]),
                 "",
-                row["peak"].replace("PEAK", "Two steps held at most"),
+                row["peak"].replace("PEAK", "Two steps used at most"),
                 "",
                 "```",
                 *row["resumed"],

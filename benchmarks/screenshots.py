@@ -1,8 +1,8 @@
-"""Pictures of a report's parts, light and dark, wide and narrow: `python benchmarks/screenshots.py
-RUN [FOLDER]`.
+"""Takes pictures of a report, in light and dark colours, wide and narrow.
 
-Needs Debian's chromium and chromium-driver, and selenium. `make pictures` trains the demo and puts
-its pictures into docs/images.
+Run `python benchmarks/screenshots.py RUN [FOLDER]`. It needs selenium, and Debian's packages
+chromium and chromium-driver. `make pictures` trains the demo and writes its pictures to
+docs/images.
 """
 
 import contextlib
@@ -14,69 +14,64 @@ import tempfile
 from pathlib import Path
 
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--hide-scrollbars",
-    "--allow-file-access-from-files=false",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--hide-scrollbars", "--allow-file-access-from-files=false"),
 )
-WIDE, NARROW = (1280, 900), (412, 850)
+WIDE, NARROW = (1280, 900), (412, 850)  # pixels
 
 
 def why_no_browser() -> str | None:
-    """What is missing to open a page, as a sentence; None if nothing is."""
+    """A sentence that says what is missing to open a page, or None."""
     missing = [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]
-    return (
-        f"{' and '.join(missing)} not found; run: apt-get install chromium chromium-driver"
-        if missing
-        else None
-    )
+    if not missing:
+        return None
+    return f"{' and '.join(missing)} not found; run: apt-get install chromium chromium-driver"
 
 
 @contextlib.contextmanager
 def browser(size: tuple[int, int] = WIDE, *, dark: bool = False):
-    """A headless Chromium with an empty profile, as a selenium driver that logs its console and its
-    requests.
+    """A selenium driver of a headless Chromium, which logs its console and its requests.
+
+    Its profile is empty.
     """
     from selenium import webdriver
 
-    os.environ["SE_OFFLINE"] = "true"  # selenium looks for no driver of its own
+    os.environ["SE_OFFLINE"] = "true"  # selenium downloads no driver
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     with tempfile.TemporaryDirectory() as profile:
         for flag in (*FLAGS, f"--user-data-dir={profile}", "--window-size={},{}".format(*size)):
             options.add_argument(flag)
-        driver = webdriver.Chrome(
-            options=options, service=webdriver.ChromeService(shutil.which("chromedriver"))
-        )
+        service = webdriver.ChromeService(shutil.which("chromedriver"))
+        driver = webdriver.Chrome(options=options, service=service)
         try:
-            driver.execute_cdp_cmd(
-                "Emulation.setDeviceMetricsOverride",
-                {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False},
-            )
+            set_size(driver, *size)
             set_scheme(driver, dark=dark)
             yield driver
         finally:
             driver.quit()
 
 
+def set_size(driver, width: int, height: int) -> None:
+    """Sets the size of the page's window in pixels."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
 def set_scheme(driver, *, dark: bool) -> None:
-    """What the page's prefers-color-scheme says."""
+    """Sets the page's prefers-color-scheme."""
     features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-    # the page hears of it
+    # The page has drawn the change after two frames.
     driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
 
 
 def take(driver, selector: str, file: Path, most: int = 1600) -> None:
-    """The element's picture, at most `most` pixels high, with few enough colours for a small
-    file.
+    """Saves a picture of an element, at most `most` pixels high.
+
+    It has 256 colours, which keeps the file small.
     """
     import base64
 
@@ -84,24 +79,15 @@ def take(driver, selector: str, file: Path, most: int = 1600) -> None:
 
     height = driver.execute_script("return Math.ceil(document.documentElement.scrollHeight)")
     width = driver.execute_script("return innerWidth")
-    # all of it in view, so that nothing sticks to the middle
-    driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
-    )
-    box = driver.execute_script(
-        "const b = document.querySelector(arguments[0]).getBoundingClientRect();return {x: 0, y:"
-        " Math.max(0, b.y + scrollY - 12), width: innerWidth, height: b.height + 24}",
-        selector,
-    )
+    # With the whole page in view, no sticky element covers the middle of the picture.
+    set_size(driver, width, height)
+    box = driver.execute_script(BOX, selector)
     clip = {**box, "height": min(box["height"], most), "scale": 1}
-    shot = driver.execute_cdp_cmd(
-        "Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True}
-    )
+    options = {"clip": clip, "captureBeyondViewport": True}
+    shot = driver.execute_cdp_cmd("Page.captureScreenshot", options)
     picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
-    picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-        file, optimize=True
-    )
+    method, dither = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
+    picture.quantize(256, method=method, dither=dither).save(file, optimize=True)
 
 
 def main(argv: list[str]) -> int:
@@ -114,27 +100,26 @@ def main(argv: list[str]) -> int:
     page = Path(argv[0], "report.html").resolve()
     folder = Path(argv[1] if len(argv) == 2 else "docs/images")
     folder.mkdir(parents=True, exist_ok=True)
-    for size, place, parts in (
+    for size, suffix, parts in (
         (WIDE, "", ("summary", "curves", "conflicts", "evaluation", "recipe")),
         (NARROW, "_narrow", ("conflicts",)),
     ):
         with browser(size) as driver:
             driver.get(page.as_uri())
-            driver.execute_script(POINT)
+            driver.execute_script(FOCUS)
             for dark in (False, True) if size == WIDE else (False,):
                 set_scheme(driver, dark=dark)
                 for part in parts:
-                    take(
-                        driver,
-                        f"#{part}",
-                        folder / f"{part}_{'dark' if dark else 'light'}{place}.png",
-                        600 if part == "recipe" else 1600,
-                    )
+                    file = folder / f"{part}_{'dark' if dark else 'light'}{suffix}.png"
+                    take(driver, f"#{part}", file, 600 if part == "recipe" else 1600)
     print(f"Pictures: {folder}")
     return 0
 
 
-POINT = """const protectedTokens = document.querySelectorAll('.tokens .protected');
+BOX = """const b = document.querySelector(arguments[0]).getBoundingClientRect();
+return {x: 0, y: Math.max(0, b.y + scrollY - 12), width: innerWidth, height: b.height + 24}"""
+# Shows the details of a token: of the last protected one, or of the first token.
+FOCUS = """const protectedTokens = document.querySelectorAll('.tokens .protected');
 (protectedTokens[protectedTokens.length - 1] || document.querySelector('.tokens .token')).focus()"""
 
 if __name__ == "__main__":
