@@ -164,6 +164,24 @@ def test_the_state_survives_a_checkpoint():
     assert raised(later, (9, BAD["no_signal"])) == []
 
 
+@pytest.mark.slow
+def test_a_resumed_run_does_not_report_a_condition_a_second_time(tmp_path):
+    import resumes
+
+    from gtpo.runs import checkpoints
+
+    def train(folder, checkpoint=None):
+        limits = {**dict.fromkeys(CONDITIONS), "no_signal": 0.0}  # it always holds
+        alarm = Alarm(action="warn", window=1, limits=limits)
+        trainer = "custom_trainer.original.UnslothGRPOTrainer"
+        run = resumes.train(trainer, folder, callback=alarm, checkpoint=checkpoint)
+        return [line["step"] for line in run["metrics"] if "alarm/no_signal" in line]
+
+    assert train(tmp_path / "straight") == [2]
+    checkpoint = checkpoints.read(tmp_path / "straight/checkpoint-2")
+    assert train(tmp_path / "resumed", checkpoint) == [2]
+
+
 @pytest.mark.parametrize(
     "action, saves, stops", [("warn", False, False), ("save", True, False), ("stop", True, True)]
 )
