@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from gtpo.answers import boxed_answer, gsm8k_answer, same_answer  # noqa: E402
-from gtpo.answers.quantity import number  # noqa: E402
+from gtpo.answers import boxed_answer, gsm8k_answer, same_answer
+from gtpo.answers.quantity import number
 
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 NUMBER_WORDS = ["three", "seven", "twelve", "twenty"]

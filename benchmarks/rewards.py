@@ -17,9 +17,9 @@ from pathlib import Path
 import psutil
 from measure import ROOT, machine_line, ratio, save
 
-from gtpo.answers import format_reference, format_score, reference_answer  # noqa: E402
-from gtpo.data import gsm8k_reference, math_reference  # noqa: E402
-from gtpo.rewards.pool import RewardPool  # noqa: E402
+from gtpo.answers import format_reference, format_score, reference_answer
+from gtpo.data import gsm8k_reference, math_reference
+from gtpo.rewards.pool import RewardPool
 
 WARM_UP = 16  # problems that do not count
 SETS = {
