@@ -1,4 +1,4 @@
-"""Train LoRA adapters with GTPO: `python train_model.py [config.yaml] [--section.key value ...]`.
+"""Train LoRA adapters with GTPO: `python train_model.py config.yaml [--section.key value ...]`.
 
 Reads a recipe, loads a policy, trains it, and saves the adapter. `--help` lists every key.
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
             with interruption.unwrapped():
                 return _run(command, early_log, interruption)
         except (Exception, Interrupted) as error:
-            return end(error, interruption)
+            return end(cli.with_sources(error, command), interruption)
 
 
 def _run(
@@ -58,6 +58,10 @@ def _run(
 
         print("\n".join(f"{name} {version}" for name, version in versions().items()))
         return 0
+    if command.recipe_file is None:
+        if processes.is_first_to_say("usage"):
+            print(cli.usage(command), file=sys.stderr)
+        return 2
     if "check" in command.switches:
         from gtpo.preflight import run_checks
 

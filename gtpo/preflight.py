@@ -22,7 +22,7 @@ from gtpo.data import count_rows
 from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import batch_plan, log_batch_plan, optimizer_steps
-from gtpo.recipe.command_line import CommandLine, make_recipe
+from gtpo.recipe.command_line import CommandLine, make_recipe, with_sources
 from gtpo.recipe.yaml_text import write_yaml
 from gtpo.runs.start import Request, resolve_start
 from gtpo.system.console import Finding, conclusion, finding_line, findings_as_json
@@ -342,7 +342,8 @@ def _results(check: Check, facts: Facts) -> list[Finding]:
     try:
         result = check.run(facts)
     except RecipeError as error:
-        return [Finding("fail", check.name, str(mistake)) for mistake in error.mistakes]
+        mistakes = with_sources(error, facts.command).mistakes
+        return [Finding("fail", check.name, str(mistake)) for mistake in mistakes]
     except (Exception, SystemExit) as error:  # a user's code or a library may raise anything
         return [Finding("fail", check.name, f"{type(error).__name__}: {error}")]
     return result if isinstance(result, list) else [Finding("ok", check.name, result)]

@@ -8,8 +8,9 @@ import textwrap
 import pytest
 from conftest import ROOT
 
+import train_model
 from gtpo.errors import RecipeError
-from gtpo.recipe import Recipe, keys
+from gtpo.recipe import Recipe, dialects, keys
 from gtpo.recipe import command_line as cli
 from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.yaml_text import write_yaml
@@ -361,7 +362,8 @@ WRONG_VALUES = [
 @pytest.mark.parametrize("section, key, value, sentence", WRONG_VALUES, ids=lambda _: None)
 def test_a_wrong_value_gets_one_sentence(refused, section, key, value, sentence):
     text = f"{MINIMAL}{section}: {{{key}: {value}}}"
-    assert refused(text) == [f"{section}.{key}: {sentence}"]
+    source = "" if "bad.yaml" in sentence else " (set in bad.yaml)"
+    assert refused(text) == [f"{section}.{key}: {sentence}{source}"]
 
 
 # whole recipes, and the sentence for each
@@ -385,32 +387,32 @@ WRONG_RECIPES = [
     (
         MINIMAL + "training: {optimizer: adamw_torch, optim: sgd}",
         "training.optimizer: given together with training.optim, which is the same setting; keep"
-        " one",
+        " one (set in bad.yaml)",
     ),
     (
         MINIMAL + "training: {warmup_ratio: 0.1, warmup_steps: 5}",
         "training.warmup_ratio: given together with training.warmup_steps, which is the same"
-        " setting; keep one",
+        " setting; keep one (set in bad.yaml)",
     ),
     (
         "model: {model_name: x}\ndataset: {name: gsm9k}",
         "dataset.name: 'gsm9k' is not known; use gsm8k, hendrycks_math, or a dotted path such as"
-        " my_data.load",
+        " my_data.load (set in bad.yaml)",
     ),
     (
         "model: {model_name: x}\ndataset: {split: train}",
         "dataset: there is no dataset to train on; set dataset.name (gsm8k, hendrycks_math,"
-        " my_module.load) or dataset.path",
+        " my_module.load) or dataset.path (set in bad.yaml)",
     ),
     (
         "model: {model_name: x}\ndataset: {name: math, split: validation}",
-        "dataset.split: math has no split 'validation'; it has train and test",
+        "dataset.split: math has no split 'validation'; it has train and test (set in bad.yaml)",
     ),
     ("dataset: {name: gsm8k}", "model: missing; set it in bad.yaml"),
     (
         "model: {model_name: x, max_prompt_length: 9000}\ndataset: {name: gsm8k}",
         "model.max_prompt_length: 9000 is larger than model.max_seq_length (5500); use at most"
-        " 5500",
+        " 5500 (set in bad.yaml)",
     ),
     ("- a\n- b", f"bad.yaml: contains a list; {A_RECIPE_IS}"),
     ("", f"bad.yaml: is empty; {A_RECIPE_IS}"),
@@ -434,17 +436,20 @@ def test_a_wrong_recipe_gets_one_sentence(refused, text, sentence):
 
 def test_a_mistake_on_the_command_line_is_reported_as_such(refused):
     assert refused(MINIMAL, "--model.load_in_4bit", "maybe") == [
-        "model.load_in_4bit: 'maybe' on the command line is not valid; it should be true or false"
+        "model.load_in_4bit: 'maybe' from --model.load_in_4bit is not valid; it should be true or"
+        " false"
     ]
     assert refused(MINIMAL, "--dry-run=false") == [
         "--dry-run: takes no value; give it alone, or leave it out"
     ]
     assert refused(MINIMAL, "--model", "x")[0].startswith(
-        "--model: unknown flag; it is a section, use --model.<key> <value>"
+        "--model: unknown flag; it is a section, use --model.<key> <value>, for example"
+        " --model.model_name"
     )
     assert refused(MINIMAL, "--model.lora_rank") == ["--model.lora_rank: needs a value"]
     assert refused(MINIMAL, "--training.seed", "1", "--model.random_seed", "2") == [
         "model.random_seed: given together with training.seed, which is the same setting; keep one"
+        " (set by --model.random_seed; training.seed is set by --training.seed)"
     ]
     assert refused(MINIMAL, "--force-resume", "--json") == [
         "--force-resume: works only with --resume; give both",
@@ -460,6 +465,144 @@ def test_a_missing_file_a_folder_and_two_files_have_different_sentences(tmp_path
     ]:
         with pytest.raises(RecipeError, match=sentence):
             cli.read_recipe(argv)
+
+
+def test_a_sentence_says_which_file_or_flag_each_value_comes_from(refused):
+    assert refused(MINIMAL, "--training.num-generations", "1") == [
+        "training.num_generations: 1 leaves no group to compare; use 2 or more"
+        " (set by --training.num-generations)"
+    ]
+    text = MINIMAL + "training: {max_prompt_length: 50}"
+    assert refused(text, "--model.max_seq_length", "50") == [
+        "training.max_prompt_length: 50 leaves 0 of model.max_seq_length (50) for completions;"
+        " use at most 49 (set in bad.yaml; model.max_seq_length is set by --model.max_seq_length)"
+    ]
+    assert refused(MINIMAL + "rewards: {workers: 2, isolated: no}") == [
+        "rewards.workers: 2 workers need processes of their own; set rewards.isolated to true"
+        " (set in bad.yaml)"
+    ]
+
+
+# ---- names that other trainers use
+
+DIALECTS = {
+    "model": "model.model_name",
+    "model_name_or_path": "model.model_name",
+    "base_model": "model.model_name",
+    "r": "model.lora_rank",
+    "lora_r": "model.lora_rank",
+    "alpha": "model.lora_alpha",
+    "lora_target": "model.target_modules",
+    "max_tokens": "model.max_seq_length",
+    "max_new_tokens": "model.max_seq_length",
+    "max_completion_length": "model.max_seq_length",
+    "sequence_len": "model.max_seq_length",
+    "seed": "model.random_seed",
+    "lr": "training.learning_rate",
+    "learningRate": "training.learning_rate",
+    "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "grad_accum": "training.gradient_accumulation_steps",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "steps": "training.max_steps",
+    "num_rollouts": "training.num_generations",
+    "kl_coef": "training.beta",
+    "clip_ratio": "training.epsilon",
+    "temperature": "training.temperature",
+    "save_freq": "training.save_steps",
+    "output_dir": "output_root",
+    "experiment_name": "run_name",
+    "wandb_project": "wandb.project",
+    "system_prompt": "dataset.system_instruction",
+    "train_files": "dataset.path",
+    "val_files": "evaluation.path",
+    "reward_fn": "trainer.reward_funcs",
+    "bach_size": "training.per_device_train_batch_size",
+}
+
+
+@pytest.mark.parametrize("name, key", DIALECTS.items())
+def test_a_name_of_another_trainer_leads_to_our_key_from_wherever_it_stands(refused, name, key):
+    if name != "model":  # which is a section of ours
+        assert f"did you mean {key}?" in refused(f"{MINIMAL}{name}: 1")[0]
+        assert f"did you mean --{key}?" in refused(MINIMAL, f"--{name}", "1")[0]
+    section = MINIMAL if key.startswith("model.") else MINIMAL + "training: {"
+    if key.startswith("model."):
+        section = MINIMAL.replace("some/model", "some/model, ").replace("}\nd", f"{name}: 1}}\nd")
+        assert f"did you mean {key}?" in refused(section)[0]
+    elif f"training.{name}" not in keys.key_names():
+        assert f"did you mean {key}?" in refused(f"{section}{name}: 1}}")[0]
+        assert f"did you mean --{key}?" in refused(MINIMAL, f"--training.{name}", "1")[0]
+
+
+@pytest.mark.parametrize("ours", [key for key in dialects.NAMES if not key.startswith("env.")])
+def test_the_names_of_others_lead_to_keys_that_exist(ours):
+    assert ours in keys.key_names()
+
+
+def test_a_name_of_others_stands_for_one_key():
+    names = [name for names in dialects.NAMES.values() for name in names.split()]
+    assert sorted(set(names)) == sorted(names)
+
+
+def test_a_section_of_another_trainer_is_explained_key_by_key(refused):
+    assert refused(MINIMAL + "lora: {r: 8, lora_alpha: 16, bias: none}\n") == [
+        "lora: unknown key in bad.yaml; of its keys, r is model.lora_rank, lora_alpha is"
+        " model.lora_alpha"
+    ]
+    assert refused(MINIMAL + "trl: {beta: 0.1, max_completion_length: 512}\n") == [
+        "trl: unknown key in bad.yaml; of its keys, beta is training.beta, max_completion_length is"
+        " model.max_seq_length"
+    ]
+    assert refused("model: Qwen/Qwen2.5-3B\ndataset: {name: gsm8k}")[0].endswith(
+        "it should be a section with keys of its own; did you mean model.model_name?"
+    )
+
+
+def test_an_option_that_follows_from_others_says_what_to_set(refused):
+    assert refused(MINIMAL, "--resume-from-checkpoint", "x") == [
+        "--resume-from-checkpoint: unknown flag; give --resume, or --resume CHECKPOINT, on the"
+        " command line"
+    ]
+    assert refused(MINIMAL, "--config", "x") == [
+        "--config: unknown flag; name the recipe file without a flag: python train_model.py"
+        " recipe.yaml"
+    ]
+
+
+# ---- without a recipe file
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--training.max_steps", "3"],
+        ["--check", "--json"],
+        ["--dry-run"],
+        ["--overwrite"],
+        ["--resume"],
+        ["--resume", "no-such-run"],
+        ["--lr", "1e-5"],
+        ["--trainer.reward_funcs", "a.b", "config.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_without_a_recipe_file_the_usage_is_printed_and_the_exit_code_is_2(capsys, words):
+    assert train_model.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "usage: python train_model.py recipe.yaml [--section.key value ...]" in err
+    assert "python train_model.py config.yaml" in err
+    hints = {"no-such-run": "no recipe.yaml", "--lr": "training.learning_rate", "a.b": "put config"}
+    for word, hint in hints.items():
+        assert (hint in err) == (word in words)
+
+
+def test_a_recipe_file_after_an_unknown_flag_is_still_the_recipe_file():
+    assert cli.parse(["--lr", "1e-5", "config.yaml"]).recipe_file == "config.yaml"
+    with pytest.raises(RecipeError, match="recipe file: none is named"):
+        cli.read_recipe([])
 
 
 # ---- dotted paths

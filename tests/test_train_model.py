@@ -601,6 +601,17 @@ def test_what_cannot_work_is_refused_in_one_sentence(here, capsys, flags, senten
     assert sentence in refusal(here, capsys, *flags)
 
 
+def test_a_refusal_after_the_recipe_was_read_also_names_the_flag_or_file(here, capsys):
+    error = refusal(here, capsys, "--dataset.path nowhere.jsonl")
+    assert error.endswith("no file or folder 'nowhere.jsonl' (set by --dataset.path)")
+    own = here / "own.yaml"
+    text = (ROOT / "recipes/demo.yaml").read_text()
+    own.write_text(text.replace("demo/data/train.jsonl", "gone.jsonl"))
+    assert train_model.main([str(own)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.endswith(f"there is no file or folder 'gone.jsonl' (set in {own})")
+
+
 @pytest.mark.slow
 def test_a_missing_network_is_noticed_at_once(here, capsys, monkeypatch):
     import httpx

@@ -14,24 +14,37 @@ from pydantic import ValidationError
 
 from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe.dotted_paths import check_dotted_path, make_importable
-from gtpo.recipe.keys import ALIASES, SWITCHES, alternatives, is_list, key_names, key_path
-from gtpo.recipe.mistakes import nearest, one_line, validation_mistakes
+from gtpo.recipe.keys import (
+    ALIASES,
+    SWITCHES,
+    USAGE,
+    alternatives,
+    is_list,
+    key_names,
+    key_path,
+)
+from gtpo.recipe.mistakes import nearest, one_line, sourced_mistake, validation_mistakes
 from gtpo.recipe.recipe import Recipe
 from gtpo.recipe.sections import DATASET_ALIASES
 from gtpo.recipe.yaml_text import YamlError, check_plain, parse_yaml, read_yaml_file
+from gtpo.system.safe_text import printable, without_secrets
 
-__all__ = ["CommandLine", "make_recipe", "parse", "read_recipe", "read_saved"]
+__all__ = [
+    *("CommandLine", "make_recipe", "parse", "read_recipe", "read_saved"),
+    *("usage", "with_sources"),
+]
 
 
 @dataclass(frozen=True)
 class CommandLine:
     """A parsed command line, before the recipe file is read."""
 
-    recipe_file: str = "config.yaml"
+    recipe_file: str | None = None  # None if no recipe file is named
     overrides: dict[tuple[str, ...], Any] = field(default_factory=dict)  # by key path
     switches: frozenset[str] = frozenset()
     mistakes: tuple[Mistake, ...] = ()  # reported together with those of the recipe
     resume: str | None = None  # the path after --resume; "" without one
+    flags: dict[tuple[str, ...], str] = field(default_factory=dict)  # by key path, as typed
 
 
 def read_recipe(argv: list[str]) -> Recipe:
@@ -48,6 +61,8 @@ def parse(argv: list[str]) -> CommandLine:
     Unknown flags and flags without a value are kept as mistakes; nothing is raised.
     """
     files, overrides, switches, mistakes, resume = [], {}, set(), [], None
+    flags: dict[tuple[str, ...], str] = {}
+    skipped: list[str] = []  # words after unknown flags
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -70,9 +85,11 @@ def parse(argv: list[str]) -> CommandLine:
         if target is None:
             suggestion = nearest(key, [*SWITCHES, *ALIASES, *key_names()], "--")
             mistakes.append(Mistake(f"--{name}", f"unknown flag{suggestion}"))
-            words = words[_count_values(words) :]
+            count = _count_values(words)
+            skipped, words = [*skipped, *words[:count]], words[count:]
             continue
         path, annotation = target
+        flags[path] = f"--{name}"
         count = _count_values(words) if is_list(annotation) else min(1, _count_values(words))
         values = [inline] if equals else [words.pop(0) for _ in range(count)]
         if not values and bool in alternatives(annotation):
@@ -86,13 +103,37 @@ def parse(argv: list[str]) -> CommandLine:
             value = overrides[path] + value
         overrides[path] = value
     mistakes += _contradictions(files, switches, resume)
+    # The value of an unknown flag may be the recipe file: --lr 1e-5 config.yaml
+    recipes = [*files, *(word for word in skipped if _is_recipe_file(word)), *_saved_recipe(resume)]
     return CommandLine(
-        *(files[:1] or _saved_recipe(resume)),
+        *recipes[:1],
         overrides=overrides,
         switches=frozenset(switches),
         mistakes=tuple(mistakes),
         resume=resume,
+        flags=flags,
     )
+
+
+def usage(command: CommandLine) -> str:
+    """What is printed where the command line names no recipe file, with its mistakes."""
+    lines = [f"error: {mistake}" for mistake in command.mistakes]
+    for path, value in command.overrides.items():
+        for word in value if isinstance(value, list) else [value]:
+            if isinstance(word, str) and _is_recipe_file(word):
+                flag = command.flags[path]
+                lines.append(f"error: {flag}: {word} is read as its value; put {word} first")
+    if command.resume:
+        lines.append(f"error: --resume: there is no recipe.yaml in or beside {command.resume}")
+    lines += [
+        USAGE,
+        "",
+        "A recipe file must be named, for example:",
+        "  python train_model.py config.yaml         the documented recipe, for a GPU",
+        "  python train_model.py recipes/demo.yaml   a small model, on a CPU",
+        "--help lists every key and flag.",
+    ]
+    return printable(without_secrets("\n".join(lines)))
 
 
 def make_recipe(command: CommandLine) -> Recipe:
@@ -100,6 +141,8 @@ def make_recipe(command: CommandLine) -> Recipe:
 
     Raises RecipeError with all mistakes.
     """
+    if command.recipe_file is None:
+        raise RecipeError("recipe file", "none is named; name one, for example config.yaml")
     values = _read_yaml(Path(command.recipe_file))
     overrides = _with_subset_of_gsm8k(command.overrides, values)
     for path, value in overrides.items():
@@ -108,13 +151,28 @@ def make_recipe(command: CommandLine) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        mistakes += validation_mistakes(error, command.recipe_file, overrides)
+        mistakes += validation_mistakes(error, command.recipe_file, command.flags)
     if mistakes:
-        raise RecipeError.of(mistakes)
+        raise with_sources(RecipeError.of(mistakes), command)
     make_importable(Path(command.recipe_file).resolve().parent)
     if mistakes := _wrong_dotted_paths(recipe):
-        raise RecipeError.of(mistakes)
+        raise with_sources(RecipeError.of(mistakes), command)
     return recipe
+
+
+def with_sources(error: BaseException, command: CommandLine) -> BaseException:
+    """`error`; the sentences of a RecipeError say which file or flag their values came from."""
+    if not isinstance(error, RecipeError) or command.recipe_file is None:
+        return error
+    try:
+        values = _read_yaml(Path(command.recipe_file))
+    except RecipeError:  # it is about the file itself
+        return error
+    sourced = (
+        sourced_mistake(mistake, command.recipe_file, values, command.flags)
+        for mistake in error.mistakes
+    )
+    return RecipeError.of(sourced).with_traceback(error.__traceback__)
 
 
 def read_saved(file: Path) -> Recipe:
@@ -133,9 +191,11 @@ def read_saved(file: Path) -> Recipe:
 
 def _is_path_to_resume(words: list[str]) -> bool:
     """Whether the word after --resume is its path, not the next flag or the recipe file."""
-    return (
-        bool(words) and not words[0].startswith("--") and not words[0].endswith((".yaml", ".yml"))
-    )
+    return bool(words) and not words[0].startswith("--") and not _is_recipe_file(words[0])
+
+
+def _is_recipe_file(word: str) -> bool:
+    return word.endswith((".yaml", ".yml"))
 
 
 def _count_values(words: list[str]) -> int:

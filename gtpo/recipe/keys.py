@@ -44,10 +44,8 @@ ALIASES = {
     "cuda": "env.CUDA_VISIBLE_DEVICES",
     "run_name": "run_name",
 }
-PRECEDENCE = (
-    "Flags override the recipe file, and the recipe file overrides the defaults. The recipe file"
-    " is config.yaml if none is given."
-)
+USAGE = "usage: python train_model.py recipe.yaml [--section.key value ...]"
+PRECEDENCE = "Flags override the recipe file, and the recipe file overrides the defaults."
 SPELLING = (
     "In flags, - and _ mean the same. A list is written as: a b c, or as: [a, b, c]. A key with a"
     " mapping takes its entries one by one: --env.NAME value."
@@ -222,7 +220,7 @@ def help_text() -> str:
     }
     return "\n".join(
         [
-            "usage: python train_model.py [recipe.yaml] [--section.key value ...]",
+            USAGE,
             "",
             textwrap.fill(f"{PRECEDENCE} {SPELLING}", 100),
             "",
@@ -275,8 +273,9 @@ def reference_page() -> str:
             "",
             "```bash",
             "python train_model.py config.yaml --training.learning_rate 2e-6",
-            "python train_model.py --help     # this page, on the terminal",
             "```",
+            "",
+            "`python train_model.py --help` prints this page on the terminal.",
             "",
             "A recipe is a YAML file that describes a run. Only the sections `model` and `dataset`",
             "are required. Every key is also a flag: `--section.key value`.",
