@@ -2,7 +2,9 @@
 
 import gc
 import os
+import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,51 @@ def tiny_policy(tmp_path_factory) -> str:
     import tiny
 
     return tiny.save_tiny_policy(tmp_path_factory.mktemp("tiny-policy"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder, which is the current one. Recipes and models have absolute paths."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_ENTITY", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory, tiny_policy) -> Path:
+    """A run directory as training leaves it: recipe, two checkpoints, adapter and tokenizer.
+
+    It is shared, so tests take their own copy, `run_dir`.
+    """
+    import tiny
+
+    from gtpo.recipe.command_line import read_recipe
+    from gtpo.recipe.yaml_text import write_yaml
+
+    folder = tmp_path_factory.mktemp("runs") / "a-run"
+    recipe = read_recipe(
+        [str(ROOT / "recipes/demo.yaml"), "--model-name", tiny_policy, "--model.lora_rank", "4"]
+    )
+    for place in ("checkpoint-5", "checkpoint-10", "."):
+        tiny.save_adapter(folder / place, tiny_policy)
+    with (folder / "recipe.yaml").open("w") as file:
+        write_yaml(recipe.saved()[0], file)
+    return folder
+
+
+@pytest.fixture
+def run_dir(whole_run, tmp_path) -> Path:
+    """A copy of `whole_run` that the test may change."""
+    return Path(shutil.copytree(whole_run, tmp_path / "a-run"))
+
+
+@pytest.fixture(scope="session")
+def unpacked(tmp_path_factory) -> Path:
+    """A folder with the runs of tests/compat, which no test changes."""
+    folder = tmp_path_factory.mktemp("compat")
+    for archive in (ROOT / "tests/compat").glob("*.tar.gz"):
+        with tarfile.open(archive) as file:
+            file.extractall(folder, filter="data")
+    return folder

@@ -244,19 +244,13 @@ def test_the_collapse_of_both_trainers_at_a_high_learning_rate_is_reported_withi
 # ---- whole runs
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run(here, *flags: str) -> tuple[int, list[dict]]:
-    import test_train_model
+    import demo_run
 
     import train_model
 
-    code = train_model.main(test_train_model.demo_flags("--training.save_steps", "100", *flags))
-    return code, test_train_model.history(test_train_model.run_dir(here))
+    code = train_model.main(demo_run.demo_flags("--training.save_steps", "100", *flags))
+    return code, demo_run.history(demo_run.run_dir(here))
 
 
 # The released trainer's gate is always on, so a threshold of 0 switches off every completion.

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,6 @@ pytestmark = pytest.mark.slow  # trains and starts processes
 FILES = ROOT / "tests/compat"
 RECIPES = json.loads((FILES / "recipes.json").read_text(encoding="utf-8"))
 MADE_WITH = {"torch": "2.13.0", "transformers": "5.17.0", "trl": "1.13.0", "peft": "0.21.2"}
-
-
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory) -> Path:
-    """A folder with the three runs, which no test changes."""
-    folder = tmp_path_factory.mktemp("compat")
-    for archive in FILES.glob("*.tar.gz"):
-        with tarfile.open(archive) as file:
-            file.extractall(folder, filter="data")
-    return folder
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from demo_run import demo_flags, run_dir
 from safetensors.torch import load_file
-from test_saved import save_adapter
-from test_train_model import demo_flags, here, run_dir  # noqa: F401
+from tiny import save_adapter
 
 import train_model
 from gtpo.errors import RecipeError

@@ -134,7 +134,7 @@ def test_every_recipe_is_valid(page, text, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_every_python_example_runs(page, monkeypatch, tmp_path, tiny_policy):
-    from test_saved import save_adapter
+    from tiny import save_adapter
 
     lay_out(page, tmp_path, monkeypatch)
     save_adapter(tmp_path / "runs/MY_RUN", tiny_policy)

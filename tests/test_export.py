@@ -10,7 +10,7 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_saved import run_dir, save_adapter, whole_run  # noqa: F401
+from tiny import save_adapter
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import export_model

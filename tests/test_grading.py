@@ -9,7 +9,6 @@ from fractions import Fraction
 
 import pytest
 from conftest import ROOT
-from test_compat import unpacked  # noqa: F401
 
 import reward_math
 from gtpo.answers import (

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from demo_run import demo_flags, run_dir
 from huggingface_hub import ModelCard
 from run_on_disk import write_evaluation
-from test_train_model import demo_flags, here, run_dir  # noqa: F401
 
 import export_model
 import train_model
@@ -38,7 +38,7 @@ def recipe_with(*flags: str):
 
 
 @pytest.mark.slow
-def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):  # noqa: F811
+def test_a_run_and_each_of_its_checkpoints_have_a_card(here, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "x" * 8)
     held_out = ["--evaluation.path", str(ROOT / "demo/data/test.jsonl"), "--evaluation.limit", "8"]
     secret = ["--env.HF_TOKEN", "hf_secretsecretsecretsecret"]

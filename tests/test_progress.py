@@ -3,8 +3,8 @@
 import logging
 import sys
 
+import demo_run
 import pytest
-import test_train_model
 
 from gtpo.runs.progress import SHOWN_LENGTH, good_and_bad, legend, progress_line
 from gtpo.system import console
@@ -23,12 +23,6 @@ LOGS = {
     "completions/clipped_ratio": 0.02,
     "step_time": 0.24,
 }
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_the_line_has_every_important_metric():
@@ -115,7 +109,7 @@ def test_a_completion_cannot_break_the_terminal_and_a_long_one_keeps_its_ends():
 def test_a_run_explains_its_columns_and_has_a_line_per_logging_step_and_some_completions(
     here, capsys, flags, steps, shown
 ):
-    assert test_train_model.train("--training.max_steps 5 --training.save_steps 100", flags) == 0
+    assert demo_run.train("--training.max_steps 5 --training.save_steps 100", flags) == 0
     captured = capsys.readouterr()
     lines = [text.rpartition("\r")[2] for text in captured.out.splitlines()]
     first = next(i for i, text in enumerate(lines) if text.startswith("step "))
@@ -124,7 +118,7 @@ def test_a_run_explains_its_columns_and_has_a_line_per_logging_step_and_some_com
     prompts = [i for i, text in enumerate(lines) if text.startswith("    prompt: ")]
     assert [int(lines[i - 1][5:].split("/")[0]) for i in prompts] == shown  # each after its line
     assert "5/5" in captured.err  # the progress bar has its own stream
-    log = (test_train_model.run_dir(here) / "train.log").read_text()
+    log = (demo_run.run_dir(here) / "train.log").read_text()
     assert log.count("Columns: ") == 1 and log.count("    prompt: ") == len(shown)
 
 

@@ -9,48 +9,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import ROOT
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gtpo.errors import RecipeError
 from gtpo.models.saved import find_saved, load_saved
-from gtpo.recipe.command_line import read_recipe
-from gtpo.recipe.yaml_text import write_yaml
 
 TEXT = "How many are left?"
-
-
-def save_adapter(folder: Path, base: str) -> Path:
-    """Save an adapter for the tiny model `base`, which is not zero, and its tokenizer."""
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.name_or_path = base
-    tiny.with_lora(model).save_pretrained(folder)
-    tiny.tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory, tiny_policy) -> Path:
-    """A run directory as training leaves it: recipe, two checkpoints, adapter and tokenizer.
-
-    It is shared, so tests take their own copy, `run_dir`.
-    """
-    folder = tmp_path_factory.mktemp("runs") / "a-run"
-    recipe = read_recipe(
-        [str(ROOT / "recipes/demo.yaml"), "--model-name", tiny_policy, "--model.lora_rank", "4"]
-    )
-    for place in ("checkpoint-5", "checkpoint-10", "."):
-        save_adapter(folder / place, tiny_policy)
-    with (folder / "recipe.yaml").open("w") as file:
-        write_yaml(recipe.saved()[0], file)
-    return folder
-
-
-@pytest.fixture
-def run_dir(whole_run, tmp_path) -> Path:
-    return Path(shutil.copytree(whole_run, tmp_path / "a-run"))
 
 
 def remove_adapter(folder: Path) -> None:
@@ -106,7 +72,7 @@ def test_a_checkpoint_has_the_recipe_of_its_run(run_dir, tiny_policy, monkeypatc
 
 
 def test_an_adapter_of_no_run_names_its_base_model_itself(tmp_path, tiny_policy):
-    saved = find_saved(str(save_adapter(tmp_path / "adapter", tiny_policy)))
+    saved = find_saved(str(tiny.save_adapter(tmp_path / "adapter", tiny_policy)))
     assert (saved.kind, saved.base) == ("adapter", tiny_policy)
     assert saved.recipe is None and saved.run_dir is None
 
@@ -243,7 +209,7 @@ def test_a_damaged_recipe_or_adapter_is_refused(run_dir):
 
 
 def test_an_adapter_without_a_base_model_is_refused(tmp_path, tiny_policy):
-    folder = save_adapter(tmp_path / "adapter", tiny_policy)
+    folder = tiny.save_adapter(tmp_path / "adapter", tiny_policy)
     config = json.loads((folder / "adapter_config.json").read_text())
     for base, expected in (
         (None, "names no base model"),

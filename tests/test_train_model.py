@@ -12,6 +12,7 @@ import sys
 import pytest
 import tiny
 from conftest import ROOT, split_flags
+from demo_run import demo_flags, history, run_dir
 
 import train_model
 from gtpo.evaluation import file as evaluation_file
@@ -19,43 +20,9 @@ from gtpo.recipe import command_line as cli
 from gtpo.system.environment import NO_TELEMETRY
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty folder, which is the current one. Recipes and models have absolute paths."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    for name in ("WANDB_PROJECT", "WANDB_DIR", "WANDB_ENTITY", "OMP_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-def demo_flags(*more: str) -> list[str]:
-    """The command line of recipes/demo.yaml with two short steps and no evaluation."""
-    return split_flags(
-        str(ROOT / "recipes/demo.yaml"),
-        "--model-name",
-        str(ROOT / "demo/model"),
-        "--dataset.path",
-        str(ROOT / "demo/data/train.jsonl"),
-        "--evaluation.path null --training.max_steps 2 --training.save_steps 1",
-        "--training.per_device_train_batch_size 8",
-        *more,
-    )
-
-
 def train(*flags: str) -> int:
     """The exit code of train_model.py with `demo_flags`."""
     return train_model.main(demo_flags(*flags))
-
-
-def run_dir(here, name="demo"):
-    (folder,) = (here / "runs").glob(f"{name}_adam1-*")
-    return folder
-
-
-def history(folder) -> list[dict]:
-    """The log lines in a run's trainer_state.json."""
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
 
 
 # ---- what a run leaves behind

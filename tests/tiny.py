@@ -1,11 +1,17 @@
 """A tiny real policy for tests: a Llama with 2 layers and a character tokenizer, made in code."""
 
 import string
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }}\n{% endfor %}"
@@ -79,3 +85,12 @@ def save_tiny_policy(folder, **tokenizer_options) -> str:
     tiny_model(tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def save_adapter(folder: Path, base: str) -> Path:
+    """Saves an adapter that is not zero for the tiny model `base`, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.name_or_path = base
+    with_lora(model).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
