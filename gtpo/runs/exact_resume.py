@@ -161,6 +161,7 @@ class ExactResume(TrainerCallback):
     # ---- restore
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Restores what transformers has not restored from the checkpoint."""
         if self.checkpoint is None:
             return
         trainer, folder = self.trainer, self.checkpoint.folder
@@ -225,6 +226,7 @@ class ExactResume(TrainerCallback):
         return sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
+        """Lets the sampler draw this epoch's order from the state that the checkpoint has."""
         if self._generator is not None:
             if self._state_to_restore is not None:
                 self._generator.set_state(self._state_to_restore)
@@ -261,10 +263,12 @@ class ExactResume(TrainerCallback):
     # ---- stop when a signal asks for it
 
     def on_step_end(self, args, state, control, **kwargs):
+        """After a signal, saves a checkpoint and stops."""
         if self._any_process_was_interrupted():
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args, state, control, **kwargs):
+        """After a signal, discards the metrics that the checkpoint has."""
         # Pending metrics are in the checkpoint. They must not appear in a last log line as well.
         if control.should_training_stop and self.interruption.requested:
             self.trainer._metrics["train"].clear()

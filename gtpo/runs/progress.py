@@ -71,10 +71,12 @@ class Console(ProgressCallback):
         self._intervals_shown: int | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Shows the progress bar, and notes the time."""
         super().on_train_begin(args, state, control, **kwargs)
         self._started_at, self._first_step = time.monotonic(), state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Prints the line of a logging step, and completions if it is time for them."""
         is_training_line = "reward" in (logs or {})
         if not state.is_world_process_zero or self.training_bar is None or not is_training_line:
             return
