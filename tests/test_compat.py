@@ -94,6 +94,9 @@ def test_a_run_interrupted_within_a_rollout_goes_on_bit_for_bit(run_dir, unpacke
         callbacks = result["resume_state_0.pt"].pop("callbacks")
         result["callbacks"] = sorted(callbacks.values(), key=lambda state: sorted(state))
         result["state"].pop("stateful_callbacks")
+        # Headers of evaluations have the version of the grading rules since then.
+        for name in [name for name in result if name.startswith("evaluation/")]:
+            result[name] = result[name].replace(b'"grading": 2, ', b"")
     assert differences(straight, resumed) == []
 
 

@@ -74,7 +74,7 @@ def test_the_size_of_llama_8b_is_counted_without_its_weights(llama_8b):
     assert model_size(llama_8b, lora(128)) == LLAMA_8B
     assert model_size(llama_8b, lora(16)).adapter == 41_943_040
     with pytest.raises(
-        RecipeError, match=r"model.target_modules: \['nothing'\] does not fit this model"
+        RecipeError, match="model.target_modules: this model has no layer named nothing"
     ):
         model_size(llama_8b, lora(16, ["nothing"]))
 

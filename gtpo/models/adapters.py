@@ -5,6 +5,7 @@ Adapters are read as safetensors only, because other formats can hold code that 
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 from gtpo.errors import RecipeError
@@ -70,12 +71,23 @@ def lora_config(folder: Path):
     return config
 
 
-def attach(model, folder: Path, base: str):
-    """The model `base` as a PeftModel with the adapter; raises RecipeError if they do not fit."""
+def peft_model(model, lora):
+    """`model` as a PeftModel with a fresh adapter of the peft.LoraConfig `lora`.
+
+    Raises ValueError or NotImplementedError if the adapter does not fit the model.
+    """
     from peft import get_peft_model
 
+    with warnings.catch_warnings():
+        # peft 0.21.2 adds patterns for the experts of a mixture, and then warns of its own patterns
+        warnings.filterwarnings("ignore", message=".*_pattern keys did not match")
+        return get_peft_model(model, lora)
+
+
+def attach(model, folder: Path, base: str):
+    """The model `base` as a PeftModel with the adapter; raises RecipeError if they do not fit."""
     try:
-        model = get_peft_model(model, lora_config(folder))
+        model = peft_model(model, lora_config(folder))
     except ValueError as error:
         raise _misfit(folder, base, str(error).splitlines()[0]) from error
     load_weights(model, folder, base)
@@ -91,8 +103,9 @@ def load_weights(model, folder: Path, base: str) -> None:
     from safetensors.torch import load_file
 
     weights = load_file(folder / WEIGHTS)
-    # peft saves the embeddings with an adapter that changes them.
-    with_embeddings = any(".base_layer." in name for name in weights)
+    # peft saves the embeddings with an adapter that changes them. The experts of a mixture have
+    # names with `.base_layer.` too, but those are LoRA weights.
+    with_embeddings = any(name.endswith(".base_layer.weight") for name in weights)
     places = get_peft_model_state_dict(model, save_embedding_layers=with_embeddings)
     for name in sorted(weights.keys() | places.keys()):
         layer = name.removeprefix("base_model.model.").split(".lora_")[0]

@@ -19,6 +19,8 @@ from gtpo.recipe.sections import DocumentedTraining, ModelSection
 from gtpo.system.environment import garbage_collection_off
 from gtpo.system.whole_files import files_written_aside
 
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the output layer
+
 logger = logging.getLogger(__name__)
 
 
@@ -208,10 +210,16 @@ def lora_config(section: ModelSection, adapter: Path | None):
 
     if adapter:
         return adapters.lora_config(adapter)
+    every_layer = section.target_modules == [ALL_LINEAR]
     return LoraConfig(
         r=section.lora_rank,
         lora_alpha=section.lora_alpha,
-        target_modules=section.target_modules,
+        target_modules=ALL_LINEAR if every_layer else section.target_modules,
+        lora_dropout=section.lora_dropout,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        init_lora_weights=section.init_lora_weights,
+        modules_to_save=section.modules_to_save,
         task_type="CAUSAL_LM",
     )
 
@@ -241,6 +249,7 @@ def _load_with_unsloth(
                 "unsloth gives all layers one rank, and this adapter has several; use transformers",
             )
         layers = lora.target_modules  # a set, or a text such as all-linear
+        check_layers(model, lora)
         model = FastLanguageModel.get_peft_model(
             model,
             r=lora.r,
@@ -250,6 +259,7 @@ def _load_with_unsloth(
             bias=lora.bias,
             use_rslora=lora.use_rslora,
             use_dora=lora.use_dora,
+            init_lora_weights=lora.init_lora_weights,
             modules_to_save=lora.modules_to_save,
             random_state=seed,
             use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
@@ -303,15 +313,90 @@ def add_lora(model, lora):
 
     `lora` is the peft.LoraConfig of the adapter.
     """
-    from peft import get_peft_model
-
+    check_layers(model, lora)
     try:
-        return get_peft_model(model, lora)
-    except ValueError as error:
+        return adapters.peft_model(model, lora)
+    except (ValueError, NotImplementedError) as error:  # a kind of layer that peft cannot adapt
         raise RecipeError(
             "model.target_modules",
-            f"{sorted(lora.target_modules)} does not fit this model ({str(error).splitlines()[0]})",
+            f"{_as_listed(lora.target_modules)} does not fit this model"
+            f" ({str(error).splitlines()[0]})",
         ) from error
+
+
+def check_layers(model, lora) -> None:
+    """Warns of layers of the peft.LoraConfig `lora` that `model` does not have.
+
+    Raises RecipeError if it has none of them, if it lacks a module to save, or if a module to save
+    shares its weights with another one.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if isinstance(lora.target_modules, str):
+        absent = []
+    else:
+        parameters = [name for name, _ in model.named_parameters()]
+        absent = [
+            layer
+            for layer in sorted(lora.target_modules)
+            if not any(_is_named(name, layer) for name in names)
+            and not _is_in_experts(layer, parameters)
+        ]
+    if absent:
+        problem = f"this model has no layer named {', '.join(absent)}"
+        remedy = f"its linear layers are {', '.join(linear_layers(model))}"
+        if len(absent) == len(lora.target_modules):
+            raise RecipeError("model.target_modules", f"{problem}; {remedy}")
+        logger.warning(
+            "[GTPO] model.target_modules: %s, so no such layer is trained; %s", problem, remedy
+        )
+    for module in lora.modules_to_save or []:
+        if not any(_is_named(name, module) for name in names):
+            raise RecipeError(
+                "model.modules_to_save",
+                f"this model has no module named {module}; {remedy_for_modules(model)}",
+            )
+    heads = {"lm_head", "embed_tokens"} & set(lora.modules_to_save or [])
+    if heads and model.config.get_text_config().tie_word_embeddings:
+        raise RecipeError(
+            "model.modules_to_save",
+            f"{', '.join(sorted(heads))}: this model shares the weights of its embeddings and its"
+            " output layer, and a saved copy of one would part them; leave it out",
+        )
+
+
+def linear_layers(model) -> list[str]:
+    """The last parts of the names of a model's linear layers, without its output layer."""
+    import torch
+
+    head = model.get_output_embeddings()
+    layers = {
+        name.rpartition(".")[2]: None
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return list(layers)
+
+
+def remedy_for_modules(model) -> str:
+    """What `model.modules_to_save` can name."""
+    return f"use one of {', '.join(dict.fromkeys(name for name, _ in model.named_children()))}"
+
+
+def _is_named(name: str, layer: str) -> bool:
+    return name == layer or name.endswith(f".{layer}")
+
+
+def _is_in_experts(layer: str, parameters: list[str]) -> bool:
+    """Whether a mixture of experts has the weights of this layer in one tensor for all experts.
+
+    transformers 5 keeps gate_proj and up_proj there as gate_up_proj, and peft 0.21.2 adapts them.
+    """
+    names = {"gate_proj": ("gate_up_proj",), "up_proj": ("gate_up_proj",)}.get(layer, (layer,))
+    return any(name.endswith(f".experts.{one}") for name in parameters for one in names)
+
+
+def _as_listed(layers) -> str:
+    return layers if isinstance(layers, str) else ", ".join(sorted(layers))
 
 
 def _fall_back(section: ModelSection, key: str, problem: str, remedy: str) -> None:

@@ -301,28 +301,34 @@ def training_tokenizer(section: ModelSection, backend: str):
 
 
 def _lora_settings(section: ModelSection, config: dict) -> dict:
-    """The adapter's rank, alpha and layers by the recipe's names.
+    """The adapter's LoRA settings by the recipe's names.
 
     Raises RecipeError if the recipe gives others.
     """
-    layers = config["target_modules"]
+    layers = config["target_modules"] or []
     layers = [layers] if isinstance(layers, str) else sorted(layers)
-    # The recipe's order is kept, so that recipes differ in nothing else.
-    in_order = section.target_modules if sorted(section.target_modules) == layers else layers
+    # peft 0.21.2 has taken the layers of experts out: they are parameters of their own.
+    given = set(section.target_modules)
+    same_layers = given >= set(layers) if config.get("target_parameters") else given == set(layers)
     settings = {
         "lora_rank": config["r"],
         "lora_alpha": config["lora_alpha"],
-        "target_modules": in_order,
+        # The recipe's order is kept, so that recipes differ in nothing else.
+        "target_modules": section.target_modules if same_layers else layers,
+        "lora_dropout": config.get("lora_dropout") or 0.0,
+        "use_rslora": bool(config.get("use_rslora")),
+        "use_dora": bool(config.get("use_dora")),
+        "modules_to_save": config.get("modules_to_save"),
     }
     for name in settings.keys() & section.model_fields_set:
-        given, earlier = getattr(section, name), settings[name]
-        if given != earlier:
+        value, earlier = getattr(section, name), settings[name]
+        if value != earlier:
             raise RecipeError(
                 f"model.{name}",
-                f"{given} is not what the adapter {section.adapter} has; leave it out, or set "
+                f"{value} is not what the adapter {section.adapter} has; leave it out, or set "
                 f"{earlier}",
             )
-        settings[name] = given
+        settings[name] = value
     return settings
 
 

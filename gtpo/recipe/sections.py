@@ -174,7 +174,17 @@ class ModelSection(Section):
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     ]
-    """The layers that get LoRA weights."""
+    """The layers that get LoRA weights, by the last part of their names, or all-linear."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """The dropout before the LoRA weights, while training."""
+    use_rslora: bool = False
+    """Scale the adapter by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Train the magnitudes of the weights too (weight-decomposed LoRA, DoRA)."""
+    init_lora_weights: bool | Literal["gaussian"] = True
+    """How new LoRA weights begin. true and gaussian begin as the base model. false does not."""
+    modules_to_save: TextList | None = None
+    """Layers to train whole and to save with the adapter, for example lm_head."""
     load_in_4bit: bool = True
     """Load the base model in 4 bits with bitsandbytes. This needs a GPU."""
     fast_inference: Literal["auto"] | bool = "auto"
