@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import re
 import tomllib
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -20,6 +21,7 @@ COMES_WITH = {
     "numpy": "transformers",
     "safetensors": "transformers",
     "tqdm": "transformers",
+    "sympy": "torch",
     "httpx": "datasets",
     "pyarrow": "datasets",
 }
@@ -77,23 +79,24 @@ def test_every_dependency_of_pyproject_is_pinned_where_it_is_installed():
     assert set(FILES["requirements-unsloth-cpu.txt"]) >= {"unsloth", "unsloth-zoo"}
 
 
+def imported_packages(path: Path) -> set[str]:
+    """The top-level names that a file imports, anywhere in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
 def test_what_gtpo_imports_is_a_dependency_or_comes_with_one():
-    modules = {
-        name.split(".")[0]
-        for path in [*(ROOT / "gtpo").rglob("*.py"), *(ROOT / "custom_trainer").glob("*.py")]
-        for node in ast.walk(ast.parse(path.read_text()))
-        for name in (
-            [alias.name for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom) and node.level == 0
-            else []
-        )
-    }
-    packages = importlib.metadata.packages_distributions()
-    for module in modules & packages.keys():
-        names = {canonicalize_name(name) for name in packages[module]} - {"gtpo"}
-        assert not names or names & (ALL.keys() | COMES_WITH.keys()), module
+    files = [*(ROOT / "gtpo").rglob("*.py"), *(ROOT / "custom_trainer").glob("*.py")]
+    imported = set().union(*map(imported_packages, files))
+    known = ALL.keys() | COMES_WITH.keys() | {"gtpo"}
+    for module, packages in importlib.metadata.packages_distributions().items():
+        if module in imported:
+            assert {canonicalize_name(package) for package in packages} & known, module
 
 
 @pytest.mark.parametrize("package, parent", COMES_WITH.items())
