@@ -24,6 +24,7 @@ from gtpo.system.environment import set_environment
 FLAG_OF_KEY = {  # the flag that stands for a recipe's key, which errors name
     "dataset.name": "--dataset",
     "dataset.split": "--split",
+    "dataset.subset": "--subset",
     "dataset.subsets": "--subset",
     "dataset.question_column": "--question-column",
     "dataset.answer_column": "--answer-column",
@@ -141,6 +142,7 @@ def _load_problems(plan, tokenizer):
         shuffle=False,
         label="Problems",
         chat_template_kwargs=plan.chat_template_kwargs,
+        other_columns=False,
     )
     count = min(plan.limit or len(problems), len(problems))
     return problems.select(range(count))
@@ -217,8 +219,8 @@ def parser() -> argparse.ArgumentParser:
     add("target", nargs="?", metavar="RUN_DIR_OR_MODEL",
         help="folder of a run, checkpoint, adapter or base model; or a hub name")
     add("--dataset",
-        help="gsm8k, hendrycks_math, a jsonl, json or parquet file, or the dotted path of a"
-             " function; default: the run's own problems")
+        help="gsm8k, hendrycks_math, a dataset of the hub as owner/name, a jsonl, json, csv or"
+             " parquet file, or the dotted path of a function; default: the run's own problems")
     add("--path", help="local files of gsm8k or hendrycks_math, laid out as on the hub")
     add("--split", help="default: test; slices such as test[:100] work")
     add("--subset", nargs="+", help="subsets of hendrycks_math; default: all")

@@ -150,7 +150,7 @@ def _train(
     trainers.seed_everything(recipe)
     tokenizer = saved.training_tokenizer(recipe.model, backend)
     problems = data.load_training_problems(recipe, tokenizer, processes.count())
-    held_out_problems = data.load_held_out_problems(recipe, tokenizer)
+    held_out_problems = data.load_held_out_problems(recipe, tokenizer, problems)
     # 5. Policy.
     policy = backends.load_policy(recipe.model, tokenizer, backend, **policy_options(recipe))
     # 6. Arguments.

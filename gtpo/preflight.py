@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gtpo.data import count_rows
+from gtpo.data import check_local_files, count_rows
 from gtpo.errors import RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import batch_plan, log_batch_plan, optimizer_steps
@@ -159,21 +159,26 @@ def _check_tokenizer(facts: Facts) -> str:
 def _check_dataset(facts: Facts) -> str:
     import datasets
 
-    from gtpo.data import drop_long_prompts, length_filter_summary, problems_with_lengths
+    from gtpo.data import (
+        check_recorded_columns,
+        drop_long_prompts,
+        length_filter_summary,
+        problems_with_lengths,
+    )
     from gtpo.recipe.batch import check_enough_problems
 
     recipe, limit = facts.recipe, facts.recipe.max_prompt_length
     datasets.disable_progress_bars()
-    problems = problems_with_lengths(
+    loaded = problems_with_lengths(
         recipe.dataset,
         facts.tokenizer,
         chat_template_kwargs=recipe.training.chat_template_kwargs,
     )
-    fitting = drop_long_prompts(problems, limit)
-    kept, total = len(fitting), len(problems)
+    fitting = drop_long_prompts(loaded, limit)
+    kept, total = len(fitting.lengths), len(loaded.lengths)
     check_enough_problems(recipe, kept, facts.processes)
-    facts.problems = fitting.remove_columns("prompt_length")
-    facts.longest_prompt = max(fitting["prompt_length"])
+    facts.problems = fitting.problems
+    facts.longest_prompt = max(fitting.lengths)
     if total - kept > total / 10:
         logger.warning(
             "the length filter drops %d of %d problems; training.max_prompt_length is %d and the"
@@ -181,11 +186,13 @@ def _check_dataset(facts: Facts) -> str:
             total - kept,
             total,
             limit,
-            max(problems["prompt_length"]),
+            max(loaded.lengths),
         )
+    check_recorded_columns(recipe, fitting.problems)
     steps = optimizer_steps(recipe, kept, facts.processes)
+    notes = "; ".join([length_filter_summary(kept, total, limit), *fitting.notes])
     return (
-        f"{length_filter_summary(kept, total, limit)}; the longest prompt that is left has"
+        f"{notes}; the longest prompt that is left has"
         f" {facts.longest_prompt} tokens; {'about ' if steps.note else ''}{steps.count} optimizer"
         " steps"
     )
@@ -194,7 +201,7 @@ def _check_dataset(facts: Facts) -> str:
 def _check_held_out(facts: Facts) -> str:
     from gtpo.data import load_held_out_problems
 
-    problems = load_held_out_problems(facts.recipe, facts.tokenizer)
+    problems = load_held_out_problems(facts.recipe, facts.tokenizer, facts.problems)
     return "none, so nothing is evaluated" if problems is None else f"{len(problems)} problems"
 
 
@@ -382,6 +389,7 @@ def print_dry_run(recipe: Recipe, processes: int) -> None:
     What follows from its numbers goes to stderr: the batch, the steps, the lengths and the run
     directory.
     """
+    check_local_files(recipe)
     values, secrets = recipe.saved()
     write_yaml(values, sys.stdout)
     sys.stdout.flush()

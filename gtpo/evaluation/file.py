@@ -73,7 +73,7 @@ def make_header(
     **notes: Any,
 ) -> dict[str, Any]:
     """Returns a file's header: the values of SETTINGS, and `notes` for people who read the file."""
-    content = repr((prompts, list(problems["answer"])))
+    content = repr((prompts, list(problems["reference"])))
     return {
         **notes,
         "grading": GRADING_VERSION,

@@ -10,7 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gtpo.data import SUFFIXES, held_out_section
+from gtpo.data import held_out_section
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile, make_header
 from gtpo.evaluation.scores import samples_and_ks
@@ -18,7 +18,14 @@ from gtpo.models.generation import Sampling
 from gtpo.models.saved import Saved
 from gtpo.recipe import Recipe
 from gtpo.recipe.dotted_paths import check_dotted_path
-from gtpo.recipe.sections import DATASET_ALIASES, DOTTED_PATH, SYSTEM_INSTRUCTION, DatasetSection
+from gtpo.recipe.sections import (
+    DATASET_ALIASES,
+    DOTTED_PATH,
+    HUB_NAME,
+    SYSTEM_INSTRUCTION,
+    DatasetSection,
+)
+from gtpo.system.data_files import suffix
 
 # For a model without a recipe:
 MAX_LENGTH = 1024  # tokens of a prompt, and tokens of a completion
@@ -158,21 +165,29 @@ def _problems_of_the_flags(flags: Namespace, values: dict[str, Any]) -> DatasetS
     """
     name = DATASET_ALIASES.get(flags.dataset)
     path = flags.path if name or flags.dataset is None else flags.dataset
-    if name is None and not (path and _looks_like_a_path(path)):
+    is_hub_name = name is None and flags.dataset and _is_hub_name(flags.dataset)
+    if is_hub_name:
+        name, path = flags.dataset, flags.path
+    elif name is None and not (path and _looks_like_a_path(path)):
         if not DOTTED_PATH.fullmatch(path) or check_dotted_path("--dataset", path) is not None:
             raise RecipeError(
                 "--dataset",
-                f"{path!r} is not known; use gsm8k, hendrycks_math, an existing file or folder, or"
-                " a dotted path such as my_data.load",
+                f"{path!r} is not known; use gsm8k, hendrycks_math, a dataset of the hub as"
+                " owner/name, an existing file or folder, or a dotted path such as my_data.load",
             )
         name, path = path, flags.path
-    if path or name in DATASET_ALIASES:  # a function need not have splits
+    if path or name in DATASET_ALIASES or is_hub_name:  # a function need not have splits
         values = {"split": "test", **values}
     return DatasetSection(name=name, path=path, **values)
 
 
 def _looks_like_a_path(text: str) -> bool:
-    return Path(text).exists() or text.endswith(SUFFIXES) or os.sep in text
+    return Path(text).exists() or suffix(Path(text)) is not None or os.sep in text
+
+
+def _is_hub_name(text: str) -> bool:
+    is_a_file = Path(text).exists() or suffix(Path(text)) is not None
+    return HUB_NAME.fullmatch(text) is not None and not is_a_file
 
 
 def _with_split_of_a_file(section: DatasetSection) -> DatasetSection:

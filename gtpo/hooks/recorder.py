@@ -9,7 +9,9 @@ Letters: N rows of all processes, B rows of a micro-batch, T completion columns,
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -26,8 +28,8 @@ from gtpo.hooks.seams import wrap
 class Recorder(TrainerCallback):
     """Appends the completions that `trainer` trains on to `file`.
 
-    The lists with one entry per token are written every `tokens_every` steps. The first process
-    gathers the rows of all processes and writes them. Without a `file`, `latest` still holds this
+    A line's answer is the row's `reference_column`, and it keeps the row's `columns`. The lists
+    with one entry per token are written every `tokens_every` steps. The first process gathers the rows of all processes and writes them. Without a `file`, `latest` still holds this
     process's rows of the last rollout.
 
     Entropies are those of the first pass over a rollout. A trainer may keep what its loss saw in an
@@ -38,8 +40,17 @@ class Recorder(TrainerCallback):
     # The key of its state in checkpoints, and the key that earlier versions wrote.
     state_key, earlier_state_keys = "recorder", ("Recorder",)
 
-    def __init__(self, trainer: GRPOTrainer, file: Path | None, *, tokens_every: int = 1):
+    def __init__(
+        self,
+        trainer: GRPOTrainer,
+        file: Path | None,
+        *,
+        tokens_every: int = 1,
+        reference_column: str = "answer",
+        columns: Sequence[str] = (),
+    ):
         self.trainer, self.file, self.tokens_every = trainer, file, tokens_every
+        self.reference_column, self.columns = reference_column, columns
         self.rollouts = 0
         self.latest: list[dict] = []
         # A processor of a multimodal model holds its tokenizer.
@@ -133,7 +144,8 @@ class Recorder(TrainerCallback):
                 "row": (first + i) % size,
                 "prompt": row.get("prompt"),
                 "completion": texts[i],
-                "answer": row.get("answer"),
+                "answer": row.get(self.reference_column),
+                **self._columns_of(row),
                 "reward": _number(rewards[i]),
                 "rewards": dict(
                     zip(trainer.reward_func_names, map(_number, table[i]), strict=True)
@@ -153,6 +165,11 @@ class Recorder(TrainerCallback):
             "width": rollout["completion_ids"].shape[1],
             "with_tokens": trainer.state.global_step % self.tokens_every == 0,
         }
+
+    def _columns_of(self, row: dict) -> dict:
+        if not self.columns:
+            return {}
+        return {"columns": {name: _plain(row.get(name)) for name in self.columns}}
 
     def _write(self) -> None:
         """Appends the rows of the current rollout that the loss has seen, and forgets them."""
@@ -252,6 +269,11 @@ def _values_of_rows(seen: dict, width: int) -> list[dict]:
         {"entropy": mean, "kept": keep, "entropies": row}
         for mean, keep, row in zip(means, kept, entropies, strict=True)
     ]
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it: None for NaN and infinity, and the text of what JSON lacks."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 def _number(value: float) -> float | None:

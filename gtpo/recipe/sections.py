@@ -43,6 +43,7 @@ SYSTEM_INSTRUCTION = (
 # ---- types of values
 
 
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # owner/name
 DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*[.:][A-Za-z_]\w*")
 
 
@@ -203,30 +204,39 @@ class DatasetSection(Section):
     """The problems to train on, and how a row becomes a prompt."""
 
     name: str | None = None
-    """gsm8k, hendrycks_math (or math), or the dotted path of a function that returns rows. Not
-    needed with dataset.path.
+    """gsm8k, hendrycks_math (or math), a dataset of the hub as owner/name, or the dotted path of a
+    function that returns rows. Not needed with dataset.path.
     """
     path: str | None = None
-    """A local jsonl, json or parquet file, or a folder in the hub's layout. It is read instead of
-    the dataset on the hub.
+    """A local jsonl, json, csv, tsv or parquet file (also .gz), or a folder in the hub's layout. It
+    is read instead of the dataset on the hub.
     """
     subset: str | None = None
     """One configuration of the dataset, for example main for GSM8K."""
     subsets: TextList | None = None
-    """The subsets of Hendrycks MATH to use. null uses all seven."""
+    """Several configurations, put together. null uses all seven of Hendrycks MATH."""
     split: str = "train"
     """The split to train on. Slices such as train[:100] work."""
     system_instruction: str | None = SYSTEM_INSTRUCTION
     """The system message of every prompt. null leaves it out."""
     question_column: str | None = None
-    """The column with the question. null uses the dataset's own: question, or problem for MATH."""
+    """The column with the question: texts, or lists of messages. A dotted name such as a.b is the
+    entry b of the column a. null uses the dataset's own: question, or problem for MATH.
+    """
     answer_column: str | None = None
-    """The column with the answer. null uses the dataset's own: answer, or solution for MATH."""
+    """The column with the answer. It may be dotted, too. null uses the dataset's own: answer, or
+    solution for MATH. Without such a column, it is the last message of a conversation.
+    """
 
     @property
     def kind(self) -> str:
-        """How the rows are read: gsm8k, hendrycks_math, function (a dotted path) or file."""
-        return DATASET_ALIASES.get(self.name, "function") if self.name else "file"
+        """How the rows are read: gsm8k, hendrycks_math, hub (any other dataset there), function (a
+        dotted path) or file.
+        """
+        if self.name is None:
+            return "file"
+        default = "hub" if HUB_NAME.fullmatch(self.name) else "function"
+        return DATASET_ALIASES.get(self.name, default)
 
     @model_validator(mode="after")
     def dataset_is_named(self):
@@ -235,13 +245,13 @@ class DatasetSection(Section):
             raise RecipeError(
                 "dataset",
                 "there is no dataset to train on; set dataset.name (gsm8k, hendrycks_math,"
-                " my_module.load) or dataset.path",
+                " owner/name, my_module.load) or dataset.path",
             )
         if self.kind == "function" and not DOTTED_PATH.fullmatch(self.name):
             raise RecipeError(
                 "dataset.name",
-                f"{self.name!r} is not known; use gsm8k, hendrycks_math, or a dotted path "
-                "such as my_data.load",
+                f"{self.name!r} is not known; use gsm8k, hendrycks_math, a dataset of the hub as"
+                " owner/name, or a dotted path such as my_data.load",
             )
         return self
 
@@ -421,6 +431,10 @@ class EvaluationSection(Section):
     """
     split: str | None = None
     """The split with the held-out problems, for example test."""
+    question_column: str | None = None
+    """The column with the questions of the held-out problems. null is that of the dataset."""
+    answer_column: str | None = None
+    """The column with the answers of the held-out problems. null is that of the dataset."""
     limit: int = Field(200, ge=1)
     """How many held-out problems to use, counted from the first."""
     batch_size: int = Field(32, ge=1)
@@ -454,6 +468,10 @@ class WatchSection(Section):
 
     completions: bool = True
     """Write every training completion to completions.jsonl in the run directory."""
+    columns: TextList = []
+    """Columns of the data that completions.jsonl keeps with each completion, by the names that
+    rewards see.
+    """
     tokens_every: int = Field(1, ge=1)
     """Every this many steps, completions.jsonl keeps per-token lists: ids, texts, weights and
     entropies. They take 25 bytes per token.

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gtpo.data import DATASETS
+from gtpo.data import hub_name
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import read_evaluation
 from gtpo.evaluation.scores import mean_scores
@@ -139,8 +139,8 @@ def _metadata(
     }
     if is_hub_name(base):
         metadata |= {"base_model": base, "base_model_relation": relation}
-    if recipe is not None and recipe.dataset.path is None and recipe.dataset.kind in DATASETS:
-        metadata["datasets"] = [DATASETS[recipe.dataset.kind].hub_name]
+    if recipe is not None and (dataset := hub_name(recipe.dataset)):
+        metadata["datasets"] = [dataset]
     return metadata
 
 
@@ -263,10 +263,8 @@ def _data(recipe: Recipe) -> str:
     section = recipe.dataset
     if section.path is not None:
         name = f"local files (`{Path(section.path).name}`)"
-    elif section.kind in DATASETS:
-        name = DATASETS[section.kind].hub_name
     else:
-        name = f"`{section.name}`"
+        name = hub_name(section) or f"`{section.name}`"
     subsets = section.subsets or ([section.subset] if section.subset else [])
     return ", ".join([name, *subsets, f"split {section.split}"])
 

@@ -197,8 +197,10 @@ class Failures:
 
         lines = [entry(rows, reply, True) for rows, reply in scored.retried]
         for row, reply in sorted(scored.failures.items()):
-            values = {name: column[row] for name, column in columns.items()}
-            lines.append(entry([row], reply, False) | values)
+            line = entry([row], reply, False)
+            for name, column in columns.items():
+                line[f"column_{name}" if name in line else name] = column[row]
+            lines.append(line)
         if lines:
             with self.file.open("a", encoding="utf-8") as file:
                 for line in lines:

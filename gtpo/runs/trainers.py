@@ -220,7 +220,13 @@ def _attach_recorder(run: TrainingRun) -> Recorder | None:
     section = run.recipe.watch
     file = run.start.run_dir / "completions.jsonl" if section.completions else None
     if file or section.show_every:
-        return Recorder(run.trainer, file, tokens_every=section.tokens_every)
+        return Recorder(
+            run.trainer,
+            file,
+            tokens_every=section.tokens_every,
+            reference_column="reference",
+            columns=section.columns,
+        )
     return None
 
 

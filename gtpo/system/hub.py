@@ -1,8 +1,10 @@
-"""The hub: a short look at a name, where the client would retry for minutes; and a push."""
+"""The hub: a short look at a name, where the client would retry for minutes; datasets; a push."""
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from gtpo.errors import RecipeError
 
@@ -32,6 +34,8 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
     cached = Path(constants.HF_HUB_CACHE, folder, "snapshots")
     if cached.is_dir():
         return [file.name for file in cached.glob("*/*")]
+    if kind == "dataset" and _prepared(name).is_dir():
+        return []
     if _offline():
         raise RecipeError(
             key, f"{name!r} is not in the local cache and HF_HUB_OFFLINE is set; use {instead}"
@@ -56,6 +60,88 @@ def look_up(key: str, name: str, *, kind: str, instead: str) -> list[str]:
     if info.gated and get_token() is None:
         raise RecipeError(key, gated)
     return [file.rfilename for file in info.siblings or ()]
+
+
+def _prepared(name: str) -> Path:
+    """The folder in which the library datasets keeps a dataset that it has loaded before."""
+    from huggingface_hub import constants
+
+    cache = os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME, "datasets")
+    return Path(cache, name.replace("/", "___"))
+
+
+# ---- datasets
+
+
+class DatasetContents(NamedTuple):
+    """What is known of a dataset before it is loaded: None or empty where nothing is."""
+
+    splits: list[str]
+    features: dict[str, Any] | None
+
+
+def dataset_contents(name: str, subset: str | None) -> DatasetContents:
+    """The splits and columns of a dataset on the hub or in the cache; downloads no rows.
+
+    Raises RecipeError if it has no such subset, or cannot be read.
+    """
+
+    def contents(datasets, place: str) -> DatasetContents:
+        builder = datasets.load_dataset_builder(place, subset)
+        splits = builder.info.splits or builder.config.data_files or {}
+        return DatasetContents(list(splits), builder.info.features)
+
+    return _from_hub_or_cache(name, contents)
+
+
+def load_dataset_split(name: str, subset: str | None, split: str):
+    """A split of a dataset on the hub or in the cache, as a datasets.Dataset.
+
+    Raises RecipeError if it has no such subset or split, or cannot be read.
+    """
+    return _from_hub_or_cache(
+        name, lambda datasets, place: datasets.load_dataset(place, subset, split=split)
+    )
+
+
+def _from_hub_or_cache(name: str, read: Callable):
+    """What `read` returns for the dataset `name`; offline it also reads a downloaded copy."""
+    import datasets
+
+    try:
+        return read(datasets, name)
+    except Exception as error:  # the library raises errors of many classes
+        first_error = error
+    copies = _downloaded_copies(name) if _offline() else []
+    for copy in copies:
+        try:
+            return read(datasets, str(copy))
+        except Exception as error:
+            first_error = error
+    raise _dataset_error(name, first_error) from first_error
+
+
+def _downloaded_copies(name: str) -> list[Path]:
+    """The snapshots of a dataset in the hub's cache, the newest first."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"))
+    copies = (folder / "snapshots").glob("*")
+    return sorted(copies, key=lambda copy: copy.stat().st_mtime, reverse=True)
+
+
+def _dataset_error(name: str, error: Exception) -> RecipeError:
+    cause = error.__cause__ or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    sentence = f"{name!r} cannot be read ({' '.join(lines[:2]) or type(cause).__name__})"
+    if "Config name is missing" in str(error):
+        return RecipeError("dataset.subset", f"{name!r} has several; {' '.join(lines[1:2])}")
+    if "BuilderConfig" in str(error):
+        return RecipeError("dataset.subset", sentence)
+    if "Unknown split" in str(error):
+        return RecipeError("dataset.split", sentence)
+    return RecipeError("dataset.name", sentence)
 
 
 def token_status(name: str) -> str:
