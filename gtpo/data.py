@@ -20,16 +20,20 @@ To add a dataset that recipes can name:
 
 import contextlib
 import logging
-import math
 import os
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from decimal import Decimal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gtpo.answers import boxed_answer, format_reference, gsm8k_answer, reference_answer, references
+from gtpo.answers import boxed_answer, format_reference, gsm8k_answer, references
+from gtpo.answers.problem import (
+    Columns,
+    ProblemReader,
+    find_columns,
+    missing_columns,
+    top_column,
+)
 from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import check_enough_problems
@@ -46,7 +50,6 @@ RESERVED = frozenset(
     + ["prompts", "completion", "completions", "completion_ids", "trainer_state"]
     + ["log_extra", "log_metric", "image", "images", "environment", "environments"]
 )
-ROLES = {"human": "user", "gpt": "assistant"}  # other names of roles, as in ShareGPT's files
 
 
 # ---- known datasets
@@ -282,36 +285,55 @@ def problems_with_lengths(
     rows = _load_rows(section)
     # The next steps are short and need no progress bar. The downloads above have theirs.
     datasets.disable_progress_bars()
-    reader = RowReader(section, _source(section), rows)
-    filled = rows.select(reader.filled_rows(rows))
+    columns, read = find_columns(_columns(section), rows), _source(section).reference
+    reader = ProblemReader(columns, section.system_instruction, read)
+    needed = list(dict.fromkeys(top_column(name, rows.column_names) for name in columns[:2]))
+    filled = reader.filled_rows(rows.select_columns(needed))
     if len(filled) < len(rows):
         logger.warning(
             "[GTPO] %s: %d rows without question or answer left out",
             label,
             len(rows) - len(filled),
         )
-    lengths: list[int] = []
+    if not filled:
+        raise RecipeError(
+            "dataset",
+            f"no row of {section.split!r} has a question and an answer; choose another split or"
+            " path, or other columns",
+        )
+    rows, lengths = rows.select(filled), []
 
     def as_problems(batch: dict[str, list]) -> dict[str, list]:
-        problems = [reader.problem(row) for row in _rows_of(batch)]
+        values = zip(*batch.values(), strict=True)
+        problems = [reader.problem(dict(zip(batch, row, strict=True))) for row in values]
         lengths.extend(_prompt_lengths(problems, tokenizer, chat_template_kwargs))
         return {name: [problem[name] for problem in problems] for name in problems[0]}
 
-    needed = filled.select_columns(reader.needed)
-    problems = needed.map(
+    problems = rows.select_columns(needed).map(
         as_problems,
         batched=True,
-        remove_columns=needed.column_names,
+        remove_columns=needed,
         load_from_cache_file=False,
-        # The function fills lists of this process, so its result must not be taken from a cache.
+        # The function fills lists of this process, so its result must not come from a cache.
         new_fingerprint=f"problems-{os.urandom(8).hex()}",
     )
-    others, renamed = _other_columns(filled, reader) if other_columns else (None, [])
-    if others is not None:
-        problems = datasets.concatenate_datasets([problems, others], axis=1)
+    notes = reader.notes()
+    if other_columns:
+        problems, renamed = _with_other_columns(problems, rows, columns)
+        notes += renamed
     if sentence := references.warning(reader.found, reader.examples):
         logger.warning("[GTPO] %s: %s", label, sentence)
-    return LoadedProblems(problems, lengths, [*reader.notes(), *renamed])
+    return LoadedProblems(problems, lengths, notes)
+
+
+def _columns(section: DatasetSection) -> Columns:
+    """The columns that a section names, else its dataset's own."""
+    source = _source(section)
+    return Columns(
+        section.question_column or source.question_column,
+        section.answer_column or source.answer_column,
+        answer_is_given=section.answer_column is not None,
+    )
 
 
 def _prompt_lengths(problems: list[dict], tokenizer, chat_template_kwargs) -> list[int]:
@@ -388,220 +410,27 @@ def _duplicates(problems) -> str | None:
     return f"{repeated} of {len(problems)} problems repeat an earlier question{contradictions}"
 
 
-# ---- from a row to a problem
+def _with_other_columns(problems, rows, columns: Columns):
+    """`problems` with the other columns of their `rows`, and a note for each that is renamed.
 
-
-class RowReader:
-    """Reads rows of a dataset as problems, and counts how.
-
-    Raises RecipeError if the rows have no question or answer column.
+    A question or answer in a column of a reserved name is not repeated.
     """
+    import datasets
 
-    def __init__(self, section: DatasetSection, source: Source, rows: Iterable[dict[str, Any]]):
-        self.section, self.source = section, source
-        self.question, self.answer = question_and_answer_columns(section, source, rows)
-        self.found: Counter = Counter()  # how answers were found
-        self.examples: dict[str, str] = {}  # an answer for each way
-        self.own_system = self.ended_by_assistant = 0  # prompts
-
-    @property
-    def needed(self) -> list[str]:
-        """The columns of the rows that hold question and answer."""
-        return list(dict.fromkeys(self._tops))
-
-    def filled_rows(self, rows) -> list[int]:
-        """The places of the rows with question and answer; raises RecipeError if there are none."""
-        self._tops = [_top(name, rows.column_names) for name in (self.question, self.answer)]
-        filled = []
-        for i, row in enumerate(rows.select_columns(self.needed)):
-            try:
-                if self._messages(row) and self._answer_text(row).strip():
-                    filled.append(i)
-            except _Unreadable as error:
-                raise RecipeError("dataset", f"{error} (row {i + 1})") from None
-        if not filled:
-            raise RecipeError(
-                "dataset",
-                f"no row of {self.section.split!r} has a question and an answer; choose another"
-                " split or path, or other columns",
-            )
-        return filled
-
-    def problem(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The prompt, answer and reference of a row that has them."""
-        prompt = self._messages(row)
-        if prompt[0]["role"] in ("system", "developer"):
-            self.own_system += 1
-        elif self.section.system_instruction:
-            system = {"role": "system", "content": self.section.system_instruction}
-            prompt = [system, *prompt]
-        if self.question != self.answer and _ends_with_assistant(_follow(row, self.question)[1]):
-            self.ended_by_assistant += 1
-        text = self._answer_text(row)
-        reference = references.formatted(text, self.source.reference)
-        answer, how = reference_answer(reference), references.how_found(text, reference)
-        self.found[how] += 1
-        self.examples.setdefault(how, answer)
-        return {"prompt": prompt, "answer": answer, "reference": reference}
-
-    def notes(self) -> list[str]:
-        """Sentences on how references were found, and on prompts that are not just a question."""
-        notes = [f"references: {references.summary(self.found)}"]
-        if self.own_system:
-            notes.append(
-                f"{self.own_system} prompts have a system message of their own, so they do not get"
-                " dataset.system_instruction"
-            )
-        if self.ended_by_assistant:
-            notes.append(
-                f"{self.ended_by_assistant} prompts end with a message of the assistant, which is"
-                " left out"
-            )
-        return notes
-
-    def _messages(self, row: dict[str, Any]) -> list[dict[str, str]]:
-        """The messages of a row's question; none if it is empty."""
-        value = _follow(row, self.question)[1]
-        if not _is_conversation(value):
-            text = _text(value, self.question)
-            return [{"role": "user", "content": text}] if text.strip() else []
-        messages = [_message(message, self.question) for message in value]
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()  # what the model is to write
-        if messages and messages[-1]["role"] != "user":
-            raise _Unreadable(
-                f"the column {self.question!r} ends with a message of the role"
-                f" {messages[-1]['role']!r}; a prompt ends with a message of the user"
-            )
-        return messages if messages and messages[-1]["content"].strip() else []
-
-    def _answer_text(self, row: dict[str, Any]) -> str:
-        value = _follow(row, self.answer)[1]
-        if not _is_conversation(value):
-            return _text(value, self.answer)
-        last = _message(value[-1], self.answer)
-        return last["content"] if last["role"] == "assistant" else ""
-
-
-class _Unreadable(Exception):
-    """A value of a row cannot be used; the message is a sentence without the row."""
-
-
-def question_and_answer_columns(
-    section: DatasetSection, source: Source, rows: Iterable[dict[str, Any]]
-) -> tuple[str, str]:
-    """The names of the columns with the question and the answer, which may be dotted.
-
-    Looks at as few rows as it takes. Where the question is a conversation and there is no column
-    with an answer, its last message is the answer. Raises RecipeError if a column is missing.
-    """
-    question = section.question_column or source.question_column
-    answer = section.answer_column or source.answer_column
-    missing, names = dict.fromkeys((question, answer)), {}
-    for row in rows:
-        names |= dict.fromkeys(row)
-        missing = {name: None for name in missing if not _follow(row, name)[0]}
-        value = _follow(row, question)[1]
-        if answer in missing and section.answer_column is None and _is_conversation(value):
-            return question, question
-        if not missing:
-            return question, answer
-    raise RecipeError(
-        "dataset",
-        f"no column {' or '.join(map(repr, missing))}; this dataset has {', '.join(names)} (set"
-        " dataset.question_column and dataset.answer_column)",
-    )
-
-
-def _top(name: str, columns: Iterable[str]) -> str | None:
-    """The column in which a dotted name lies: the longest beginning that is a column."""
-    keys = name.split(".")
-    beginnings = (".".join(keys[:count]) for count in range(len(keys), 0, -1))
-    return next((beginning for beginning in beginnings if beginning in columns), None)
-
-
-def _follow(row: dict[str, Any], name: str) -> tuple[bool, Any]:
-    """Whether a row can have the column `name`, and its value: `a.b.0` is a list's first item."""
-    top = _top(name, row)
-    if top is None:
-        return False, None
-    value = row[top]
-    for key in filter(None, name[len(top) :].split(".")):
-        if value is None:
-            return True, None
-        if isinstance(value, dict) and key in value:
-            value = value[key]
-        elif isinstance(value, list) and re.fullmatch(r"-?\d+", key):
-            index = int(key)
-            value = value[index] if -len(value) <= index < len(value) else None
-        else:
-            return False, None
-    return True, value
-
-
-def _text(value: Any, column: str) -> str:
-    """A question or an answer as text: "" for none, and 4 for 4.0."""
-    if value is None or isinstance(value, float) and math.isnan(value):
-        return ""
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
-        return str(int(value))
-    if isinstance(value, str | int | float | Decimal):
-        return str(value)
-    raise _Unreadable(
-        f"the column {column!r} holds values that are neither text nor numbers; give one text per"
-        " row, or a list of messages for the question"
-    )
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(x, dict) for x in value)
-
-
-def _ends_with_assistant(value: Any) -> bool:
-    roles = ("assistant", "gpt")
-    return _is_conversation(value) and (value[-1].get("role") or value[-1].get("from")) in roles
-
-
-def _message(message: dict[str, Any], column: str) -> dict[str, str]:
-    """A message with `role` and `content` alone; ShareGPT calls them `from` and `value`."""
-    role = message.get("role") or message.get("from")
-    content = message.get("content") if "content" in message else message.get("value")
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise _Unreadable(
-            f"the column {column!r} has a message without a role and a text; give each the keys"
-            " 'role' and 'content'"
-        )
-    return {"role": ROLES.get(role, role), "content": content}
-
-
-def _rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
-    return [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-
-
-def _other_columns(rows, reader: RowReader):
-    """The columns that rewards get beside a problem's own, and a note for each with another name.
-
-    A question or answer that stands in a column of a reserved name is not repeated.
-    """
-    read = {name for name in (reader.question, reader.answer) if name in RESERVED}
-    names = [name for name in rows.column_names if name not in read]
+    names = [name for name in rows.column_names if name not in RESERVED or name not in columns[:2]]
     if not names:
-        return None, []
-    new_names, notes = {}, []
-    for name in names:
-        if name in RESERVED:
-            new_name = f"column_{name}"
-            while new_name in rows.column_names:
-                new_name = f"column_{new_name}"
-            new_names[name] = new_name
-            notes.append(
-                f"the column {name!r} reaches rewards as {new_name!r}, because GTPO or TRL uses"
-                " its name"
-            )
-    return rows.select_columns(names).rename_columns(new_names), notes
+        return problems, []
+    new_names = {}
+    for name in RESERVED.intersection(names):
+        new_names[name] = f"column_{name}"
+        while new_names[name] in names:
+            new_names[name] = f"column_{new_names[name]}"
+    notes = [
+        f"the column {name!r} reaches rewards as {new_name!r}, because GTPO or TRL uses its name"
+        for name, new_name in sorted(new_names.items())
+    ]
+    others = rows.select_columns(names).rename_columns(new_names)
+    return datasets.concatenate_datasets([problems, others], axis=1), notes
 
 
 # ---- where the rows come from: the hub, local files, or a function
@@ -613,59 +442,34 @@ def check_source(section: DatasetSection) -> None:
     Reads no more than the first rows of local files. Of a dataset on the hub it checks what the hub
     or the cache says.
     """
-    source = _source(section)
     if section.path is not None:
         for files in _files(section):
             rows = (row for file in files for row in data_files.first_rows(file))
-            first = next(rows, None)
-            if first is None:
-                raise RecipeError(
-                    "dataset.path",
-                    f"{str(files[0])!r} is empty; give a file with at least one row",
-                )
-            question_and_answer_columns(section, source, _chain(first, rows))
+            find_columns(_columns(section), rows)
     elif name := hub_name(section):
-        _check_hub(section, source, name)
+        _check_hub(section, name)
 
 
-def _chain(first: dict, rows: Iterator[dict]) -> Iterator[dict]:
-    yield first
-    yield from rows
-
-
-def _check_hub(section: DatasetSection, source: Source, name: str) -> None:
+def _check_hub(section: DatasetSection, name: str) -> None:
     from gtpo.system import hub
 
     if section.kind == "hub" and (Path(name).exists() or data_files.suffix(Path(name))):
         raise RecipeError("dataset.name", f"{name!r} looks like a file; set dataset.path to it")
     hub.look_up("dataset.name", name, kind="dataset", instead="local files through dataset.path")
-    for subset in _subsets(section, source):
+    columns, split = _columns(section), data_files.split_name(section.split)
+    for subset in _subsets(section, _source(section)):
         contents = hub.dataset_contents(name, subset)
-        split = data_files.split_name(section.split)
         if contents.splits and "+" not in section.split and split not in contents.splits:
             raise RecipeError(
                 "dataset.split",
                 f"{name!r} has no split {split!r}; it has {', '.join(contents.splits)}",
             )
-        if contents.features and (missing := _surely_missing(section, source, contents.features)):
-            raise RecipeError(
-                "dataset",
-                f"no column {' or '.join(map(repr, missing))}; this dataset has"
-                f" {', '.join(contents.features)} (set dataset.question_column and"
-                " dataset.answer_column)",
-            )
-
-
-def _surely_missing(section: DatasetSection, source: Source, columns: dict) -> list[str]:
-    """The question and answer columns that are not among `columns`.
-
-    An answer that is not named may be the last message of a question.
-    """
-    question = section.question_column or source.question_column
-    answer = section.answer_column or source.answer_column
-    may_be_in_messages = section.answer_column is None and section.question_column is not None
-    wanted = [question] if may_be_in_messages else [question, answer]
-    return [name for name in wanted if _top(name, columns) is None]
+        if contents.columns:
+            # An answer that is not named may be the last message of a conversation.
+            wanted = columns[:2] if columns.answer_is_given else columns[:1]
+            missing = [name for name in wanted if top_column(name, contents.columns) is None]
+            if missing:
+                raise missing_columns(missing, contents.columns)
 
 
 def count_rows(section: DatasetSection) -> int | None:

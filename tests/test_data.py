@@ -40,7 +40,8 @@ def load(section: dict, tokenizer, length=10_000, **options):
 
 
 def answer_of(problem) -> str:
-    return final_answer(problem["answer"])
+    assert problem["answer"] == final_answer(problem["reference"])
+    return problem["answer"]
 
 
 # ---- problems
@@ -54,7 +55,9 @@ def test_a_gsm8k_row_becomes_system_and_user_message_and_a_formatted_reference(t
             {"role": "system", "content": "Think."},
             {"role": "user", "content": "What is 0 + 1?"},
         ],
-        "answer": "<reasoning>\n0 + 1 = 1\n</reasoning>\n<answer>1</answer>",
+        "answer": "1",
+        "reference": "<reasoning>\n0 + 1 = 1\n</reasoning>\n<answer>1</answer>",
+        "question": "What is 0 + 1?",
     }
 
 

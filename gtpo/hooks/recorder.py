@@ -29,8 +29,9 @@ class Recorder(TrainerCallback):
     """Appends the completions that `trainer` trains on to `file`.
 
     A line's answer is the row's `reference_column`, and it keeps the row's `columns`. The lists
-    with one entry per token are written every `tokens_every` steps. The first process gathers the rows of all processes and writes them. Without a `file`, `latest` still holds this
-    process's rows of the last rollout.
+    with one entry per token are written every `tokens_every` steps. The first process gathers the
+    rows of all processes and writes them. Without a `file`, `latest` still holds this process's
+    rows of the last rollout.
 
     Entropies are those of the first pass over a rollout. A trainer may keep what its loss saw in an
     attribute `seen_by_loss`, as GTPO's does, and entropies are then read from there. Otherwise they

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from gtpo.errors import RecipeError
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # each also with .gz
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv")  # each also with .gz
 WRAPPERS = ("data", "rows", "examples", "train", "test", "validation")  # keys around a list of rows
 DEEPEST = 64  # levels of lists and objects in a row
 LARGEST = 2**31 - 1  # characters in a cell of a CSV file
@@ -122,17 +122,22 @@ def load_rows(files: list[Path], split: str):
 def first_rows(file: Path) -> Iterator[Row]:
     """The rows of a file one by one, of a Parquet file only the first.
 
-    Raises RecipeError where it comes to something that cannot be read.
+    Raises RecipeError where it comes to something that cannot be read, and if there are no rows.
     """
+    empty = True
     with _opened(file) as content:
         if suffix(file) == ".parquet":
-            yield from _parquet(
-                file, content, lambda table: next(table.iter_batches(1)).to_pylist()
-            )
+            first = _parquet(file, content, lambda parquet: next(parquet.iter_batches(1)))
+            rows = iter(first.to_pylist())
         elif suffix(file) in (".csv", ".tsv"):
-            yield from _csv_rows(file, content)
+            rows = _csv_rows(file, content)
         else:
-            yield from _json_rows(file, content)
+            rows = _json_rows(file, content)
+        for row in rows:
+            empty = False
+            yield row
+    if empty:
+        _refuse_empty(file)
 
 
 def count_rows(files: list[Path]) -> int | None:
@@ -171,8 +176,6 @@ def _rows_of_texts(files: list[Path]):
     for file in files:
         before = len(rows)
         rows += first_rows(file)
-        if len(rows) == before:
-            _refuse_empty(file)
         if suffix(file) in (".csv", ".tsv"):
             for name in rows[before]:
                 values = _as_numbers([row[name] for row in rows[before:]])
@@ -207,7 +210,7 @@ def _opened(file: Path) -> io.BufferedIOBase:
             return gzip.GzipFile(fileobj=content)
         return content
     except OSError as error:
-        _refuse(file, f"it cannot be read ({error.strerror})")
+        _refuse(file, f"{error.strerror}")
 
 
 def _parquet(file: Path, content: io.BufferedIOBase, read):
@@ -473,7 +476,9 @@ def _refuse(file: Path, clause: str, row: int | None = None, line: int | None = 
     place = [] if row is None else [f"row {row}"]
     if line is not None and line != row:
         place = [f"{place[0]} (line {line})"] if place else [f"line {line}"]
-    raise RecipeError("dataset.path", f"{', '.join([repr(str(file)), *place])}: {clause}")
+    raise RecipeError(
+        "dataset.path", f"{', '.join([repr(str(file)), *place])} cannot be read: {clause}"
+    )
 
 
 def _refuse_empty(file: Path) -> NoReturn:

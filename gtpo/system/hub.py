@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gtpo.errors import RecipeError
 
@@ -74,10 +74,10 @@ def _prepared(name: str) -> Path:
 
 
 class DatasetContents(NamedTuple):
-    """What is known of a dataset before it is loaded: None or empty where nothing is."""
+    """What is known of a dataset before it is loaded: empty where nothing is."""
 
     splits: list[str]
-    features: dict[str, Any] | None
+    columns: list[str]
 
 
 def dataset_contents(name: str, subset: str | None) -> DatasetContents:
@@ -89,7 +89,7 @@ def dataset_contents(name: str, subset: str | None) -> DatasetContents:
     def contents(datasets, place: str) -> DatasetContents:
         builder = datasets.load_dataset_builder(place, subset)
         splits = builder.info.splits or builder.config.data_files or {}
-        return DatasetContents(list(splits), builder.info.features)
+        return DatasetContents(list(splits), list(builder.info.features or ()))
 
     return _from_hub_or_cache(name, contents)
 
