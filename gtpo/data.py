@@ -149,7 +149,7 @@ def check_recorded_columns(recipe: Recipe, problems) -> None:
 def load_held_out_problems(recipe: Recipe, tokenizer, trained_on=None):
     """The first `evaluation.limit` held-out problems in their order; None if the recipe names none.
 
-    A warning says how many of them are also in `trained_on`, the problems to train on. Raises
+    The log says how many of them are also in `trained_on`, the problems to train on. Raises
     RecipeError for what `load_problems` refuses.
     """
     section = held_out_section(recipe)
@@ -167,13 +167,16 @@ def load_held_out_problems(recipe: Recipe, tokenizer, trained_on=None):
             other_columns=False,
         )
     problems = problems.select(range(min(recipe.evaluation.limit, len(problems))))
-    if trained_on is not None:
-        questions = set(_questions(trained_on))
-        if again := sum(question in questions for question in _questions(problems)):
-            logger.warning(
-                "[GTPO] Held-out problems: %d of %d are also trained on", again, len(problems)
-            )
+    if trained_on is not None and (note := overlap_note(problems, trained_on)):
+        logger.info("[GTPO] Held-out problems: %s", note)
     return problems
+
+
+def overlap_note(held_out, trained_on) -> str | None:
+    """A sentence on the held-out problems that are also trained on; None if there are none."""
+    questions = set(_questions(trained_on))
+    count = sum(question in questions for question in _questions(held_out))
+    return f"{count} of {len(held_out)} are also trained on" if count else None
 
 
 def held_out_section(recipe: Recipe) -> DatasetSection | None:
@@ -285,6 +288,8 @@ def problems_with_lengths(
     rows = _load_rows(section)
     # The next steps are short and need no progress bar. The downloads above have theirs.
     datasets.disable_progress_bars()
+    if not len(rows):
+        raise _no_row(section)
     columns, read = find_columns(_columns(section), rows), _source(section).reference
     reader = ProblemReader(columns, section.system_instruction, read)
     needed = list(dict.fromkeys(top_column(name, rows.column_names) for name in columns[:2]))
@@ -296,12 +301,8 @@ def problems_with_lengths(
             len(rows) - len(filled),
         )
     if not filled:
-        raise RecipeError(
-            "dataset",
-            f"no row of {section.split!r} has a question and an answer; choose another split or"
-            " path, or other columns",
-        )
-    rows, lengths = rows.select(filled), []
+        raise _no_row(section)
+    rows, lengths, text = rows.select(filled), [], datasets.Value("string")
 
     def as_problems(batch: dict[str, list]) -> dict[str, list]:
         values = zip(*batch.values(), strict=True)
@@ -313,6 +314,10 @@ def problems_with_lengths(
         as_problems,
         batched=True,
         remove_columns=needed,
+        # Without them, an answer would get the type of a column `answer` of the rows.
+        features=datasets.Features(
+            prompt=datasets.List({"role": text, "content": text}), answer=text, reference=text
+        ),
         load_from_cache_file=False,
         # The function fills lists of this process, so its result must not come from a cache.
         new_fingerprint=f"problems-{os.urandom(8).hex()}",
@@ -324,6 +329,13 @@ def problems_with_lengths(
     if sentence := references.warning(reader.found, reader.examples):
         logger.warning("[GTPO] %s: %s", label, sentence)
     return LoadedProblems(problems, lengths, notes)
+
+
+def _no_row(section: DatasetSection) -> RecipeError:
+    return RecipeError(
+        "dataset",
+        f"no row of {section.split!r} has a question and an answer; choose another split or path",
+    )
 
 
 def _columns(section: DatasetSection) -> Columns:
@@ -439,8 +451,8 @@ def _with_other_columns(problems, rows, columns: Columns):
 def check_source(section: DatasetSection) -> None:
     """Raises RecipeError for missing files, splits and columns, and for files without rows.
 
-    Reads no more than the first rows of local files. Of a dataset on the hub it checks what the hub
-    or the cache says.
+    Reads no more than the first rows of local files. A dataset of the hub is downloaded only if the
+    hub and the cache do not say which columns it has.
     """
     if section.path is not None:
         for files in _files(section):
@@ -464,12 +476,13 @@ def _check_hub(section: DatasetSection, name: str) -> None:
                 "dataset.split",
                 f"{name!r} has no split {split!r}; it has {', '.join(contents.splits)}",
             )
-        if contents.columns:
-            # An answer that is not named may be the last message of a conversation.
-            wanted = columns[:2] if columns.answer_is_given else columns[:1]
-            missing = [name for name in wanted if top_column(name, contents.columns) is None]
+        missing = [name for name in columns[:2] if top_column(name, contents.columns) is None]
+        # An answer that is not named may be the last message of a conversation.
+        if contents.columns and (columns.answer_is_given or columns.question in missing):
             if missing:
                 raise missing_columns(missing, contents.columns)
+        elif missing:
+            find_columns(columns, hub.load_dataset_split(name, subset, section.split))
 
 
 def count_rows(section: DatasetSection) -> int | None:

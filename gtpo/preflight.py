@@ -199,10 +199,13 @@ def _check_dataset(facts: Facts) -> str:
 
 
 def _check_held_out(facts: Facts) -> str:
-    from gtpo.data import load_held_out_problems
+    from gtpo.data import load_held_out_problems, overlap_note
 
-    problems = load_held_out_problems(facts.recipe, facts.tokenizer, facts.problems)
-    return "none, so nothing is evaluated" if problems is None else f"{len(problems)} problems"
+    problems = load_held_out_problems(facts.recipe, facts.tokenizer)
+    if problems is None:
+        return "none, so nothing is evaluated"
+    note = overlap_note(problems, facts.problems) if facts.problems is not None else None
+    return f"{len(problems)} problems{f'; {note}' if note else ''}"
 
 
 def _check_options(facts: Facts) -> str | list[Finding]:

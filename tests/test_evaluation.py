@@ -224,7 +224,9 @@ def test_vllm_gets_the_same_seeds_and_end_token(policy, prompts, monkeypatch, tm
     ],
 )
 def test_a_completion_is_graded_as_the_reward_grades_it(text, reference):
-    row = draw.graded_row({"prompt": [], "answer": reference}, SampledCompletion(text, 1, False))
+    row = draw.graded_row(
+        {"prompt": [], "answer": "", "reference": reference}, SampledCompletion(text, 1, False)
+    )
     (reward,) = reward_math.final_reward([text], [reference])
     assert row["correct"] == (reward == 20) and row["well_formed"] == (reward >= 10)
 
@@ -276,7 +278,7 @@ def test_a_file_has_a_header_and_the_same_keys_for_every_completion(
     assert len(lines) == 24 and all(set(line) == set(evaluation_file.ROW) for line in lines)
     line = lines[0]
     assert line["prompt"] == problems[line["problem"]]["prompt"]
-    assert line["reference"] == problems[line["problem"]]["answer"]
+    assert line["reference"] == problems[line["problem"]]["reference"]
 
 
 @pytest.fixture
@@ -502,7 +504,7 @@ def test_problems_of_gsm8k_and_math_are_evaluated(policy, shared_data, tmp_path)
         problems = load_problems(section, policy.tokenizer, 2000, 0, shuffle=False)
         assert isinstance(problems, datasets.Dataset)
         texts = draw.rendered_prompts(problems, policy.tokenizer)
-        first_answer = SampledCompletion(problems[0]["answer"], 9, False)
+        first_answer = SampledCompletion(problems[0]["reference"], 9, False)
 
         def sampler(prompts, seeds, completion=first_answer):
             return [completion] * len(prompts)

@@ -396,13 +396,13 @@ WRONG_RECIPES = [
     ),
     (
         "model: {model_name: x}\ndataset: {name: gsm9k}",
-        "dataset.name: 'gsm9k' is not known; use gsm8k, hendrycks_math, or a dotted path such as"
-        " my_data.load (set in bad.yaml)",
+        "dataset.name: 'gsm9k' is not known; use gsm8k, hendrycks_math, a dataset of the hub as"
+        " owner/name, or a dotted path such as my_data.load (set in bad.yaml)",
     ),
     (
         "model: {model_name: x}\ndataset: {split: train}",
         "dataset: there is no dataset to train on; set dataset.name (gsm8k, hendrycks_math,"
-        " my_module.load) or dataset.path (set in bad.yaml)",
+        " owner/name, my_module.load) or dataset.path (set in bad.yaml)",
     ),
     (
         "model: {model_name: x}\ndataset: {name: math, split: validation}",

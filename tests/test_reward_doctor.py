@@ -15,7 +15,8 @@ from gtpo.rewards.doctor import diagnose, probe_completions
 PROBLEMS = [
     {
         "prompt": [{"role": "user", "content": f"{a} + {a}?"}],
-        "answer": format_reference(f"{a}+{a}={2 * a}", str(2 * a)),
+        "answer": str(2 * a),
+        "reference": format_reference(f"{a}+{a}={2 * a}", str(2 * a)),
     }
     for a in (2, 6, 15, 50)
 ]
@@ -70,7 +71,7 @@ def test_the_probes_are_the_reference_and_wrong_completions():
     assert probes["empty"] == [""] * 4
     assert probes["truncated"][1] == f"{reasoning}<answer>"
     assert probes["wrong but containing"][1] == f"{reasoning}<answer>112</answer>"
-    assert probes["another row's"][1] == PROBLEMS[0]["answer"]
+    assert probes["another row's"][1] == PROBLEMS[0]["reference"]
 
 
 def test_where_all_answers_are_the_same_no_other_row_is_wrong():

@@ -204,7 +204,7 @@ def test_a_reward_function_that_fails_on_everything_ends_the_run_at_the_first_st
     )
     file = run_dir(here) / "reward_failures.jsonl"
     last = json.loads(file.read_text().splitlines()[-1])
-    assert "judge is away" in last["traceback"] and last["answer"].startswith("<reasoning>")
+    assert "judge is away" in last["traceback"] and last["reference"].startswith("<reasoning>")
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ def find_columns(columns: Columns, rows: Iterable[Row]) -> Columns:
     Where the question is a conversation and there is no column with an answer, its last message is
     the answer. Raises RecipeError if a column is missing, with those that exist.
     """
-    missing, names = [columns.question, columns.answer], {}
+    missing, names, row = [columns.question, columns.answer], {}, {}
     for row in rows:
         names |= dict.fromkeys(row)
         missing = [name for name in missing if not _follow(row, name)[0]]
@@ -44,6 +44,9 @@ def find_columns(columns: Columns, rows: Iterable[Row]) -> Columns:
             return Columns(columns.question, columns.question)
         if not missing:
             return columns
+    for name in missing:
+        if isinstance(inner := row.get(top_column(name, row)), dict):
+            names |= dict.fromkeys(f"{top_column(name, row)}.{key}" for key in inner)
     raise missing_columns(missing, names)
 
 
@@ -113,7 +116,7 @@ class ProblemReader:
 
     def notes(self) -> list[str]:
         """Sentences on how references were found, and on prompts that are not just a question."""
-        notes = [f"references: {references.summary(self.found)}"]
+        notes = [f"references found: {references.summary(self.found)}"]
         if self.own_system:
             notes.append(
                 f"{self.own_system} prompts have a system message of their own, so they do not get"

@@ -12,10 +12,11 @@ from gtpo.answers.text import (
     reference_answer,
 )
 
-AFTER_HASHES, BOXED, TAGGED = "after ####", "in a box", "in <answer> tags"
-NUMBER, WHOLE_TEXT, OWN_RULE = "a number", "the whole text", "by the dataset's own rule"
+AFTER_HASHES, BOXED, TAGGED = "after ####", "boxed", "tagged"
+NUMBER, WHOLE_TEXT = "as a number", "as the whole text"
+OWN_RULE = "by the dataset's own rule"
 # Nothing marks such an answer in its text, so it is probably not the answer.
-LAST_WORD, SENTENCE = "the last word", "a whole sentence"
+LAST_WORD, SENTENCE = "as the last word", "as a whole sentence"
 TAGS = re.compile("</?(?:reasoning|answer)>")
 PLAIN_NUMBER = re.compile(r"[-+]?\s*\$?\s*(\d[\d,]*\.?\d*|\.\d+)(\s*/\s*\d+|e[-+]?\d+)?\s*%?")
 SENTENCE_WORDS = 5  # a text with as many words and a full stop is a sentence
@@ -53,7 +54,7 @@ def how_found(text: str, reference: str) -> str:
 
 
 def summary(found: Counter) -> str:
-    """A clause such as `30 after ####, 6 in a box`; the most frequent comes first."""
+    """A clause such as `30 after ####, 6 boxed`; the most frequent comes first."""
     return ", ".join(f"{count} {how}" for how, count in found.most_common())
 
 
@@ -64,7 +65,7 @@ def warning(found: Counter, examples: dict[str, str]) -> str | None:
         return None
     how = LAST_WORD if found[LAST_WORD] >= found[SENTENCE] else SENTENCE
     return (
-        f"nothing marks the answer in {unmarked} of {found.total()} references, so {how} was taken,"
-        f" for example {examples[how][:80]!r}; put answers after ####, in \\boxed{{}} or in"
-        " <answer> tags, or name a column that holds them alone"
+        f"nothing marks the answer in {unmarked} of {found.total()} references, so"
+        f" {how.removeprefix('as ')} was taken, for example {examples[how][:80]!r}; put answers"
+        " after ####, in \\boxed{} or in <answer> tags, or name a column that holds them alone"
     )

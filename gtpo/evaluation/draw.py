@@ -91,10 +91,11 @@ def graded_row(problem: dict[str, Any], completion: SampledCompletion) -> dict[s
     A completion is correct if the reward pays for it: it is well formed and its answer is right.
     """
     answer, well_formed = final_answer(completion.text), format_score(completion.text) == 10
-    correct = well_formed and _is_right(answer, reference_answer(problem["reference"]))
+    reference = problem.get("reference", problem["answer"])
+    correct = well_formed and _is_right(answer, reference_answer(reference))
     return {
         "prompt": problem["prompt"],
-        "reference": problem["reference"],
+        "reference": reference,
         "completion": completion.text,
         "answer": answer,
         "correct": correct,

@@ -66,7 +66,7 @@ def diagnose(
 
 def probe_completions(problems: list[dict]) -> dict[str, list[str | None]]:
     """By probe, a completion per problem; None where the data has none that is surely wrong."""
-    references = [problem["reference"] for problem in problems]
+    references = [problem.get("reference", problem["answer"]) for problem in problems]
     finals = [reference_answer(reference) for reference in references]
     probes: dict[str, list[str | None]] = {name: [] for name in PROBES}
     for reference, final in zip(references, finals, strict=True):

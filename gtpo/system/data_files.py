@@ -67,16 +67,12 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     """
     split = split_name(split)
     by_split: dict[str, list[Path]] = {}
-    for place in (folder, folder / "data"):
-        for file in sorted(place.iterdir()) if place.is_dir() else ():
-            if suffix(file) and file.is_file():
-                by_split.setdefault(re.split("[-.]", file.name)[0], []).append(file)
-        if not by_split:
-            for inner in sorted(place.iterdir()) if place.is_dir() else ():
-                if files := sorted(file for file in _files_in(inner) if suffix(file)):
-                    by_split[inner.name] = files
-        if by_split:
-            break
+    places = [place for place in (folder, folder / "data") if place.is_dir()]
+    for file in (file for place in places for file in _data_files(place)):
+        by_split.setdefault(re.split("[-.]", file.name)[0], []).append(file)
+    if not by_split:
+        inner = (folder for place in places for folder in place.iterdir() if folder.is_dir())
+        by_split = {folder.name: files for folder in inner if (files := _data_files(folder))}
     if split not in by_split:
         existing = ", ".join(sorted(by_split)) or f"no {', '.join(SUFFIXES)} files"
         raise RecipeError(
@@ -85,8 +81,8 @@ def files_of_split(folder: Path, split: str) -> list[Path]:
     return by_split[split]
 
 
-def _files_in(folder: Path) -> list[Path]:
-    return [file for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
+def _data_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if suffix(file) and file.is_file())
 
 
 # ---- their rows
@@ -124,7 +120,7 @@ def first_rows(file: Path) -> Iterator[Row]:
 
     Raises RecipeError where it comes to something that cannot be read, and if there are no rows.
     """
-    empty = True
+    count = 0
     with _opened(file) as content:
         if suffix(file) == ".parquet":
             first = _parquet(file, content, lambda parquet: next(parquet.iter_batches(1)))
@@ -133,10 +129,13 @@ def first_rows(file: Path) -> Iterator[Row]:
             rows = _csv_rows(file, content)
         else:
             rows = _json_rows(file, content)
-        for row in rows:
-            empty = False
-            yield row
-    if empty:
+        try:
+            for row in rows:
+                count += 1
+                yield row
+        except _NotText as error:
+            _refuse(file, str(error), count + 1, error.line)
+    if not count:
         _refuse_empty(file)
 
 
@@ -233,43 +232,39 @@ def _parquet(file: Path, content: io.BufferedIOBase, read):
 
 
 def _json_rows(file: Path, content: io.BufferedIOBase) -> Iterator[Row]:
-    """The rows of JSON lines, or of one JSON value. Which of both it is shows in the first line."""
+    """The rows of JSON lines, or of one JSON value; the suffix or the first line tells which."""
     lines = (line for line in enumerate(_lines(file, content), 1) if line[1].strip())
+    if suffix(file) == ".json":
+        yield from _rows_of_text(file, _whole_text(file, lines), 1)
+        return
     number, line = next(lines, (1, ""))
-    if not line or line.lstrip().startswith("[") or not _is_value(line):
-        rest = "".join(text for _, text in _with_gaps(file, lines))
-        yield from _rows_of_text(file, line + rest, number)
+    if line.lstrip().startswith("[") or not _is_value(line):
+        yield from _rows_of_text(file, line + _whole_text(file, lines, number), number)
         return
-    second = next(lines, None)
-    if second is None and suffix(file) == ".json":
-        yield from _rows_of_text(file, line, number)
-        return
-    following = itertools.chain([(number, line)], [second] if second else [], lines)
-    row = 0
-    try:
-        for row, (number, text) in enumerate(following, 1):
-            yield _json_row(file, text, row, number)
-    except _NotText as error:
-        _refuse(file, str(error), row + 1, error.line)
+    for row, (place, text) in enumerate(itertools.chain([(number, line)], lines), 1):
+        yield _json_row(file, text, row, place)
 
 
-def _with_gaps(file: Path, lines) -> Iterator[tuple[int, str]]:
+def _whole_text(file: Path, lines: Iterator[tuple[int, str]], last: int = 0) -> str:
+    """The text of numbered lines after the line `last`, with the empty lines between them."""
+    parts = []
     try:
-        yield from lines
+        for number, line in lines:
+            parts.append("\n" * (number - last - 1) + line)
+            last = number
     except _NotText as error:
-        _refuse(file, str(error), None, error.line)
+        _refuse(file, str(error), line=error.line)
+    return "".join(parts)
 
 
 def _is_value(line: str) -> bool:
-    """Whether a line may be a row: it is JSON, or it is damaged before its end."""
+    """Whether a line is a row by itself, or a damaged one, and not only the start of one."""
     try:
         json.loads(line)
-    except RecursionError:
-        return True
     except json.JSONDecodeError as error:
-        return error.pos < len(line.rstrip()) and not error.msg.startswith("Unterminated")
-    except ValueError:
-        return True
+        return error.pos < len(line.rstrip())
+    except (RecursionError, ValueError):
+        pass
     return True
 
 
@@ -380,7 +375,7 @@ def _rows_of_object(value: dict) -> list:
 def _csv_rows(file: Path, content: io.BufferedIOBase) -> Iterator[Row]:
     """The rows of a CSV file as texts; an empty cell is None."""
     lines = _lines(file, content)
-    row, header = 0, None
+    row = 0
     try:
         first = next((line for line in lines if line.strip()), "")
         lines = itertools.chain([first], lines)
@@ -410,8 +405,6 @@ def _csv_rows(file: Path, content: io.BufferedIOBase) -> Iterator[Row]:
             csv.field_size_limit(limit)
     except csv.Error as error:
         _refuse(file, f"this is not CSV ({error})", row + 1, reader.line_num)
-    except _NotText as error:
-        _refuse(file, str(error), row + 1 if header else None, error.line)
 
 
 def _delimiter(file: Path, header: str) -> str:
