@@ -190,12 +190,13 @@ def _check_dataset(facts: Facts) -> str:
         )
     check_recorded_columns(recipe, fitting.problems)
     steps = optimizer_steps(recipe, kept, facts.processes)
-    notes = "; ".join([length_filter_summary(kept, total, limit), *fitting.notes])
-    return (
-        f"{notes}; the longest prompt that is left has"
-        f" {facts.longest_prompt} tokens; {'about ' if steps.note else ''}{steps.count} optimizer"
-        " steps"
-    )
+    sentences = [
+        length_filter_summary(kept, total, limit),
+        f"the longest prompt that is left has {facts.longest_prompt} tokens",
+        f"{'about ' if steps.note else ''}{steps.count} optimizer steps",
+        *fitting.notes,
+    ]
+    return "; ".join(sentences)
 
 
 def _check_held_out(facts: Facts) -> str:

@@ -227,12 +227,12 @@ def test_a_column_that_cannot_be_handed_over_is_a_failure_only_if_rewards_are_is
 def test_a_reward_gets_what_trl_hands_over_may_print_and_may_be_asynchronous(diagnosed):
     source = """
         import json
-        async def pay(prompts, completions, completion_ids, answer, trainer_state,
+        async def pay(prompts, completions, completion_ids, answer, reference, trainer_state,
                       log_extra, log_metric, **kwargs):
             print("noise"), log_metric("a", 1.0), log_extra("b", [])
             assert not kwargs and prompts[0][0]["role"] == "user"
             assert trainer_state.global_step == 0
-            rows = zip(completion_ids, completions, answer)
+            rows = zip(completion_ids, completions, reference)
             return [float(len(ids) > 5 and c[0]["content"] == a) for ids, c, a in rows]
         """
     [(_, sentence)] = diagnosed("mine.pay", source=source)
