@@ -43,7 +43,8 @@ def test_answers(shared: Path) -> list[str]:
 def _unicode(answer: str, dice: random.Random) -> str | None:
     text = re.sub(r"\\sqrt\{(\d+)\}", r"√\1", answer).replace(r"\pi", "π")
     text = text.replace(r"\infty", "∞").replace(r"\cup", "∪").replace(r"\le", "≤")
-    text = re.sub(r"\^\{?(\d)\}?", lambda power: power[1].translate(SUPERSCRIPTS), text)
+    power = re.compile(r"\^(?:\{(\d+)\}|(\d))")
+    text = power.sub(lambda found: (found[1] or found[2]).translate(SUPERSCRIPTS), text)
     return text if text != answer and "ft" not in text else None
 
 

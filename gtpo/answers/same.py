@@ -28,6 +28,7 @@ GRADING_VERSION = 2
 
 LONGEST_ANSWER = 600  # characters; the longest answer in MATH has 159
 
+_PLAIN = re.compile(r"-?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")
 _FRAMES = (
     re.compile(
         r"(?:(?:so|thus|hence|therefore),? )?(?:(?:the|my) )?(?:final |correct )?"
@@ -92,6 +93,8 @@ def same_answer(answer: str | None, reference: str | None) -> bool:
     answer, reference = (answer or "").strip(), (reference or "").strip()
     if max(len(answer), len(reference)) > LONGEST_ANSWER:
         return answer == reference
+    if _PLAIN.fullmatch(answer) and _PLAIN.fullmatch(reference):  # most answers of GSM8K
+        return Fraction(answer.replace(",", "")) == Fraction(reference.replace(",", ""))
     answer, reference = _unframed(_unboxed(answer)), _unboxed(reference)
     if not answer or not reference:
         return False
