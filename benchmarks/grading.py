@@ -245,17 +245,17 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="answers, drawn at random; default: all")
     parser.add_argument("--graders", nargs="+", choices=GRADERS, default=list(GRADERS))
     parser.add_argument("--show", type=int, default=0, help="wrong decisions of ours to print")
-    asked = parser.parse_args()
-    dice = random.Random(asked.seed)
+    options = parser.parse_args()
+    dice = random.Random(options.seed)
     answers = test_answers(Path(os.environ.get("GTPO_SHARED", ROOT.parent / "shared")))
-    answers = dice.sample(answers, asked.limit) if asked.limit else answers
-    print(f"{len(answers):,} test answers, seed {asked.seed}")
+    answers = dice.sample(answers, options.limit) if options.limit else answers
+    print(f"{len(answers):,} test answers, seed {options.seed}")
     for title, ways, should_pay in (
         ("right answers refused", RIGHT, True),
         ("wrong answers paid", WRONG, False),
     ):
         pairs = renderings(answers, ways, dice)
-        for name in asked.graders:
+        for name in options.graders:
             began = time.perf_counter()
             mistakes = [pair for pair in pairs if bool(GRADERS[name](*pair[1:])) != should_pay]
             seconds = time.perf_counter() - began
@@ -266,7 +266,7 @@ def main() -> None:
             )
             if name == "ours":
                 print("  by way:", dict(collections.Counter(way for way, *_ in mistakes)))
-                for way, text, answer in mistakes[: asked.show]:
+                for way, text, answer in mistakes[: options.show]:
                     print(f"  {way}: {text!r} for {answer!r}")
 
 

@@ -248,12 +248,13 @@ def check_report(dice: random.Random, completions: int = 2048) -> int:
 
 
 def _check_group(run, step: int, group: dict, texts: list[str]) -> None:
+    """Checks that the shown tokens of a group are those recorded at this step."""
     recorded = {
-        c.row: c
-        for found in run.completions.groups
-        if found.step == step
-        for c in run.completions.read(found)
-        if c.group == group["group"]
+        completion.row: completion
+        for place in run.completions.groups
+        if place.step == step
+        for completion in run.completions.read(place)
+        if completion.group == group["group"]
     }
     for row in group["rows"]:
         if "tokens" in row and row["head"] == row["length"]:
