@@ -23,7 +23,7 @@ import copy
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from torch import Tensor
 from trl.trainer.utils import split_tensor_dict
 
 from gtpo import shaping
-from gtpo.hooks.groups import conflict_fractions, whole_groups
+from gtpo.hooks.groups import compared_rewards, conflict_fractions, whole_groups
 from gtpo.hooks.nonfinite import SkipNonFiniteSteps
 from gtpo.hooks.streaming_head import StreamingHead, streaming_in_unsloths_loss
 from gtpo.system.trl_options import REQUIRED_BY_GTPO
@@ -57,6 +57,18 @@ torch_compile_options = {
 CONSTANTS = ("ENT_THRESHOLD", "ENT_SCALE", "W_RAW", "PAD_ID", "EPS", "torch_compile_options")
 STATE_FILE = "gtpo_state.json"  # of a checkpoint; holds the initial entropy
 PAPER_OPTIONS = {"loss_type": "grpo", "scale_rewards": "none", "beta": 0.0}
+# TRL's options that change the objective, with TRL's default, which is the paper's, and what any
+# other value does.
+OBJECTIVE_OPTIONS = {
+    "importance_sampling_level": ("token", "a whole completion has one ratio"),
+    "off_policy_mask_threshold": (None, "it drops completions that the policy has moved away from"),
+    "delta": (None, "it also bounds the ratios of completions with a negative advantage"),
+    "mask_truncated_completions": (False, "truncated completions teach nothing"),
+    "multi_objective_aggregation": (
+        "sum_then_normalize",
+        "the rewards of each function are divided by their standard deviation",
+    ),
+}
 
 
 def override_constants(values: Mapping[str, object]) -> None:
@@ -99,6 +111,25 @@ def refuse_conflicting_options(arguments: trl.GRPOConfig) -> None:
                 f"training.{option}: {value} does not go with GTPO, which uses TRL's entropy mask"
                 f" for its own factor; leave it at {allowed}, or train with custom_trainer.original"
             )
+
+
+def departures_from_paper(arguments: trl.GRPOConfig) -> Iterator[str]:
+    """A sentence for each option of `arguments` that changes the paper's objective."""
+    bound = arguments.epsilon if arguments.epsilon_high is None else arguments.epsilon_high
+    cispo_shrinks = arguments.loss_type == "cispo" and bound < 1
+    if cispo_shrinks:
+        yield (
+            f"training.loss_type = cispo with epsilon_high = {bound} is not the paper's objective:"
+            " cispo cuts every ratio at epsilon_high, so below 1 it shrinks every gradient;"
+            " CISPO's authors use 5.0"
+        )
+    for option, value in PAPER_OPTIONS.items():
+        given = getattr(arguments, option)
+        if given != value and not (option == "loss_type" and cispo_shrinks):
+            yield f"training.{option} = {given} is not the paper's objective ({value})"
+    for option, (value, effect) in OBJECTIVE_OPTIONS.items():
+        if (given := getattr(arguments, option, value)) != value:
+            yield f"training.{option} = {given} is not the paper's objective: {effect}"
 
 
 class GTPOConfig(trl.GRPOConfig):
@@ -162,7 +193,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         # (N, functions). A completion that one function cannot score counts as unscored: TRL then
         # sets its advantage to 0.
         table[table.isnan().any(dim=1)] = torch.nan
-        self._rewards = (table * self.reward_weights.to(table.device)).sum(dim=1)  # (N,)
+        self._reward_table = table
         return table
 
     def _generate_and_score_completions(self, inputs):
@@ -170,13 +201,16 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
         rollout = super()._generate_and_score_completions(inputs)
-        groups = whole_groups(rollout, self._rewards, size, self.accelerator)
+        rewards = compared_rewards(
+            self._reward_table, self.reward_weights, size, self.multi_objective_aggregation
+        )  # (N,)
+        groups = whole_groups(rollout, rewards, size, self.accelerator)
         (rows, width), index = rollout["completion_ids"].shape, self.accelerator.process_index
         mine = slice(index * rows, (index + 1) * rows)
         rollout["advantages"] = groups["advantages"][mine]  # (B,)
         rollout["token_weights"] = self.token_weights(groups)[mine, :width]  # (B, T)
         # Whether a completion has a reward, (B,). Checkpoints hold this key, so its name stays.
-        rollout["judged"] = ~self._rewards.isnan()[mine]
+        rollout["judged"] = ~rewards.isnan()[mine]
         metrics = self._metrics["train" if training else "eval"]
         for name, value in zip(("tokens", "groups"), conflict_fractions(groups, size), strict=True):
             metrics[f"gtpo/frac_conflict_{name}"].append(value)
@@ -277,14 +311,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
                 PAD_ID,
                 pad_id,
             )
-        for option, value in PAPER_OPTIONS.items():
-            if (given := getattr(self.args, option)) != value:
-                logger.warning(
-                    "[GTPO] training.%s = %s is not the paper's objective (%s)",
-                    option,
-                    given,
-                    value,
-                )
+        for sentence in departures_from_paper(self.args):
+            logger.warning("[GTPO] %s", sentence)
         if self.accelerator.device.type == "cpu":
             logger.info("[GTPO] torch_compile_options are unused on a CPU")
 

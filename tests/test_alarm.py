@@ -88,6 +88,13 @@ def test_a_condition_is_reported_again_only_after_it_had_recovered(condition):
     assert [name for _, name, _ in flickering] == [condition]
 
 
+def test_groups_without_any_reward_are_reported_with_what_to_look_at():
+    lines = (9, {"frac_reward_zero_std": 1.0, "reward/unscored": 1.0, "reward": NAN})
+    ((_, name, said),) = raised(alarm_of(), lines)
+    assert name == "no_signal" and "trainer.reward_funcs" in said
+    assert "all rewards are equal or missing, and 100% of the completions have no reward" in said
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_null_switches_a_condition_off(condition):
     everything = {metric: beyond for metric, _, beyond, _ in CASES.values()}
@@ -297,3 +304,26 @@ def test_warn_lets_the_run_go_on_and_none_reports_nothing(here):
     assert len([line for line in history if "reward" in line]) == 6
     code, history = run(here, *ALL_FILTERED, "--alarm.action", "none", "--overwrite")
     assert code == 0 and not [line for line in history if "alarm/all_filtered" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["gtpo_training.UnslothGTPOTrainer", "GRPO"])
+def test_a_run_in_which_nothing_is_scored_has_no_signal_and_raises_the_alarm(
+    here, monkeypatch, capsys, trainer
+):
+    (here / "scores_nothing.py").write_text(
+        "def pay(completions, **kwargs):\n    return [None] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(here)
+    flags = ["--trainer.reward_funcs", "scores_nothing.pay", "--training.max_steps", "3"]
+    if trainer == "GRPO":
+        flags += ["--trainer.class_path", "custom_trainer.original.UnslothGRPOTrainer"]
+    code, history = run(here, *flags, "--alarm.window", "2", "--alarm.action", "stop")
+    steps = [line for line in history if "reward" in line]
+    assert [line["frac_reward_zero_std"] for line in steps] == [1.0, 1.0]
+    assert [line["reward/unscored"] for line in steps] == [1.0, 1.0]
+    assert code == 3 and "alarm/no_signal" in steps[-1]
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert "Step 1: no completion of this rollout has a reward" in said
+    assert said.count("no completion of this rollout") == 1 and "no signal 100%" in said

@@ -336,6 +336,13 @@ def test_reward_functions_have_a_weight_and_a_name_each(run):
     assert run.trainer.reward_func_names == ["letters_reward", "second_reward"]
 
 
+@contract("trl.GRPOTrainer.multi_objective_aggregation")
+def test_the_trainer_says_how_it_combines_the_rewards_of_several_functions(tmp_path, trainer):
+    assert trainer.multi_objective_aggregation == "sum_then_normalize"
+    other = make(tmp_path, multi_objective_aggregation="normalize_then_sum")
+    assert other.multi_objective_aggregation == "normalize_then_sum"
+
+
 @contract(
     "trl.GRPOTrainer.num_generations",
     "trl.GRPOTrainer.num_generations_eval",

@@ -15,7 +15,7 @@ from conftest import ROOT
 import gtpo
 from gtpo import gtpo_training
 from gtpo.gtpo_training import refuse_conflicting_options
-from gtpo.hooks.groups import whole_groups
+from gtpo.hooks.groups import compared_rewards, frac_without_signal, whole_groups
 
 GTPO, GRPO = "gtpo.gtpo_training.UnslothGTPOTrainer", "custom_trainer.original.UnslothGRPOTrainer"
 
@@ -203,6 +203,101 @@ def test_trls_own_evaluation_shapes_its_groups_and_leaves_the_training_state_alo
     assert 0 <= logged["eval_gtpo/frac_conflict_groups"] <= 1
     assert logged["eval_gtpo/completion_entropy"] > 0
     assert trainer.initial_entropy == measured and not trainer.non_finite._finite_losses
+
+
+# Row 0 has the mean sum of its group, and is better than the mean in the first function. In the
+# second group the first function pays everyone the same, up to rounding.
+TWO_REWARDS = (
+    [3.0, 0.0, 0.0, 1.0] + [0.1 + 0.2] * 4,
+    [0.0, 5.0, 1.0, 2.0] + [1.0, 0.0, 0.0, 0.0],
+)
+
+
+def two_rewards(**how) -> tuple[torch.Tensor, torch.Tensor]:
+    """The table (8, 2) of TWO_REWARDS, and what its groups of four are compared by."""
+    table = torch.tensor(TWO_REWARDS).T
+    return table, compared_rewards(table, torch.ones(2), 4, how["aggregation"])
+
+
+def test_groups_are_compared_by_sums_or_by_each_functions_normalized_rewards():
+    table, sums = two_rewards(aggregation="sum_then_normalize")
+    assert torch.equal(sums, table.sum(dim=1))
+    _, normalized = two_rewards(aggregation="normalize_then_sum")
+    literal = torch.zeros(8)
+    for group in (slice(0, 4), slice(4, 8)):
+        for rewards in table[group].T:
+            literal[group] += (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    assert normalized.tolist() == pytest.approx(literal.tolist(), abs=1e-3)
+    assert normalized[0] == pytest.approx(2 / 2**0.5 - 2 / (14 / 3) ** 0.5, abs=1e-3)
+    unscored = table.clone()
+    unscored[0] = torch.nan
+    assert compared_rewards(unscored, torch.ones(2), 4, "normalize_then_sum")[0].isnan()
+
+
+@pytest.mark.parametrize(
+    "rewards, share",
+    [
+        ([1.0, 1.0, 0.0, 0.0, 2.0, 2.0, 2.0, 2.0], 0.5),
+        ([None] * 8, 1.0),
+        ([None] * 4 + [0.0, 1.0, 2.0, None], 0.5),
+        ([5.0, None, None, None] + [0.1 + 0.2] * 4, 1.0),
+        ([1e-3, 0.0, 0.0, 0.0] * 2, 0.0),
+    ],
+)
+def test_a_group_without_two_different_rewards_has_no_signal(rewards, share):
+    values = torch.tensor([torch.nan if reward is None else reward for reward in rewards])
+    assert frac_without_signal(values, 4) == share
+
+
+@pytest.mark.slow
+def test_rewards_that_are_normalized_before_they_are_summed_keep_their_advantages(tmp_path):
+    def paying(number: int):
+        def pay(completions, **kwargs):
+            return [TWO_REWARDS[number][i % 8] for i in range(len(completions))]
+
+        pay.__name__ = f"pay_{number}"
+        return pay
+
+    advantages = {}
+    for name in (GTPO, GRPO):
+        trainer = gradients.make_trainer(
+            name,
+            str(tmp_path / name),
+            reward=[paying(0), paying(1)],
+            multi_objective_aggregation="normalize_then_sum",
+        )
+        seen = gradients.watch(trainer)
+        trainer.train()
+        advantages[name] = seen["rollouts"][0]["advantages"]
+    assert advantages[GTPO][0].abs() > 0.1
+    assert advantages[GTPO].tolist() == pytest.approx(advantages[GRPO].tolist(), abs=1e-6)
+
+
+# Options beside the paper's, and what the one line about each of them says.
+DEPARTURES = [
+    ({"loss_type": "cispo"}, "loss_type = cispo with epsilon_high = 0.2"),
+    ({"loss_type": "cispo", "epsilon_high": 0.9}, "loss_type = cispo with epsilon_high = 0.9"),
+    ({"loss_type": "cispo", "epsilon_high": 5.0}, "loss_type = cispo is not"),
+    ({"importance_sampling_level": "sequence"}, "importance_sampling_level = sequence is not"),
+    ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold = 0.5 is not"),
+    ({"delta": 4.0}, "delta = 4.0 is not"),
+    ({"mask_truncated_completions": True}, "mask_truncated_completions = True is not"),
+    ({"multi_objective_aggregation": "normalize_then_sum"}, "= normalize_then_sum is not"),
+    ({"scale_rewards": "group"}, "scale_rewards = group is not"),
+]
+
+
+@pytest.mark.parametrize("options, sentence", DEPARTURES)
+def test_an_option_beside_the_papers_objective_gets_one_line(tmp_path, caplog, options, sentence):
+    def lines() -> list[str]:
+        return [text for text in caplog.messages if "is not the paper's objective" in text]
+
+    gradients.make_trainer(GTPO, str(tmp_path))
+    gradients.make_trainer(GRPO, str(tmp_path), **options)
+    assert lines() == []
+    gradients.make_trainer(GTPO, str(tmp_path), **options)
+    (line,) = lines()
+    assert sentence in line
 
 
 def test_tool_output_inside_a_completion_neither_votes_nor_ends_a_run():

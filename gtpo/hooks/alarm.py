@@ -85,7 +85,8 @@ class Alarm(TrainerCallback, ExportableState):
     def observe(self, logs: dict[str, float]) -> dict[str, str]:
         """Takes in one log line; returns the conditions that are new in it, with their evidence."""
         entropy = logs.get("gtpo/completion_entropy", logs.get("entropy"))
-        line = {"entropy": entropy, **{name: logs.get(name) for name in METRICS}}
+        line = {"entropy": entropy, "unscored": logs.get("reward/unscored")}
+        line |= {name: logs.get(name) for name in METRICS}
         self.lines = [*self.lines, line][-2 * self.window :]
         now = Window(self.lines[-self.window :], self.window)
         before = Window(self.lines[: -self.window], self.window)
@@ -117,7 +118,8 @@ class Window(NamedTuple):
 
     def mean(self, name: str) -> float | None:
         """The mean of a metric; None before there are `size` lines with a finite value each."""
-        values = [line[name] for line in self.lines]
+        # Lines in checkpoints of earlier versions lack some metrics.
+        values = [line.get(name) for line in self.lines]
         if len(values) < self.size or not all(
             value is not None and math.isfinite(value) for value in values
         ):
@@ -195,6 +197,12 @@ def _no_signal(view: View, limit: float) -> str | None:
     share = view.now.mean("frac_reward_zero_std")
     if share is None or share < limit:
         return None
+    if unscored := view.now.mean("unscored"):
+        return (
+            f"in {share:.0%} of the groups all rewards are equal or missing, and {unscored:.0%} of"
+            " the completions have no reward, so nothing is learned from them; look at what the"
+            " functions in trainer.reward_funcs return None for, and at reward/cannot_judge"
+        )
     return (
         f"in {share:.0%} of the groups all rewards are equal, so nothing is learned from them; use"
         " problems that are neither too hard nor too easy, or raise training.num_generations or"

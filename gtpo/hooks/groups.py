@@ -1,6 +1,7 @@
 """Make a rollout's groups whole: gather them over processes and mark their conflict runs.
 
-Letters: N rows of all processes, B rows of this process, G group size, T completion columns.
+Letters: N rows of all processes, B rows of this process, G group size, T completion columns, F
+reward functions.
 """
 
 import torch
@@ -16,8 +17,8 @@ def whole_groups(
     """The rows of all processes with their conflict runs.
 
     `rollout` holds this process's `completion_ids` and `completion_mask`, (B, T), `advantages`,
-    (B,), and for tool calls `tool_mask`, (B, T). `rewards` are those of all processes, (N,), NaN
-    for an unscored completion. The `size` rows of a group stand after each other, and a group may
+    (B,), and for tool calls `tool_mask`, (B, T). `rewards` are the `compared_rewards` of all
+    processes, (N,). The `size` rows of a group stand after each other, and a group may
     be spread over processes.
 
     Returns `completion_ids`, `completion_mask`, `prefix` and `suffix`, all (N, T), and
@@ -48,16 +49,52 @@ def whole_groups(
     }
 
 
+def compared_rewards(table: Tensor, weights: Tensor, size: int, aggregation: str) -> Tensor:
+    """What the completions of a group are compared by, (N,); NaN where no function scores one.
+
+    `table` (N, F) holds the rewards of each function, NaN where it does not score a completion.
+    With TRL's aggregation "sum_then_normalize" this is their sum, weighted by `weights` (F,). With
+    "normalize_then_sum", the rewards of each function are first centred and scaled in their group,
+    as TRL does (trl 1.13.0, `_generate_and_score_completions`). Rounding is removed before that.
+    """
+    rewards = table
+    if aggregation == "normalize_then_sum":
+        groups = table.view(-1, size, table.shape[1])
+        deviations = deviations_from_mean(groups)
+        count = deviations.isfinite().sum(dim=1, keepdim=True)
+        variance = deviations.square().nansum(dim=1, keepdim=True) / (count - 1)
+        rewards = (deviations / (variance.sqrt() + 1e-4)).view_as(table)
+    weighted = (rewards * weights.to(table.device)).nansum(dim=1)
+    return torch.where(table.isnan().all(dim=1), torch.nan, weighted)
+
+
+def deviations_from_mean(rewards: Tensor) -> Tensor:
+    """The distance of rewards from the mean of their group, which is dimension 1.
+
+    A distance below 1e-6 max(1, max |R|) is 0. The float32 mean of equal rewards is not exactly
+    those rewards.
+    """
+    largest = rewards.nan_to_num(0.0).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
+    distance = rewards - rewards.nanmean(dim=1, keepdim=True)
+    return torch.where(distance.abs() < 1e-6 * largest, 0.0, distance)
+
+
 def without_rounding(advantages: Tensor, rewards: Tensor) -> Tensor:
     """`advantages` with 0 where the reward equals its group's mean; all (groups, G).
 
-    "Equals" means a distance below 1e-6 max(1, max |R|). The float32 mean of equal rewards is not
-    exactly those rewards, and a division by their standard deviation enlarges the rest. That rest
-    must not count as a sign.
+    A division by the standard deviation of equal rewards enlarges what rounding has left of them.
+    That rest must not count as a sign.
     """
-    largest = rewards.nan_to_num(0.0).abs().amax(dim=1, keepdim=True).clamp(min=1.0)
-    distance = (rewards - rewards.nanmean(dim=1, keepdim=True)).abs()
-    return torch.where(distance < 1e-6 * largest, 0.0, advantages)
+    return torch.where(deviations_from_mean(rewards) == 0, 0.0, advantages)
+
+
+def frac_without_signal(rewards: Tensor, size: int) -> float:
+    """The share of groups that teach nothing, from the `compared_rewards` of all processes.
+
+    In such a group all rewards are equal, or fewer than two completions have one.
+    """
+    deviations = deviations_from_mean(rewards.view(-1, size))
+    return (deviations.isnan() | (deviations == 0)).all(dim=1).float().mean().item()
 
 
 def conflict_fractions(groups: dict[str, Tensor], size: int) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from trl import GRPOTrainer
 
 from gtpo import shaping
 from gtpo.hooks.completion_line import encoded
-from gtpo.hooks.groups import whole_groups
+from gtpo.hooks.groups import compared_rewards, whole_groups
 from gtpo.hooks.seams import wrap
 
 
@@ -131,7 +131,10 @@ class Recorder(TrainerCallback):
         weighted = (table * trainer.reward_weights.to(table.device)).nansum(dim=1)  # (N,)
         unscored = table.isnan().all(dim=1)  # (N,)
         rewards = torch.where(unscored, torch.nan, weighted)
-        groups = whole_groups(rollout, rewards, size, trainer.accelerator)
+        compared = compared_rewards(
+            table, trainer.reward_weights, size, trainer.multi_objective_aggregation
+        )
+        groups = whole_groups(rollout, compared, size, trainer.accelerator)
         prefix, suffix = (groups[side].sum(dim=1)[mine].tolist() for side in ("prefix", "suffix"))
         advantages, rewards = rollout["advantages"].tolist(), rewards[mine].tolist()
         table = table[mine].tolist()

@@ -506,7 +506,7 @@ class AlarmSection(Section):
     format_falling: float | None = Field(0.25, ge=0, le=1)
     """Alarm if the share of well-formed completions is more than this below its highest value."""
     no_signal: float | None = Field(0.95, ge=0, le=1)
-    """Alarm if all rewards are equal in at least this share of the groups."""
+    """Alarm if all rewards are equal or missing in at least this share of the groups."""
     truncated: float | None = Field(0.5, ge=0, le=1)
     """Alarm if at least this share of the completions reaches the maximum length."""
     non_finite: int | None = Field(3, ge=1)

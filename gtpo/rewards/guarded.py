@@ -9,6 +9,7 @@ says what happens then. Reward models (torch modules) are left to TRL.
 import asyncio
 import inspect
 import itertools
+import logging
 import math
 import threading
 from collections.abc import Callable
@@ -22,17 +23,21 @@ from trl import GRPOTrainer
 from trl.trainer.utils import get_callable_name
 
 from gtpo.errors import RecipeError
+from gtpo.hooks.groups import compared_rewards, frac_without_signal
 from gtpo.hooks.seams import wrap
 from gtpo.recipe.sections import RewardsSection
 from gtpo.rewards.failures import Failures, RewardCalls, RolloutRewards
 from gtpo.rewards.pool import CannotHandOver, RewardPool
 from gtpo.rewards.worker import ContractBroken, call_reward
 
+logger = logging.getLogger(__name__)
+
 
 class GuardedRewards(TrainerCallback):
     """Makes reward functions harmless. A trainer gets `functions`; then this is attached to it.
 
     The callback logs `reward/cannot_judge`: on how many completions a function has failed so far.
+    `reward/unscored` is the share of the rollout's completions that have no reward.
     `stopped_by` is the sentence that says why it stopped the run, None if it did not.
 
     A function that breaks TRL's contract stops the run at once, and the run is saved. In the first
@@ -62,12 +67,15 @@ class GuardedRewards(TrainerCallback):
         self._not_scored: set[int] = set()  # the same rows, or all once they are too many
         self._broken: str | None = None  # how a function broke the contract
         self._metrics: dict[str, set[str]] = {}  # by function: the metrics that it has logged
+        self._table: torch.Tensor | None = None  # (N, functions), of the last rollout
+        self._unscored_reported = False  # whether a rollout without any reward was reported
         self._lock = threading.Lock()  # asynchronous functions are called in threads
 
     def attach(self, trainer: GRPOTrainer) -> None:
         """Guard the table of rewards of `trainer`. Hooks that read the table come after this."""
         self.trainer = trainer
         wrap(trainer, "_calculate_rewards", self._calculate)
+        wrap(trainer, "_generate_and_score_completions", self._generate)
         trainer.add_callback(self)
 
     # ---- one function, on this process's part of a rollout
@@ -194,7 +202,32 @@ class GuardedRewards(TrainerCallback):
             table[:] = torch.nan
             step = self.trainer.state.global_step + 1
             self.stopped_by = f"Step {step}: the reward function {broken[0]}"
+        self._table = table
         return table
+
+    def _generate(self, generate: Callable, inputs: list) -> dict:
+        """A rollout, after which the metrics count completions and groups without a reward.
+
+        trl 1.13.0 counts a group in which nothing is scored as one with a signal.
+        """
+        # Read before the call: Unsloth leaves the model in training mode.
+        trainer, training = self.trainer, self.trainer.model.training
+        rollout = generate(inputs)
+        size = trainer.num_generations if training else trainer.num_generations_eval
+        rewards = compared_rewards(
+            self._table, trainer.reward_weights, size, trainer.multi_objective_aggregation
+        )  # (N,)
+        metrics = trainer._metrics["train" if training else "eval"]
+        metrics["reward/unscored"].append(rewards.isnan().float().mean().item())
+        metrics["frac_reward_zero_std"][-1:] = [frac_without_signal(rewards, size)]
+        if rewards.isnan().all() and not self._unscored_reported and self.stopped_by is None:
+            self._unscored_reported = True
+            logger.warning(
+                "[GTPO] Step %d: no completion of this rollout has a reward, so nothing is learned"
+                " from it; look at trainer.reward_funcs and at what they return None for",
+                trainer.state.global_step + 1,
+            )
+        return rollout
 
     def on_step_end(self, args, state, control, **kwargs):
         """Log the count of failures, and stop the run where there are too many."""

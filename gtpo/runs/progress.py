@@ -46,7 +46,7 @@ COLUMNS = (
     Column("filtered", ("gtpo/frac_filtered",), "{:.0%}", 3,
            "completions without a gradient, their entropy is above the threshold"),
     Column("no signal", ("frac_reward_zero_std",), "{:.0%}", 3,
-           "groups whose rewards are all equal"),
+           "groups whose rewards are all equal or missing"),
     Column("length", ("completions/mean_length",), "{:.0f}", 3,
            "mean tokens"),
     Column("truncated", ("completions/clipped_ratio",), "{:.0%}", 2,
