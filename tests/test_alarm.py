@@ -89,10 +89,9 @@ def test_a_condition_is_reported_again_only_after_it_had_recovered(condition):
 
 
 def test_groups_without_any_reward_are_reported_with_what_to_look_at():
-    lines = (9, {"frac_reward_zero_std": 1.0, "reward/unscored": 1.0, "reward": NAN})
-    ((_, name, said),) = raised(alarm_of(), lines)
-    assert name == "no_signal" and "trainer.reward_funcs" in said
-    assert "all rewards are equal or missing, and 100% of the completions have no reward" in said
+    ((_, name, said),) = raised(alarm_of(), (9, {"frac_reward_zero_std": 1.0, "reward": NAN}))
+    assert name == "no_signal" and said.startswith("no completion has a reward, so nothing is")
+    assert "trainer.reward_funcs" in said
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -321,7 +320,6 @@ def test_a_run_in_which_nothing_is_scored_has_no_signal_and_raises_the_alarm(
     code, history = run(here, *flags, "--alarm.window", "2", "--alarm.action", "stop")
     steps = [line for line in history if "reward" in line]
     assert [line["frac_reward_zero_std"] for line in steps] == [1.0, 1.0]
-    assert [line["reward/unscored"] for line in steps] == [1.0, 1.0]
     assert code == 3 and "alarm/no_signal" in steps[-1]
     captured = capsys.readouterr()
     said = captured.out + captured.err

@@ -85,7 +85,7 @@ class Alarm(TrainerCallback, ExportableState):
     def observe(self, logs: dict[str, float]) -> dict[str, str]:
         """Takes in one log line; returns the conditions that are new in it, with their evidence."""
         entropy = logs.get("gtpo/completion_entropy", logs.get("entropy"))
-        line = {"entropy": entropy, "unscored": logs.get("reward/unscored")}
+        line = {"entropy": entropy, "reward": logs.get("reward")}
         line |= {name: logs.get(name) for name in METRICS}
         self.lines = [*self.lines, line][-2 * self.window :]
         now = Window(self.lines[-self.window :], self.window)
@@ -197,11 +197,11 @@ def _no_signal(view: View, limit: float) -> str | None:
     share = view.now.mean("frac_reward_zero_std")
     if share is None or share < limit:
         return None
-    if unscored := view.now.mean("unscored"):
+    rewards = [line.get("reward") for line in view.now.lines]
+    if all(reward is not None and math.isnan(reward) for reward in rewards):
         return (
-            f"in {share:.0%} of the groups all rewards are equal or missing, and {unscored:.0%} of"
-            " the completions have no reward, so nothing is learned from them; look at what the"
-            " functions in trainer.reward_funcs return None for, and at reward/cannot_judge"
+            "no completion has a reward, so nothing is learned; look at what the functions in"
+            " trainer.reward_funcs return None for, and at reward/cannot_judge"
         )
     return (
         f"in {share:.0%} of the groups all rewards are equal, so nothing is learned from them; use"

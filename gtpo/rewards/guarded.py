@@ -37,7 +37,6 @@ class GuardedRewards(TrainerCallback):
     """Makes reward functions harmless. A trainer gets `functions`; then this is attached to it.
 
     The callback logs `reward/cannot_judge`: on how many completions a function has failed so far.
-    `reward/unscored` is the share of the rollout's completions that have no reward.
     `stopped_by` is the sentence that says why it stopped the run, None if it did not.
 
     A function that breaks TRL's contract stops the run at once, and the run is saved. In the first
@@ -206,7 +205,7 @@ class GuardedRewards(TrainerCallback):
         return table
 
     def _generate(self, generate: Callable, inputs: list) -> dict:
-        """A rollout, after which the metrics count completions and groups without a reward.
+        """A rollout, after which the metric of groups without signal counts those without rewards.
 
         trl 1.13.0 counts a group in which nothing is scored as one with a signal.
         """
@@ -218,7 +217,6 @@ class GuardedRewards(TrainerCallback):
             self._table, trainer.reward_weights, size, trainer.multi_objective_aggregation
         )  # (N,)
         metrics = trainer._metrics["train" if training else "eval"]
-        metrics["reward/unscored"].append(rewards.isnan().float().mean().item())
         metrics["frac_reward_zero_std"][-1:] = [frac_without_signal(rewards, size)]
         if rewards.isnan().all() and not self._unscored_reported and self.stopped_by is None:
             self._unscored_reported = True
