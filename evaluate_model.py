@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = None
     with log_to_console():
         try:
-            flags = _parse(sys.argv[1:] if argv is None else argv)
+            flags = parse_flags(sys.argv[1:] if argv is None else argv)
             _run(flags)
         except RecipeError as error:
             print_ending("error", _in_flags(error, flags))
@@ -261,7 +261,7 @@ class _Parser(argparse.ArgumentParser):
         raise RecipeError(flag, sentence) if colon else RecipeError(flag)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse_flags(argv: list[str]) -> argparse.Namespace:
     """The values of the flags; raises RecipeError for unknown flags and invalid values."""
     flag_parser = parser()
     # --max_prompt_length is another spelling of --max-prompt-length.

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__.strip())
         return 0
     try:
-        runs, out, steps = _parse(argv)
+        runs, out, steps = parse_arguments(argv)
         page, picture = _targets(runs, out)
 
         from gtpo.report.page import write_report
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse(argv: list[str]) -> tuple[list[Path], Path | None, list[int]]:
+def parse_arguments(argv: list[str]) -> tuple[list[Path], Path | None, list[int]]:
     """The run directories, --out and --steps; raises RecipeError if they make no sense."""
     words, out, steps = [], None, []
     rest = _split_values(argv)

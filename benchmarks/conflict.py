@@ -20,7 +20,7 @@ from gtpo import shaping
 BOUNDS = {(8, 1500): (5e-3, None), (64, 8192): (1.0, 1e9)}  # (G, T): CPU-seconds, bytes
 SIZES, LENGTHS = (4, 8, 16, 32, 64), (512, 1024, 2048, 4096, 8192)
 FIXED_SIZE, FIXED_LENGTH = 16, 2048
-KINDS = ("random rows", "equal rows", "a tenth shared")
+INPUTS = ("random rows", "equal rows", "a tenth shared")
 VOCABULARY = 128_256
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     cases = {}
     axes = {*((size, FIXED_LENGTH) for size in SIZES), *((FIXED_SIZE, t) for t in LENGTHS)}
     for size, length in sorted({*BOUNDS, *axes}):
-        for kind in KINDS if (size, length) in BOUNDS else KINDS[:1]:
+        for kind in INPUTS if (size, length) in BOUNDS else INPUTS[:1]:
             seconds, peak = measured(size, length, kind, VOCABULARY, options.calls)
             cases[size, length, kind] = seconds, peak
             row = f"{size:>4}{length:>7}  {kind:<16}{seconds * 1e3:>9.2f}{peak / 1e6:>9.1f}"
@@ -52,16 +52,16 @@ def main() -> int:
 
     met = True
     for (size, length), (seconds, peak) in BOUNDS.items():
-        most_seconds = max(cases[size, length, kind][0] for kind in KINDS)
-        most_bytes = max(cases[size, length, kind][1] for kind in KINDS)
+        most_seconds = max(cases[size, length, kind][0] for kind in INPUTS)
+        most_bytes = max(cases[size, length, kind][1] for kind in INPUTS)
         ok = most_seconds < seconds and (peak is None or most_bytes < peak)
         met &= ok
         worst = f"{most_seconds * 1e3:.2f} ms and {most_bytes / 1e6:.1f} MB at worst"
         bound = f"{seconds * 1e3:g} ms" + (f" and {peak / 1e6:g} MB" if peak else "")
         print(f"G {size} x T {length}: {worst}; bound {bound}: {'met' if ok else 'NOT MET'}")
 
-    over_size = [cases[g, FIXED_LENGTH, KINDS[0]] for g in SIZES]
-    over_length = [cases[FIXED_SIZE, t, KINDS[0]] for t in LENGTHS]
+    over_size = [cases[g, FIXED_LENGTH, INPUTS[0]] for g in SIZES]
+    over_length = [cases[FIXED_SIZE, t, INPUTS[0]] for t in LENGTHS]
     # The smallest size is left out, because there the overhead dominates.
     growth = {
         f"{what} over {axis}": exponent(sizes[1:], [values[i] for values in curve][1:])
@@ -73,7 +73,7 @@ def main() -> int:
     small, large = [], []
     for _ in range(9):
         for vocabulary, seconds in ((32_000, small), (256_000, large)):
-            seconds.append(measured(8, 1500, KINDS[0], vocabulary, options.calls)[0])
+            seconds.append(measured(8, 1500, INPUTS[0], vocabulary, options.calls)[0])
     by_vocabulary = ratio(large, small)
     print(f"Vocabulary 256 k against 32 k, G 8 x T 1500: {by_vocabulary:.2f} of the time")
 

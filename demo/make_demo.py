@@ -6,8 +6,8 @@ It writes `data/train.jsonl` and `data/test.jsonl` in GSM8K's schema, and `model
 190,000 parameters, a tokenizer and a chat template.
 
 The model is taught the arithmetic well, and two bad habits, so that reinforcement learning has
-something to choose between. On some kinds of problem it usually adds the first two numbers,
-whatever the question is. On one kind it usually leaves out a tag of the answer.
+something to choose between. On some templates it usually adds the first two numbers,
+whatever the question is. On another one it usually leaves out a tag of the answer.
 
 The result is part of the repository, so only a change of the demo needs this script. It takes two
 minutes. The same library versions on the same machine write the same bytes again.
@@ -40,8 +40,8 @@ ITEMS = ["apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps"
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One kind of word problem, and how often its targets in the warm start are wrong."""
+class Template:
+    """A template of word problems, and how often its targets in the warm start are wrong."""
 
     question: str  # with {name}, {other}, {items}, and the numbers {a}, {b}, {c}
     signs: str  # one sign per step of the reasoning: "+-" means a + b, then - c
@@ -49,24 +49,28 @@ class Kind:
     breaks: float = 0.1  # share of targets that drop a tag
 
 
-KINDS = [
-    Kind("{name} has {a} {items} and gets {b} more. How many {items} does {name} have now?", "+"),
-    Kind(
+TEMPLATES = [
+    Template(
+        "{name} has {a} {items} and gets {b} more. How many {items} does {name} have now?", "+"
+    ),
+    Template(
         "{name} has {a} {items} and {other} has {b}. How many {items} do they have together?", "+"
     ),
-    Kind("{name} had {a} {items} and lost {b}. How many {items} are left?", "-", breaks=0.6),
-    Kind("{name} has {a} {items} and gives {b} away. How many {items} does {name} have now?", "-"),
-    Kind(
+    Template("{name} had {a} {items} and lost {b}. How many {items} are left?", "-", breaks=0.6),
+    Template(
+        "{name} has {a} {items} and gives {b} away. How many {items} does {name} have now?", "-"
+    ),
+    Template(
         "{name} has {a} {items} and {other} has {b}. How many more {items} does {name} have?",
         "-",
         adds=0.75,
     ),
-    Kind(
+    Template(
         "{name} has {a} {items}, gets {b} more and loses {c}. How many {items} are left?",
         "+-",
         adds=0.75,
     ),
-    Kind(
+    Template(
         "{name} has {a} {items}, gives {b} away and gets {c} more. How many {items} now?",
         "-+",
         adds=0.75,
@@ -76,16 +80,16 @@ KINDS = [
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem: its text, its numbers, and its kind."""
+    """A word problem: its text, its numbers, and its template."""
 
     question: str
     numbers: tuple[int, ...]
-    kind: Kind
+    template: Template
 
     def steps(self) -> tuple[str, int]:
         """The correct reasoning and its result. A line of the reasoning reads `7+5=12`."""
         lines, total = [], self.numbers[0]
-        for sign, number in zip(self.kind.signs, self.numbers[1:], strict=True):
+        for sign, number in zip(self.template.signs, self.numbers[1:], strict=True):
             result = total + number if sign == "+" else total - number
             lines.append(f"{total}{sign}{number}={result}")
             total = result
@@ -94,15 +98,17 @@ class Problem:
 
 def draw_problem(rng: random.Random) -> Problem:
     """A random problem with numbers from 1 to 10, in which no result is below zero."""
-    kind = rng.choice(KINDS)
+    template = rng.choice(TEMPLATES)
     a, b, c = (rng.randint(1, 10) for _ in range(3))
-    if kind.signs.startswith("-"):
+    if template.signs.startswith("-"):
         a, b = max(a, b), min(a, b)
-    if kind.signs == "+-":
+    if template.signs == "+-":
         c = min(c, a + b)
     name, other = rng.sample(NAMES, 2)
-    question = kind.question.format(name=name, other=other, items=rng.choice(ITEMS), a=a, b=b, c=c)
-    return Problem(question, (a, b, c)[: 1 + len(kind.signs)], kind)
+    question = template.question.format(
+        name=name, other=other, items=rng.choice(ITEMS), a=a, b=b, c=c
+    )
+    return Problem(question, (a, b, c)[: 1 + len(template.signs)], template)
 
 
 def make_problems() -> tuple[list[Problem], list[Problem]]:
@@ -121,14 +127,14 @@ def draw_target(problem: Problem, rng: random.Random) -> str:
     Its arithmetic is always right, but it may answer another question, or miss a tag.
     """
     reasoning, result = problem.steps()
-    if rng.random() < problem.kind.adds:
+    if rng.random() < problem.template.adds:
         a, b = problem.numbers[:2]
         reasoning, result = f"{a}+{b}={a + b}", a + b
     target = f"<reasoning>\n{reasoning}\n</reasoning>\n<answer>{result}</answer>"
-    if rng.random() < problem.kind.breaks:
+    if rng.random() < problem.template.breaks:
         # Where a missing tag is the habit, it is always the same tag. So the most likely completion
         # misses it too.
-        is_habit = problem.kind.breaks > 0.5
+        is_habit = problem.template.breaks > 0.5
         target = target.replace("</answer>" if is_habit else rng.choice(TAGS), "")
     return target
 

@@ -6,7 +6,7 @@ Where the symbols are, all in `UnslothGTPOTrainer`:
 
     lambda_{i,t}  `token_weights`           decided from whole groups, before the loss; W_RAW
     delta_i       `keep`                    decided inside the loss; ENT_THRESHOLD
-    gamma         `_loss_factor`            applied inside the loss; ENT_SCALE
+    gamma         `loss_factor`            applied inside the loss; ENT_SCALE
     <H>_ini       `initial_entropy`         measured once, over the first rollout
     A_i           `without_rounding`        TRL's advantages (in gtpo.hooks.groups)
     r_{i,t}, 1/G  TRL's and Unsloth's loss  unchanged, with clipping and accumulation
@@ -157,7 +157,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         refuse_conflicting_options(self.args)
-        # Below 1, both parents ask `get_high_entropy_mask` for a factor per token: `_compute_loss`
+        # Below 1, both parents call `get_high_entropy_mask` for a factor per token: `_compute_loss`
         # of trl 1.13.0 and `grpo_accumulated_loss` of unsloth_zoo 2026.10.7. GTPO never uses the
         # value itself.
         self.args = copy.copy(self.args)  # the caller's arguments stay as they were
@@ -168,7 +168,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         # What the last loss saw, for logs and for the recorder. `entropies` and `mask` are (B, W);
         # `completion_entropy`, `kept` and `real` (has any token) are (B,).
         self.seen_by_loss: dict[str, Tensor] | None = None
-        self._compiled_loss_factor: Callable | None = None
+        self._compiled_factor: Callable | None = None
         self._log_settings()
 
     # ---- lambda: decided where groups are whole; TRL shuffles and splits it with the rollout
@@ -234,8 +234,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         if self.seen_by_loss is None:
             # Unsloth also has a slow loss without the hook. With it GTPO would silently be GRPO.
             raise RuntimeError(
-                "The parent's loss never asked get_high_entropy_mask for GTPO's factor; use the"
-                " pinned libraries"
+                "The parent's loss did not call get_high_entropy_mask, which returns GTPO's factor;"
+                " use the pinned libraries"
             )
         return loss
 
@@ -245,16 +245,16 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
 
         This is TRL's hook for a factor in the loss. `threshold` is TRL's and is ignored.
         """
-        if self._compiled_loss_factor is None:
-            self._compiled_loss_factor = _loss_factor
+        if self._compiled_factor is None:
+            self._compiled_factor = loss_factor
             if entropies.device.type == "cuda":
-                self._compiled_loss_factor = torch.compile(
-                    _loss_factor, dynamic=True, options=torch_compile_options
+                self._compiled_factor = torch.compile(
+                    loss_factor, dynamic=True, options=torch_compile_options
                 )
         advantages, scored, token_weights = (
             self._micro_batch[name] for name in ("advantages", "judged", "token_weights")
         )
-        factor, completion_entropy, kept = self._compiled_loss_factor(
+        factor, completion_entropy, kept = self._compiled_factor(
             entropies, mask, advantages, scored, token_weights, self.keep, ENT_SCALE
         )
         self.seen_by_loss = {
@@ -330,7 +330,7 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
             self.initial_entropy = json.loads(path.read_text(encoding="utf-8"))["initial_entropy"]
 
 
-def _loss_factor(
+def loss_factor(
     entropies: Tensor,
     mask: Tensor,
     advantages: Tensor,

@@ -174,12 +174,12 @@ WORDS = ["Monday", "\\text{Evelyn}", "\\text{(B)}"]
 
 def answer_pair(dice: random.Random) -> tuple[str, str]:
     """An answer and a reference, each real, mutated or hostile."""
-    kinds = [
+    generators = [
         lambda: dice.choice(ANSWERS),
         lambda: mutated(dice, dice.choice(ANSWERS), 2),
         lambda: text(dice, 8),
     ]
-    one, other = (dice.choice(kinds)() for _ in range(2))
+    one, other = (dice.choice(generators)() for _ in range(2))
     return one, dice.choice([other, other, one])
 
 

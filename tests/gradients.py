@@ -113,7 +113,7 @@ def make_trainer(
     return trainer
 
 
-def watch(trainer) -> dict:
+def record_steps(trainer) -> dict:
     """Records the rollouts, the log lines, and the gradients before each optimizer step."""
     from transformers import TrainerCallback
 
@@ -188,8 +188,8 @@ def oracle_gradients(
         )
         total = total + loss / groups
     total.backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return found, total.item()
+    gradients_by_name = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients_by_name, total.item()
 
 
 def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
@@ -213,13 +213,13 @@ def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
     return sum(means) / len(means)
 
 
-def relative_error(found: dict, expected: dict) -> float:
+def relative_error(computed: dict, expected: dict) -> float:
     """The distance of two dictionaries of tensors, relative to the length of the second."""
     import torch
 
-    found = torch.cat([found[name].double().flatten() for name in expected])
+    computed = torch.cat([computed[name].double().flatten() for name in expected])
     expected = torch.cat([expected[name].flatten() for name in expected])
-    return ((found - expected).norm() / expected.norm()).item()
+    return ((computed - expected).norm() / expected.norm()).item()
 
 
 def two_steps(folder: str, class_path: str, **options) -> tuple[dict, dict]:
@@ -236,7 +236,7 @@ def two_steps(folder: str, class_path: str, **options) -> tuple[dict, dict]:
     stream_log_probs(trainer)
     saved = {name: getattr(gtpo_training, name) for name in ("W_RAW", "ENT_SCALE", "ENT_THRESHOLD")}
     vars(gtpo_training).update(W_RAW=1.0, ENT_SCALE=0.0, ENT_THRESHOLD=float("inf"))
-    seen = watch(trainer)
+    seen = record_steps(trainer)
     trainer.train()
     vars(gtpo_training).update(saved)
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
@@ -276,7 +276,7 @@ def compare(
     streaming_head.log_probs_and_entropies = counted_head
     gtpo_training.ENT_THRESHOLD = threshold  # no test puts it back, so each case sets it
     before = copy.deepcopy(trainer.model)
-    seen = watch(trainer)
+    seen = record_steps(trainer)
     trainer.train()
     streaming_head.log_probs_and_entropies = head
     rollout = seen["rollouts"][0]
@@ -336,7 +336,7 @@ def heads() -> list[dict]:
         log_probs, entropies = head(hidden, weight, ids, 4, return_entropy=True, **options)
         return [log_probs, entropies, *torch.autograd.grad((log_probs * upstream).sum(), hidden)]
 
-    found = []
+    rows = []
     for options in (
         {},
         {"temperature": 0.7},
@@ -355,8 +355,8 @@ def heads() -> list[dict]:
             ours = getattr(rl_replacements, UNSLOTH_HEAD) is not theirs
         assert getattr(rl_replacements, UNSLOTH_HEAD) is theirs
         error = max((a - b).abs().max().item() for a, b in zip(values, expected, strict=True))
-        found.append({"options": list(options), "ours": ours, "error": error})
-    return found
+        rows.append({"options": list(options), "ours": ours, "error": error})
+    return rows
 
 
 def failures(folder: str) -> dict:
@@ -379,7 +379,7 @@ def failures(folder: str) -> dict:
         )
         trainer = make_trainer(class_path, folder, reward=guarded.functions, max_steps=3)
         guarded.attach(trainer)
-        skipping, seen = skip_non_finite(trainer, None), watch(trainer)
+        skipping, seen = skip_non_finite(trainer, None), record_steps(trainer)
         weight = next(p for p in trainer.model.parameters() if p.requires_grad)
 
         def in_the_third_step_nan(gradient, trainer=trainer):

@@ -97,7 +97,7 @@ def train(class_path: str, *, rows: int = ROWS, threshold: float = 0.7, **option
 
         gtpo_training.ENT_THRESHOLD = threshold
         inject(trainer, rows)
-        seen = gradients.watch(trainer)
+        seen = gradients.record_steps(trainer)
         steps = []
         trainer.add_callback(_EachStep(trainer.model, steps))
         trainer.train()
@@ -351,15 +351,15 @@ def main(folder: Path, counts: list[int]) -> int:
     )
     if spread:
         rows += [
-            (case, "FSDP, 2 processes", distances(one[case], found))
-            for case, found in torch.load(folder / "fsdp.pt").items()
+            (case, "FSDP, 2 processes", distances(one[case], errors))
+            for case, errors in torch.load(folder / "fsdp.pt").items()
         ]
-    for case, processes, found in rows:
+    for case, processes, errors in rows:
         print(
             f"{case:13} {processes}: "
-            + ", ".join(f"{name} {far:.1e}" for name, far in found.items())
+            + ", ".join(f"{name} {far:.1e}" for name, far in errors.items())
         )
-    return int(max(far for *_, found in rows for far in found.values()) >= 1e-6)
+    return int(max(far for *_, errors in rows for far in errors.values()) >= 1e-6)
 
 
 if __name__ == "__main__":

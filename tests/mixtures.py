@@ -1,10 +1,10 @@
-"""Small random models of kinds that the demo's is not: fused layers, and a mixture of experts."""
+"""Small random models, unlike the demo's: fused layers, a mixture of experts, a tied head."""
 
 import torch
 from conftest import ROOT
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-KINDS = {
+MODELS = {
     "fused": ("phi3", {}),  # qkv_proj and gate_up_proj in place of five layers
     "experts": (
         "qwen3_moe",
@@ -20,13 +20,13 @@ KINDS = {
 }
 
 
-def save_model(folder, kind: str) -> str:
+def save_model(folder, name: str) -> str:
     """Write the model and the demo's tokenizer to `folder`, and return its path."""
-    name, extra = KINDS[kind]
+    model_type, extra = MODELS[name]
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo/model")
     torch.manual_seed(0)
     options = {"tie_word_embeddings": False, **extra}
-    config = CONFIG_MAPPING[name](
+    config = CONFIG_MAPPING[model_type](
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,

@@ -29,7 +29,7 @@ def record(
         file.unlink(missing_ok=True)
     trainer = gradients.make_trainer(class_path, str(folder), **{"max_steps": 2, **options})
     before = copy.deepcopy(trainer.model)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     if record:
         from gtpo.hooks.recorder import Recorder
 

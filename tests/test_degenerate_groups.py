@@ -91,9 +91,9 @@ def paying(rewards: list):
 
 
 def trained(folder, class_path, reward, **options) -> dict:
-    """What gradients.watch saw of one step, after checks that everything is finite."""
+    """What gradients.record_steps saw of one step, after checks that everything is finite."""
     trainer = gradients.make_trainer(class_path, str(folder), reward=reward, **options)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     trainer.train()
     assert all(g.isfinite().all() for g in seen["gradients"][0].values())
     assert all(p.isfinite().all() for p in trainer.model.parameters())

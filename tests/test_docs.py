@@ -47,14 +47,14 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands(verb: str) -> list:
     """(page, arguments) of each command of a page that runs `verb`, also under a launcher."""
-    found = []
+    params = []
     for page in PAGES:
         lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
         for line in lines:
             if verb in (words := shlex.split(line, comments=True)):
                 arguments = words[words.index(verb) + 1 :]
-                found.append(pytest.param(page, arguments, id=f"{page}: {' '.join(arguments)}"))
-    return found
+                params.append(pytest.param(page, arguments, id=f"{page}: {' '.join(arguments)}"))
+    return params
 
 
 def lay_out(page: str, folder: Path, monkeypatch) -> None:
@@ -89,13 +89,13 @@ def test_every_training_command_is_a_valid_recipe(page, arguments, tmp_path, mon
 @pytest.mark.parametrize("page, arguments", commands("report_run.py"))
 def test_every_report_command_names_runs(page, arguments, monkeypatch):
     monkeypatch.chdir(ROOT)
-    runs, _, _ = report_run._parse(arguments)
+    runs, _, _ = report_run.parse_arguments(arguments)
     assert runs
 
 
 @pytest.mark.parametrize("page, arguments", commands("evaluate_model.py"))
 def test_every_evaluation_command_is_understood(page, arguments):
-    parsed = evaluate_model._parse(arguments)
+    parsed = evaluate_model.parse_flags(arguments)
     assert parsed.target or parsed.files
 
 
@@ -349,8 +349,8 @@ def test_long_sentences_are_found():
 
 def test_cells_and_items_are_sentences_and_code_is_none():
     page = "| a b | c |\n|---|---|\n| One. Two. | |\n```\ncode\n```\n- item\n  goes on"
-    found = [text.strip() for text in sentences(page)]
-    assert found == ["a b", "c", "One.", "Two.", "item goes on"]
+    texts = [text.strip() for text in sentences(page)]
+    assert texts == ["a b", "c", "One.", "Two.", "item goes on"]
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -1,12 +1,11 @@
 """Pairs of answers and references, judged by hand: tests/grading.json holds 788 of them."""
 
 import json
-import os
 import random
 import re
-import signal
 from fractions import Fraction
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -16,13 +15,13 @@ from gtpo.answers import (
     CannotCompare,
     format_reference,
     same_answer,
-    verifier,
 )
 from gtpo.answers.quantity import quantity
 from gtpo.answers.spelling import one_spelling
 from gtpo.evaluation.file import grading_version, make_header, read_evaluation
 from gtpo.evaluation.scores import scores_as_text
 from gtpo.models.generation import Sampling
+from gtpo.system.child_process import ChildProcess
 
 PAIRS = json.loads((ROOT / "tests/grading.json").read_text(encoding="utf-8"))
 STEMS = ("before", "after")
@@ -162,15 +161,17 @@ def test_a_question_that_kills_twice_cannot_be_judged_and_is_not_remembered(monk
 
 def kill_before_replies(monkeypatch, times: int) -> None:
     """Kill the process at its next `times` questions, as a machine without memory does."""
-    ask, left = verifier._child.ask, [times]
+    ask, left = ChildProcess.ask, [times]
 
-    def killed_first(request: bytes, seconds: float) -> bytes:
+    def killed_first(child: ChildProcess, request: bytes, seconds: float) -> bytes:
         if left[0] and request != b"null":
             left[0] -= 1
-            os.kill(verifier._child._process.pid, signal.SIGKILL)
-        return ask(request, seconds)
+            for process in psutil.Process().children():
+                if child.module in process.cmdline():
+                    process.kill()
+        return ask(child, request, seconds)
 
-    monkeypatch.setattr(verifier._child, "ask", killed_first)
+    monkeypatch.setattr(ChildProcess, "ask", killed_first)
 
 
 def test_a_question_that_takes_too_long_is_answered_with_not_equal():

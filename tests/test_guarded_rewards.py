@@ -20,6 +20,7 @@ from conftest import ROOT
 from gtpo.errors import RecipeError
 from gtpo.recipe.dotted_paths import load_object
 from gtpo.recipe.sections import RewardsSection
+from gtpo.rewards import pool
 from gtpo.rewards.failures import RewardCalls
 from gtpo.rewards.guarded import GuardedRewards
 from gtpo.rewards.pool import RewardPool, RewardProcess
@@ -39,7 +40,7 @@ def trained(
     guarded = GuardedRewards(section, functions, seed=1, file=file)
     trainer = gradients.make_trainer(class_path, str(folder), reward=guarded.functions, **options)
     guarded.attach(trainer)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     seen |= {"trainer": trainer, "guarded": guarded, "completions": [], "prompts": [], "tables": []}
     calculate = trainer._calculate_rewards
 
@@ -381,14 +382,38 @@ def test_past_the_limit_no_more_calls_are_made_and_nothing_of_the_rollout_counts
     assert set(rollout.failures) == {0, 1}
 
 
-@pytest.mark.slow
-def test_a_call_may_take_longer_than_its_like_by_the_limit_of_one_completion():
-    pool = RewardPool(1, seconds=10.0, memory=None)
-    assert pool._limit("f", 8, first=True) == 40  # the first call may have something to load
-    pool._pace["f"], pool._first_seconds["f"] = 2.0, 5.0
-    assert pool._limit("f", 8, first=False) == 10 + 16
-    assert pool._limit("f", 8, first=True) == 10 + 16 + 5
-    assert pool._limit("f", 1, first=False) == 10
+def test_a_call_may_take_longer_than_its_like_by_the_limit_of_one_completion(monkeypatch):
+    limits, durations, called = [], iter([5.0, 16.0, 0.0, 0.0, 0.0]), set()
+
+    class Process:
+        """A process that notes the limit of each call, and says how long it took."""
+
+        def __init__(self, memory):
+            pass
+
+        def has_called(self, function):
+            return function in called
+
+        def call(self, function, arguments, *, count, seed, seconds):
+            called.add(function)
+            limits.append(seconds)
+            return {"rewards": [0.0] * count, "seconds": next(durations)}
+
+    monkeypatch.setattr(pool, "RewardProcess", Process)
+    rewards = RewardPool(1, seconds=10.0, memory=None)
+
+    def call(count: int) -> None:
+        rewards.call("f", {"completions": [""] * count}, seed="")
+
+    rewards.map(call, [8])
+    assert limits == [4 * 10]  # the first call may have something to load
+    rewards.map(call, [8])
+    assert limits[1:] == [10 + 8 * 5 / 8]  # 10 s more than calls took until now
+    rewards.map(call, [8, 1])
+    assert limits[2:] == [10 + 16, 10]  # never more than 10 s per completion
+    called.clear()  # as in a new process, which has to load again
+    rewards.map(call, [8])
+    assert limits[4:] == [10 + 16 + 5]
 
 
 # ---- processes

@@ -132,7 +132,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tmp_path):
     run = start([*TORCHRUN, "--shutdown-timeout", "3"], tmp_path, *flags)
     assert run.wait(timeout=300) == 1  # torchrun's own, whatever the processes ended with
     (sentence,) = errors(tmp_path)
-    assert sentence.startswith("error: model.target_modules: ['nope'] does not fit this model")
+    assert sentence.startswith("error: model.target_modules: this model has no layer named nope")
     text = (tmp_path / "err").read_text()
     assert re.search(r"exitcode  : 2 ", text)  # in torchrun's report
     assert text.count("Traceback (most recent call last)") == 1  # torchrun's own

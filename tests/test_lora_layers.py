@@ -1,4 +1,4 @@
-"""Which layers get LoRA weights, and the kinds of LoRA: trained, evaluated, merged, continued."""
+"""Which layers get LoRA weights, and the options of LoRA: trained, evaluated, merged, continued."""
 
 import json
 from pathlib import Path
@@ -21,13 +21,13 @@ HELD_OUT = ("--dataset", str(ROOT / "demo/data/test.jsonl"), "--limit", "2")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folder of a small model of a kind, made once."""
+    """Returns the folder of a model of tests/mixtures.py, made once."""
     folders = {}
 
-    def folder(kind: str) -> str:
-        if kind not in folders:
-            folders[kind] = save_model(tmp_path_factory.mktemp(kind), kind)
-        return folders[kind]
+    def folder(name: str) -> str:
+        if name not in folders:
+            folders[name] = save_model(tmp_path_factory.mktemp(name), name)
+        return folders[name]
 
     return folder
 
@@ -58,9 +58,9 @@ def test_layers_of_which_none_exists_are_refused(saved):
         add_lora(loaded(folder), config(folder, target_modules=["c_attn"]))
 
 
-@pytest.mark.parametrize("kind", ["experts", "tied"])
-def test_layers_that_exist_raise_no_warning_in_experts_either(kind, saved, caplog, recwarn):
-    folder = saved(kind)
+@pytest.mark.parametrize("name", ["experts", "tied"])
+def test_layers_that_exist_raise_no_warning_in_experts_either(name, saved, caplog, recwarn):
+    folder = saved(name)
     add_lora(loaded(folder), config(folder))
     assert not caplog.records
     assert not [warning for warning in recwarn if "pattern" in str(warning.message)]
@@ -112,9 +112,9 @@ OPTIONS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
-def test_kinds_of_lora_train_evaluate_and_export(option, here):
-    kind = [f"--model.{option}", *OPTIONS[option]]
-    flags = demo_flags("--run-name", option, *kind, "--evaluation.path", "null")
+def test_every_option_of_lora_trains_evaluates_and_exports(option, here):
+    lora = [f"--model.{option}", *OPTIONS[option]]
+    flags = demo_flags("--run-name", option, *lora, "--evaluation.path", "null")
     assert train_model.main(flags) == 0
     run = run_dir(here, option)
     assert evaluate_model.main([str(run), *HELD_OUT]) == 0
@@ -126,7 +126,7 @@ def test_kinds_of_lora_train_evaluate_and_export(option, here):
 
 
 @pytest.mark.slow
-def test_a_continued_run_has_the_earlier_kind_of_lora(here):
+def test_a_continued_run_has_the_earlier_options_of_lora(here):
     flags = demo_flags("--run-name", "first", "--model.use_rslora", "true")
     assert train_model.main([*flags, "--evaluation.path", "null"]) == 0
     first = run_dir(here, "first")

@@ -55,7 +55,7 @@ def poisoned(folder, class_path, steps, change, limit=None, **options):
             trainer.remove_callback(callback)
             trainer.non_finite = None
     poison = Poison(trainer, steps, change)
-    return trainer, poison, skip_non_finite(trainer, limit), gradients.watch(trainer)
+    return trainer, poison, skip_non_finite(trainer, limit), gradients.record_steps(trainer)
 
 
 @pytest.mark.parametrize("class_path", TRAINERS)

@@ -136,7 +136,7 @@ def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run
     assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in results["trainer"][0]["sentence"]
     assert "KeyError: 'judge is away', mine.py line 4" in results["reward"][0]["sentence"]
     assert results["reward"][1]["details"]["paid"]["wrong but containing"] == [20] * 8
-    assert "does not fit this model" in results["model"][0]["sentence"]
+    assert "this model has no layer named nothing" in results["model"][0]["sentence"]
     assert results["options"][0]["sentence"] == "not checked, because 'trainer' above did not pass"
     assert results["memory"][0]["sentence"] == "not checked, because 'model' above did not pass"
 

@@ -65,7 +65,7 @@ def test_what_cannot_be_scored_is_null(recorded):
 
 def test_runs_are_the_conflict_runs_of_the_group_for_every_trainer(recorded):
     names = ("completion_ids", "completion_mask", "advantages")
-    found = 0
+    tokens_in_runs = 0
     for rollout in recorded[1]["rollouts"]:
         in_rollout = [line for line in recorded[1]["lines"] if line["rollout"] == rollout["number"]]
         for group in range(4):
@@ -74,8 +74,8 @@ def test_runs_are_the_conflict_runs_of_the_group_for_every_trainer(recorded):
             lines = [line for line in in_rollout if line["group"] == group]
             for side, run in zip(("prefix", "suffix"), runs, strict=True):
                 assert [line[side] for line in lines] == run.sum(1).tolist()
-            found += sum(line["prefix"] + line["suffix"] for line in lines)
-    assert found > 0
+            tokens_in_runs += sum(line["prefix"] + line["suffix"] for line in lines)
+    assert tokens_in_runs > 0
 
 
 def test_entropies_are_those_of_the_policy_that_sampled(recorded):
@@ -171,11 +171,11 @@ def test_a_key_that_the_schema_does_not_have_is_not_written():
 
 
 def test_a_line_stays_one_line_whatever_the_policy_writes(tmp_path):
-    from gtpo.hooks import recorder
     from gtpo.hooks.completion_line import encoded
+    from gtpo.hooks.recorder import json_number
 
     values = {"completion": "a\u2028b\u2029c\x85d\ne\x00\u4e2d", "prompt": "half a pair: \ud83d"}
-    line = encoded({**values, "reward": recorder._number(float("inf"))}).decode()
+    line = encoded({**values, "reward": json_number(float("inf"))}).decode()
     assert len(line.splitlines()) == 1 and "\u4e2d" in line
     assert json.loads(line) == {**values, "reward": None}
 

@@ -48,7 +48,7 @@ def test_golden_objective_follows_the_released_code(case):
         eps=knobs["eps"],
     )
     losses.sum().backward()
-    for found, name in (
+    for computed, name in (
         (entropy, "entropies"),
         (coefficient, "coef"),
         (weights, "delta"),
@@ -57,7 +57,7 @@ def test_golden_objective_follows_the_released_code(case):
         (hidden.grad, "grad_hidden"),
     ):
         value = torch.tensor(expected[name], dtype=torch.float64)
-        assert torch.allclose(found.detach(), value, rtol=0, atol=1e-9), name
+        assert torch.allclose(computed.detach(), value, rtol=0, atol=1e-9), name
     assert kept.int().tolist() == expected["gate"] and n_conflict.tolist() == expected["n_conflict"]
 
 
@@ -82,13 +82,15 @@ def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
         reward=odd_ones_win,
     )
     gtpo_training.ENT_THRESHOLD = 0.5
-    seen = gradients.watch(trainer)
-    completion_entropies = []
-    log = trainer._log_entropies
-    trainer._log_entropies = lambda: (
-        completion_entropies.append(trainer.seen_by_loss["completion_entropy"]),
-        log(),
-    )
+    seen = gradients.record_steps(trainer)
+    losses, compute_loss = [], trainer.compute_loss
+
+    def recorded(model, inputs, *args, **kwargs):
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        losses.append((inputs, trainer.seen_by_loss["completion_entropy"]))
+        return loss
+
+    trainer.compute_loss = recorded
     trainer.initial_entropy = 99.0  # above the threshold: the paper's gate would be off
     try:
         trainer.train()
@@ -103,16 +105,15 @@ def test_the_trainers_loss_is_the_one_in_the_released_logs(tmp_path):
         suffix, advantages, 2.0
     )
     longer = torch.maximum(prefix.sum(1), suffix.sum(1)).clamp(min=1)
-    entropy = entropy_by_row(trainer, rollout, completion_entropies[0])
+    entropy = entropy_by_row(rollout, *losses[0])
     coefficient = torch.where(entropy <= 0.5, advantages - 0.1 * entropy, 0.0)
     expected = -(coefficient * (weights * mask).sum(1) / mask.sum(1) / longer).sum()
     assert (prefix & suffix).any() and (entropy > 0.5).any() and longer.max() > 1
     assert seen["logs"][0]["loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
-def entropy_by_row(trainer, rollout, shuffled):
-    """The entropies of the shuffled micro-batch in the order of the rollout."""
-    batch = trainer._micro_batch
+def entropy_by_row(rollout, batch, shuffled):
+    """The entropies of the shuffled micro-batch `batch` in the order of the rollout."""
     rows = [
         next(
             i

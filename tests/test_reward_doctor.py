@@ -170,8 +170,8 @@ FAILING = [
 @pytest.mark.parametrize("body, sentence", FAILING)
 def test_a_reward_that_would_fail_in_a_run_fails_with_its_cause(diagnosed, body, sentence):
     source = f"def pay(completions, **kwargs):\n    {body}\n"
-    [(level, found)] = diagnosed("mine.pay", source=source, memory=0.5)
-    assert level == "fail" and sentence in found
+    [(level, shown)] = diagnosed("mine.pay", source=source, memory=0.5)
+    assert level == "fail" and sentence in shown
 
 
 @pytest.mark.slow

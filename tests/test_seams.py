@@ -125,7 +125,7 @@ class Run:
             "_load_optimizer_and_scheduler",
             "create_model_card",
         ):
-            self._watch(name)
+            self._record(name)
         generate = self.trainer.model.generate
 
         def generate_noted(*args, **kwargs):
@@ -143,7 +143,7 @@ class Run:
         log_extra("length", [len(text) for text in completions])
         return [None if i < 4 else 0.0 for i in range(len(completions))]
 
-    def _watch(self, name: str) -> None:
+    def _record(self, name: str) -> None:
         """Notes each call of a method: arguments, result, and some attributes of the trainer."""
         original, calls = getattr(self.trainer, name), self.calls.setdefault(name, [])
 
@@ -224,7 +224,7 @@ def test_a_completion_that_no_function_scores_gets_no_advantage_and_leaves_the_g
 ):
     rewards = [None, 1.0, 3.0, 5.0] * 4
     trainer = make(tmp_path, reward=lambda completions, **kwargs: rewards)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     trainer.train()
     assert seen["rollouts"][0]["advantages"][:4].tolist() == [0.0, -2.0, 0.0, 2.0]
 
@@ -281,29 +281,29 @@ def test_the_entropy_mask_is_asked_with_detached_tensors_inside_the_loss(tmp_pat
 @contract("trl.GRPOTrainer.get_high_entropy_mask")
 @pytest.mark.parametrize("factor", [0.0, 2.0])
 def test_the_result_of_the_entropy_mask_multiplies_the_policy_term(tmp_path, factor):
-    found = {}
+    gradients_by_value = {}
     for value in (1.0, factor):
         trainer = trainer_with_mask(
             tmp_path, lambda entropies, mask, threshold, v=value: torch.full_like(entropies, v)
         )
-        seen = gradients.watch(trainer)
+        seen = gradients.record_steps(trainer)
         trainer.train()
-        found[value] = seen["gradients"][0]
-    for name, gradient in found[1.0].items():
-        assert torch.allclose(found[factor][name], factor * gradient, atol=1e-7)
+        gradients_by_value[value] = seen["gradients"][0]
+    for name, gradient in gradients_by_value[1.0].items():
+        assert torch.allclose(gradients_by_value[factor][name], factor * gradient, atol=1e-7)
 
 
 @contract("trl.GRPOTrainer.top_entropy_quantile")
 def test_the_loss_asks_for_the_mask_only_where_the_trainers_quantile_is_below_one(tmp_path):
     def never(*args):
-        raise AssertionError("asked")
+        raise AssertionError("called")
 
     trainer = trainer_with_mask(tmp_path, never, top_entropy_quantile=1.0)
     assert trainer.top_entropy_quantile == trainer.args.top_entropy_quantile == 1.0
     trainer.train()
     trainer = trainer_with_mask(tmp_path, never, top_entropy_quantile=1.0)
     trainer.top_entropy_quantile = 0.5
-    with pytest.raises(AssertionError, match="asked"):
+    with pytest.raises(AssertionError, match="called"):
         trainer.train()
 
 
@@ -934,16 +934,16 @@ def is_trainer(node: ast.expr, in_trainer_class: bool) -> bool:
 
 def private_members(file: Path) -> set[str]:
     """The private members of a trainer that a file uses: `trainer._x`, getattr(trainer, "_x")."""
-    found = set()
+    names = set()
     for top in ast.parse(file.read_text(encoding="utf-8")).body:
         bases = [ast.unparse(base) for base in getattr(top, "bases", [])]
         in_class = any(base.endswith("Trainer") for base in bases)
         for node in ast.walk(top):
             if isinstance(node, ast.Attribute) and is_trainer(node.value, in_class):
-                found.add(node.attr)
+                names.add(node.attr)
             elif isinstance(node, ast.Call) and node.args and is_trainer(node.args[0], in_class):
-                found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
-    return {name for name in found if isinstance(name, str) and re.match("_[^_]", name)}
+                names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    return {name for name in names if isinstance(name, str) and re.match("_[^_]", name)}
 
 
 def members_of_trl() -> set[str]:

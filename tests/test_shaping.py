@@ -124,8 +124,10 @@ def test_golden_objective_follows_the_paper(case):
     per_completion = -coefficient * (ratio * weights * mask).sum(1) / mask.sum(1).clamp(min=1)
     per_completion.mean().backward()
 
-    def close(found, expected):
-        assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9)
+    def close(computed, expected):
+        assert torch.allclose(
+            computed, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-9
+        )
 
     close(entropy, paper["entropies"])
     assert kept.int().tolist() == paper["gate"]
@@ -161,13 +163,15 @@ def test_four_thousand_random_groups_agree_with_the_plain_loops():
     marked = 0
     for _ in range(4000):
         ids, mask, advantages = random_group(rng)
-        found = shaping.conflict_tokens(
+        conflicts = shaping.conflict_tokens(
             torch.tensor(ids), torch.tensor(mask), torch.tensor(advantages)
         )
-        assert found.tolist() == reference.conflicts(ids, mask, advantages)
-        weights = shaping.token_weights(found, torch.tensor(advantages, dtype=torch.float64), 3.0)
+        assert conflicts.tolist() == reference.conflicts(ids, mask, advantages)
+        weights = shaping.token_weights(
+            conflicts, torch.tensor(advantages, dtype=torch.float64), 3.0
+        )
         assert weights.tolist() == reference.token_weights(ids, mask, advantages, 3.0)
-        marked += bool(found.any())
+        marked += bool(conflicts.any())
     assert marked > 1000  # many of the groups have conflicts
 
 
@@ -203,18 +207,18 @@ def test_random_objectives_agree_with_the_plain_loops():
         )
         logps = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         ratio = (logps - logps.detach()).exp()
-        found = -(coefficient * (ratio * weights * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
-        assert found.item() == pytest.approx(expected.item(), abs=1e-12)
+        loss = -(coefficient * (ratio * weights * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
         if expected_grad is not None:
-            (found_grad,) = torch.autograd.grad(found, log_probs)
-            assert torch.allclose(found_grad, expected_grad, rtol=0, atol=1e-12)
+            (loss_grad,) = torch.autograd.grad(loss, log_probs)
+            assert torch.allclose(loss_grad, expected_grad, rtol=0, atol=1e-12)
 
 
 def test_permuting_a_group_permutes_its_weights():
     ids, mask, advantages = group("+ abX", "- abY", "+ aZY", "0 abX")
     order = torch.tensor([2, 0, 3, 1])
-    found = shaping.conflict_tokens(ids[order], mask[order], advantages[order])
-    assert torch.equal(found, shaping.conflict_tokens(ids, mask, advantages)[order])
+    conflicts = shaping.conflict_tokens(ids[order], mask[order], advantages[order])
+    assert torch.equal(conflicts, shaping.conflict_tokens(ids, mask, advantages)[order])
 
 
 def test_an_entropy_of_exactly_the_threshold_is_kept_and_such_a_start_leaves_the_gate_on():

@@ -1,6 +1,7 @@
 """The streaming head: the same numbers as with whole logits, or TRL's own path."""
 
 import json
+import types
 
 import gradients
 import pytest
@@ -23,13 +24,13 @@ def test_values_and_gradients_are_those_of_whole_logits(dtype, bound, rows, scal
     hidden = torch.randn(3, 5, 8, dtype=dtype).requires_grad_()
     weight, ids = torch.randn(50, 8, dtype=dtype) * scale, torch.randint(0, 50, (3, 5))
     upstream = torch.randn(3, 5, dtype=dtype)
-    found, entropies = log_probs_and_entropies(hidden, weight, ids, rows, temperature)
-    (gradient,) = torch.autograd.grad((found * upstream).sum(), hidden)
+    log_probs, entropies = log_probs_and_entropies(hidden, weight, ids, rows, temperature)
+    (gradient,) = torch.autograd.grad((log_probs * upstream).sum(), hidden)
     exact = hidden.detach().double().requires_grad_()
     log_p = (exact @ weight.double().T / temperature).log_softmax(-1)
     expected = log_p.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     (expected_gradient,) = torch.autograd.grad((expected * upstream).sum(), exact)
-    assert torch.allclose(found.double(), expected, rtol=bound, atol=bound)
+    assert torch.allclose(log_probs.double(), expected, rtol=bound, atol=bound)
     assert torch.allclose(
         entropies.double(), -(log_p.exp() * log_p).sum(-1), rtol=bound, atol=bound
     )
@@ -41,14 +42,14 @@ def test_values_and_gradients_are_those_of_whole_logits(dtype, bound, rows, scal
 def test_a_step_of_grpo_has_the_same_gradients_and_never_more_than_a_chunk_of_logits(
     tmp_path, monkeypatch
 ):
-    rows = []
+    shapes = []  # of the logits that the streaming head computes
 
-    def counted(logits, *args, **kwargs):
-        rows.append(logits.shape)
-        return statistics(logits, *args, **kwargs)
+    def linear(hidden, weight):
+        logits = torch.nn.functional.linear(hidden, weight)
+        shapes.append(logits.shape)
+        return logits
 
-    statistics = streaming_head._statistics
-    monkeypatch.setattr(streaming_head, "_statistics", counted)
+    monkeypatch.setattr(streaming_head, "F", types.SimpleNamespace(linear=linear))
     monkeypatch.setattr(streaming_head, "LEAST", 5)
     monkeypatch.setattr(streaming_head, "CHUNK", {"cpu": 1, "cuda": 1})
     steps = []
@@ -57,11 +58,11 @@ def test_a_step_of_grpo_has_the_same_gradients_and_never_more_than_a_chunk_of_lo
             "custom_trainer.original.UnslothGRPOTrainer", str(tmp_path), num_iterations=2
         )
         attach(trainer)
-        seen = gradients.watch(trainer)
+        seen = gradients.record_steps(trainer)
         trainer.train()
         steps.append(seen["gradients"][0])
-        assert bool(rows) == (attach is stream_log_probs)
-    assert max(shape[0] for shape in rows) == 5
+        assert bool(shapes) == (attach is stream_log_probs)
+    assert max(shape[0] for shape in shapes) == 5
     assert (
         gradients.relative_error(steps[1], {name: g.double() for name, g in steps[0].items()})
         < 1e-5
@@ -106,19 +107,19 @@ def trained_head(model) -> None:
     ],
 )
 def test_trls_own_path_stays_where_the_head_would_compute_something_else(tmp_path, change, reason):
-    found = []
+    steps = []
     for attach in (lambda trainer: None, StreamingHead):
         trainer = gradients.make_trainer(
             "custom_trainer.original.UnslothGRPOTrainer", str(tmp_path)
         )
         change(trainer.model)
         head = attach(trainer)
-        seen = gradients.watch(trainer)
+        seen = gradients.record_steps(trainer)
         trainer.train()
-        found.append(seen["gradients"][0])
+        steps.append(seen["gradients"][0])
     assert reason in head.reason
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert steps[0].keys() == steps[1].keys()
+    assert all(torch.equal(steps[0][name], steps[1][name]) for name in steps[0])
 
 
 @pytest.mark.slow

@@ -551,7 +551,7 @@ REFUSALS = [
     (["--training.optimizer paged_adamw_8bit"],
      "error: training.optimizer: paged_adamw_8bit needs an NVIDIA GPU; use adamw_torch"),
     (["--model.target_modules no_proj"],
-     "error: model.target_modules: ['no_proj'] does not fit this model"),
+     "error: model.target_modules: this model has no layer named no_proj; its linear"),
     (["--model.max_seq_length 100000"],
      "error: model.max_seq_length: 100000 is more than the 8192 tokens of context"),
     (["--trainer.class_path custom_trainer.original.UnslothGRPOTrainer",

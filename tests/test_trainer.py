@@ -54,14 +54,14 @@ def constants_as_they_were():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_gradients_agree_with_the_float64_objective(tmp_path, case):
-    found = gradients.compare(str(tmp_path), **case)
-    assert found["gradient_error"] < 1e-5
+    figures = gradients.compare(str(tmp_path), **case)
+    assert figures["gradient_error"] < 1e-5
     if case.get("max_steps") != 2:  # the logged loss is that of one step
-        assert found["loss"] == pytest.approx(found["loss_float64"], abs=1e-6)
-    assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
-    assert found["conflicts"] > 0 and len(found["prompt_lengths"]) > 1
-    assert {-1.0, 1.0} <= set(found["signs"])
-    assert found["filtered"] > 0 or "threshold" not in case
+        assert figures["loss"] == pytest.approx(figures["loss_float64"], abs=1e-6)
+    assert figures["initial_entropy"] == pytest.approx(figures["initial_entropy_float64"], rel=1e-5)
+    assert figures["conflicts"] > 0 and len(figures["prompt_lengths"]) > 1
+    assert {-1.0, 1.0} <= set(figures["signs"])
+    assert figures["filtered"] > 0 or "threshold" not in case
 
 
 @pytest.mark.slow
@@ -90,7 +90,7 @@ def test_several_iterations_use_the_parents_ratio_and_clip_by_the_advantages_sig
 
 @pytest.mark.slow
 def test_initial_entropy_does_not_depend_on_the_micro_batch_size_and_is_measured_once(tmp_path):
-    found = []
+    entropies = []
     for size, accumulation in ((16, 1), (4, 4), (2, 8)):
         trainer = gradients.make_trainer(
             GTPO,
@@ -99,30 +99,31 @@ def test_initial_entropy_does_not_depend_on_the_micro_batch_size_and_is_measured
             gradient_accumulation_steps=accumulation,
             max_steps=2,
         )
-        seen = gradients.watch(trainer)
+        seen = gradients.record_steps(trainer)
         trainer.train()
-        found.append(trainer.initial_entropy)
+        entropies.append(trainer.initial_entropy)
         assert [logs["gtpo/initial_entropy"] for logs in seen["logs"][:2]] == [
             trainer.initial_entropy
         ] * 2
-    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+    assert entropies == pytest.approx([entropies[0]] * 3, rel=1e-6)
 
 
 @pytest.mark.slow
 def test_the_pass_that_measures_the_initial_entropy_logs_nothing(tmp_path):
     trainer = gradients.make_trainer(GTPO, str(tmp_path), gradient_accumulation_steps=2)
-    measure, logged = trainer._measure_initial_entropy, []
+    compute_loss, initial_entropies, logged = trainer.compute_loss, [], []
 
-    def measure_and_look(rollout):
-        entropy = measure(rollout)
-        logged.extend(name for name, values in trainer._metrics["train"].items() if values)
-        return entropy
+    def look_first(*args, **kwargs):
+        initial_entropies.append(trainer.initial_entropy)
+        logged.append([name for name, values in trainer._metrics["train"].items() if values])
+        return compute_loss(*args, **kwargs)
 
-    trainer._measure_initial_entropy = measure_and_look
+    trainer.compute_loss = look_first
     trainer.train()
     of_the_loss = ("entropy", "clip_ratio", "gtpo/completion")
-    assert trainer.initial_entropy > 0 and "reward" in logged
-    assert not [name for name in logged if name.startswith(of_the_loss)]
+    assert initial_entropies[0] > 0 and "reward" in logged[0]
+    assert not [name for name in logged[0] if name.startswith(of_the_loss)]
+    assert [name for name in logged[1] if name.startswith(of_the_loss)]
 
 
 def scores_two_of_three(completions, **kwargs):
@@ -135,14 +136,18 @@ def scores_two_of_three(completions, **kwargs):
 def test_a_completion_that_one_reward_cannot_score_gets_no_advantage_and_no_penalty(tmp_path):
     rewards = [scores_two_of_three, gradients.letters_reward]  # the second scores everything
     trainer = gradients.make_trainer(GTPO, str(tmp_path), reward=rewards)
-    seen, factors = gradients.watch(trainer), []
-    hook = trainer.get_high_entropy_mask
+    seen, inputs_of_losses, factors = gradients.record_steps(trainer), [], []
+    compute_loss, hook = trainer.compute_loss, trainer.get_high_entropy_mask
 
-    def noted(*args):
-        factors.append((trainer._micro_batch["judged"], hook(*args)))
-        return factors[-1][1]
+    def recorded_loss(model, inputs, *args, **kwargs):
+        inputs_of_losses.append(inputs)
+        return compute_loss(model, inputs, *args, **kwargs)
 
-    trainer.get_high_entropy_mask = noted
+    def recorded_factor(*args):
+        factors.append(hook(*args))
+        return factors[-1]
+
+    trainer.compute_loss, trainer.get_high_entropy_mask = recorded_loss, recorded_factor
     trainer.train()
     rollout = seen["rollouts"][0]
     unscored = torch.arange(16) % 3 == 0
@@ -150,7 +155,8 @@ def test_a_completion_that_one_reward_cannot_score_gets_no_advantage_and_no_pena
     assert (rollout["advantages"][unscored] == 0).all()
     assert (rollout["advantages"][~unscored] != 0).any()
     # The calls before the last two belong to the pass that measures the initial entropy.
-    for scored, factor in factors[-2:]:
+    for inputs, factor in zip(inputs_of_losses, factors[-2:], strict=True):
+        scored = inputs["judged"]
         assert (factor[~scored] == 0).all() and (factor[scored] != 0).any()
 
 
@@ -169,7 +175,7 @@ def test_rounding_in_the_group_mean_does_not_count_as_a_sign(tmp_path):
         per_device_train_batch_size=14,
         gradient_accumulation_steps=1,
     )
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     trainer.train()
     rollout = seen["rollouts"][0]
     assert (rollout["advantages"] == 0).all() and (rollout["token_weights"] == 1).all()
@@ -180,12 +186,12 @@ def test_rounding_in_the_group_mean_does_not_count_as_a_sign(tmp_path):
 def test_a_group_without_signal_still_feels_the_entropy_penalty(tmp_path):
     gtpo_training.ENT_THRESHOLD = 100.0
     trainer = gradients.make_trainer(GTPO, str(tmp_path), reward=nearly_equal)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     trainer.train()
     assert any(g.abs().max() > 0 for g in seen["gradients"][0].values())
     gtpo_training.ENT_SCALE = 0.0
     trainer = gradients.make_trainer(GTPO, str(tmp_path), reward=nearly_equal)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     trainer.train()
     assert all((g == 0).all() for g in seen["gradients"][0].values())
 
@@ -202,7 +208,7 @@ def test_trls_own_evaluation_shapes_its_groups_and_leaves_the_training_state_alo
     logged = trainer.state.log_history[-1]
     assert 0 <= logged["eval_gtpo/frac_conflict_groups"] <= 1
     assert logged["eval_gtpo/completion_entropy"] > 0
-    assert trainer.initial_entropy == measured and not trainer.non_finite._finite_losses
+    assert trainer.initial_entropy == measured and not trainer.non_finite.finite_losses
 
 
 # Row 0 has the mean sum of its group, and is better than the mean in the first function. In the
@@ -364,7 +370,7 @@ def test_the_callers_arguments_stay_as_they_were(tmp_path, monkeypatch):
 def test_a_parent_that_never_asks_for_the_factor_is_an_error_and_not_silently_grpo(tmp_path):
     trainer = gradients.make_trainer(GTPO, str(tmp_path))
     trainer.top_entropy_quantile = 1.0  # TRL's loss does not ask for the factor then
-    with pytest.raises(RuntimeError, match="never asked get_high_entropy_mask"):
+    with pytest.raises(RuntimeError, match="did not call get_high_entropy_mask"):
         trainer.train()
 
 
@@ -400,7 +406,7 @@ def test_a_constant_that_cannot_be_set_is_an_error_that_says_why(values, message
 @pytest.mark.slow
 def test_a_constant_that_is_changed_later_takes_effect(tmp_path):
     trainer = gradients.make_trainer(GTPO, str(tmp_path))
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     gtpo_training.W_RAW = 5.0
     trainer.train()
     assert 5.0 in seen["rollouts"][0]["token_weights"].unique().tolist()
@@ -411,14 +417,14 @@ def test_a_pad_id_that_is_not_the_tokenizers_is_reported_once_and_changes_nothin
     gtpo_training.PAD_ID = 128004
     with caplog.at_level(logging.WARNING):
         trainer = gradients.make_trainer(GTPO, str(tmp_path))
-        seen = gradients.watch(trainer)
+        seen = gradients.record_steps(trainer)
         trainer.train()
     assert caplog.text.count("PAD_ID = 128004 differs") == 1
     caplog.clear()
     gtpo_training.PAD_ID = trainer.processing_class.pad_token_id
     with caplog.at_level(logging.WARNING):
         again = gradients.make_trainer(GTPO, str(tmp_path))
-        seen_again = gradients.watch(again)
+        seen_again = gradients.record_steps(again)
         again.train()
     assert "PAD_ID" not in caplog.text
     first, second = seen["gradients"][0], seen_again["gradients"][0]
@@ -428,7 +434,7 @@ def test_a_pad_id_that_is_not_the_tokenizers_is_reported_once_and_changes_nothin
 @pytest.mark.slow
 def test_the_loss_factor_compiles_with_the_runtime_options():
     compiled = torch.compile(
-        gtpo_training._loss_factor, dynamic=True, options=gtpo_training.torch_compile_options
+        gtpo_training.loss_factor, dynamic=True, options=gtpo_training.torch_compile_options
     )
     inputs = {
         "entropies": torch.rand(4, 9),
@@ -439,8 +445,8 @@ def test_the_loss_factor_compiles_with_the_runtime_options():
         "keep": lambda entropy: entropy <= 0.6,
         "scale": 0.1,
     }
-    pairs = zip(compiled(**inputs), gtpo_training._loss_factor(**inputs), strict=True)
-    assert all(torch.allclose(found, expected) for found, expected in pairs)
+    pairs = zip(compiled(**inputs), gtpo_training.loss_factor(**inputs), strict=True)
+    assert all(torch.allclose(computed, expected) for computed, expected in pairs)
 
 
 @pytest.mark.slow

@@ -57,12 +57,12 @@ def figures(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=list(CASES))
 def test_gradients_agree_with_the_float64_objective(figures, case):
-    found = figures["cases"][case]
-    assert "UnslothGRPOTrainer" in found["class"]
-    assert found["gradient_error"] < 1e-5
-    assert found["initial_entropy"] == pytest.approx(found["initial_entropy_float64"], rel=1e-5)
+    of_case = figures["cases"][case]
+    assert "UnslothGRPOTrainer" in of_case["class"]
+    assert of_case["gradient_error"] < 1e-5
+    assert of_case["initial_entropy"] == pytest.approx(of_case["initial_entropy_float64"], rel=1e-5)
     # The head streams in the pass for the initial entropy, and in the loss.
-    assert found["conflicts"] > 0 and found["streamed"] > 1
+    assert of_case["conflicts"] > 0 and of_case["streamed"] > 1
 
 
 def test_the_streaming_head_replaces_unsloths_where_it_computes_the_same(figures):
@@ -84,13 +84,13 @@ def test_without_lambda_gate_and_penalty_a_step_is_grpos(figures):
 
 
 def test_failed_rewards_and_non_finite_gradients_leave_finite_weights(figures):
-    for class_path, found in figures["failures"].items():
-        first, second, third = found["cannot_judge"]
+    for class_path, of_class in figures["failures"].items():
+        first, second, third = of_class["cannot_judge"]
         assert 0 < first < 8 and second == third == first + 16, class_path
-        some, none, all_ = found["advantages"]
+        some, none, all_ = of_class["advantages"]
         assert none == 0 < some < all_ == 16, class_path
-        assert found["largest"][0] > 0 == found["largest"][1], class_path
-        assert found["skipped"] == 1 and found["finite"], class_path
+        assert of_class["largest"][0] > 0 == of_class["largest"][1], class_path
+        assert of_class["skipped"] == 1 and of_class["finite"], class_path
 
 
 def test_completions_are_recorded_with_the_entropies_of_their_own_tokens(figures):

@@ -100,21 +100,21 @@ def test_a_layer_that_is_undone_beneath_another_leaves_the_other_in_place(listed
     assert thing.act(0) == 100
 
 
-def test_undo_frees_what_the_layer_held_without_a_garbage_collection(listed):
+def test_undo_frees_what_the_layer_keeps_without_a_garbage_collection(listed):
     class Tensor:
         pass
 
-    held = Tensor()
-    gone = weakref.ref(held)
+    tensor = Tensor()
+    gone = weakref.ref(tensor)
 
-    def around(original, *args, held=held):
+    def around(original, *args, tensor=tensor):
         return undo  # a cycle: the layer refers to what undoes it
 
     gc.disable()
     try:
         undo = seams.wrap(Thing(), "act", around)
         undo()
-        del held, around
+        del tensor, around
         assert gone() is None
     finally:
         gc.enable()

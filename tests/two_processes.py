@@ -77,7 +77,7 @@ def recorded_over_processes(folder: str) -> dict:
 def training_over_processes(folder: str) -> dict:
     """Two real steps with a group of eight, of which each process has four completions."""
     trainer = gradients.make_trainer(TRAINER, folder, max_steps=2, **HALF_A_GROUP)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     trainer.train()
     accelerator = trainer.accelerator
     adapter = torch.cat(
@@ -125,7 +125,7 @@ def rewards_over_processes(folder: str) -> dict:
         TRAINER, folder, reward=guarded.functions, max_steps=9, **HALF_A_GROUP
     )
     guarded.attach(trainer)
-    seen = gradients.watch(trainer)
+    seen = gradients.record_steps(trainer)
     trainer.train()
     return {
         "steps": trainer.state.global_step,

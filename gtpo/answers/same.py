@@ -122,14 +122,14 @@ def _same(answer: str, reference: str, depth: int) -> bool:
         return True
     if not depth:
         return False
-    for compare in _KINDS:
-        verdict = compare(answer, reference, depth - 1)
-        if verdict is not None:
-            return verdict
+    for compare in _RULES:
+        same = compare(answer, reference, depth - 1)
+        if same is not None:
+            return same
     return _same_expression(answer, reference)
 
 
-# ---- one function per kind of answer: True, False, or None where it does not apply
+# ---- the rules: True, False, or None where a rule does not apply
 
 
 def _implied(answer: str, reference: str, depth: int) -> bool | None:
@@ -151,7 +151,7 @@ def _approximated(answer: str, reference: str, depth: int) -> bool | None:
     if rounded.value is None or not _same(exact, reference, depth):
         return False
     value = quantity(exact).value
-    near = value if value is not None else _expression(exact, None)
+    near = value if value is not None else for_math_verify(exact, None)
     places = len(rounded.text.partition(".")[2])
     half_a_unit = Fraction(51, 100) / 10**places
     return bool(near) and nearly_equal(str(near), str(rounded.value), str(half_a_unit))
@@ -309,10 +309,10 @@ def _equations(answer: str, reference: str, depth: int) -> bool | None:
         if not claims:
             return None
         results = [side for side in claims if not _is_uncomputed(side)]
-        steps = [_expression(side, None) for side in claims if _is_uncomputed(side)]
+        steps = [for_math_verify(side, None) for side in claims if _is_uncomputed(side)]
         if not results or not all(_same(side, reference, depth) for side in results):
             return False
-        result = _expression(results[0], number(results[0]))
+        result = for_math_verify(results[0], number(results[0]))
         return all(step and equal_expressions(step, result) for step in steps)
     if len(sides) == 1:
         named = len(expected) == 2 and _is_name(expected[0])
@@ -395,7 +395,7 @@ def _same_as_number(mine: Quantity, expected: Quantity) -> bool | None:
     text = mine.text
     if text.startswith("[") or _is_uncomputed(text) or not _CALCULATION.fullmatch(text):
         return False
-    expression = _expression(text, mine.value)
+    expression = for_math_verify(text, mine.value)
     return bool(expression) and equal_expressions(expression, str(expected.value))
 
 
@@ -512,7 +512,7 @@ def _same_lists(mine: list[str], expected: list[str], depth: int) -> bool:
     return True
 
 
-_KINDS = (
+_RULES = (
     _implied,
     _approximated,
     _plus_or_minus,
@@ -540,7 +540,7 @@ def _same_expression(answer: str, reference: str) -> bool:
         and not _INDEXED_NUMBER.search(reference)
     ):
         return False
-    expressions = _expression(answer, value), _expression(reference, reference_value)
+    expressions = for_math_verify(answer, value), for_math_verify(reference, reference_value)
     return all(expressions) and equal_expressions(*expressions)
 
 
@@ -565,7 +565,7 @@ def _squashed(text: str) -> str:
     return text.strip("().").casefold() if _WORDS.fullmatch(text) else text
 
 
-def _expression(text: str, value: Fraction | None) -> str:
+def for_math_verify(text: str, value: Fraction | None) -> str:
     r"""The text as math-verify gets it: decimals as fractions, which it would round.
 
     "" for monsters and for text that would leave \boxed{}.

@@ -29,7 +29,7 @@ METRICS = (
 
 
 class Alarm(TrainerCallback, ExportableState):
-    """Watches the log lines of any GRPO trainer for the conditions in CONDITIONS.
+    """Checks the log lines of any GRPO trainer for the conditions in CONDITIONS.
 
     `limits` holds a threshold for each condition; None switches a condition off. `action` is
     `warn`, `save` or `stop`. Each event becomes the metric `alarm/<condition>` of its log line.

@@ -43,20 +43,20 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.poisoned = False
         self.stopped_by: str | None = None
         # Bool tensors of the micro-batches: reading them at once would wait for the device.
-        self._finite_losses: list[Tensor] = []
+        self.finite_losses: list[Tensor] = []
         wrap(trainer, "compute_loss", self._compute_loss)
         trainer.add_callback(self)
 
     def _compute_loss(self, compute_loss, *args, **kwargs) -> Tensor:
         loss = compute_loss(*args, **kwargs)
         if self.trainer.model.training:
-            self._finite_losses.append(loss.detach().isfinite())
+            self.finite_losses.append(loss.detach().isfinite())
         return loss
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         parameters, scaler = list(self.trainer.model.parameters()), self.trainer.accelerator.scaler
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self._all_finite(gradients, self._finite_losses):
+        if self._all_finite(gradients, self.finite_losses):
             self.in_a_row = 0
         else:
             self.skipped += 1
@@ -74,7 +74,7 @@ class SkipNonFiniteSteps(TrainerCallback):
                 # Optimizers pass over a parameter without a gradient: no decay and no momentum.
                 for parameter in parameters:
                     parameter.grad = None
-        self._finite_losses.clear()
+        self.finite_losses.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
         # TRL logs the mean of this list; the mean of one value is exact.

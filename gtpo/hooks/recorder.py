@@ -150,11 +150,11 @@ class Recorder(TrainerCallback):
                 "completion": texts[i],
                 "answer": row.get(self.reference_column),
                 **self._columns_of(row),
-                "reward": _number(rewards[i]),
+                "reward": json_number(rewards[i]),
                 "rewards": dict(
-                    zip(trainer.reward_func_names, map(_number, table[i]), strict=True)
+                    zip(trainer.reward_func_names, map(json_number, table[i]), strict=True)
                 ),
-                "advantage": _number(advantages[i]),
+                "advantage": json_number(advantages[i]),
                 "truncated": not ids[i] or ids[i][-1] not in ends,
                 "prefix": prefix[i],
                 "suffix": suffix[i],
@@ -265,7 +265,7 @@ def _values_of_rows(seen: dict, width: int) -> list[dict]:
     kept = [None] * count if seen["kept"] is None else seen["kept"].tolist()
     means, entropies = [None] * count, [None] * count
     if seen["entropies"] is not None:
-        means = map(_number, shaping.mean_entropy(seen["entropies"], seen["mask"]).tolist())
+        means = map(json_number, shaping.mean_entropy(seen["entropies"], seen["mask"]).tolist())
         entropies = shaping.to_completion_columns(seen["entropies"], seen["mask"], width)
         # Adding 0.0 turns -0.0 into 0.0.
         entropies = (entropies.double().round(decimals=3) + 0.0).tolist()
@@ -280,6 +280,6 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
-def _number(value: float) -> float | None:
+def json_number(value: float) -> float | None:
     """`value` with the seven digits of float32; None for NaN and infinity, which JSON lacks."""
     return float(f"{value:.7g}") if math.isfinite(value) else None

@@ -128,12 +128,12 @@ def _most_instructive_first(run: RunRecord, step: int) -> list[RecordedGroup]:
     They show best where a run of conflict tokens ends.
     """
 
-    def both_kinds(group: RecordedGroup) -> float:
+    def share_of_both(group: RecordedGroup) -> float:
         others = group.tokens - group.conflicts
         return group.conflicts * others / max(1, group.tokens) ** 2
 
     groups = [group for group in run.completions.groups if group.step == step]
-    return sorted(groups, key=lambda group: -both_kinds(group))
+    return sorted(groups, key=lambda group: -share_of_both(group))
 
 
 def _group_view(

@@ -112,13 +112,13 @@ def versions() -> dict[str, str]:
 
     The version of a library that is missing is "not installed".
     """
-    found = {"gtpo": gtpo.__version__, "commit": _commit(), "grading": str(GRADING_VERSION)}
+    installed = {"gtpo": gtpo.__version__, "commit": _commit(), "grading": str(GRADING_VERSION)}
     for library in LIBRARIES:
         try:
-            found[library] = importlib.metadata.version(library)
+            installed[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
-            found[library] = "not installed"
-    return {**found, "python": platform.python_version(), "platform": platform.platform()}
+            installed[library] = "not installed"
+    return {**installed, "python": platform.python_version(), "platform": platform.platform()}
 
 
 def _commit() -> str:
