@@ -1,6 +1,8 @@
 """What an earlier commit wrote still works. tests/compat/README.md says how it was made."""
 
+import importlib
 import importlib.metadata
+import io
 import json
 import os
 import shutil
@@ -32,13 +34,12 @@ def run_dir(unpacked, tmp_path):
     return copied
 
 
-def verb(script: str, *arguments, stdin: str = "") -> subprocess.CompletedProcess:
-    """Runs a verb in the repository, as a user does, and requires exit code 0."""
+def in_new_process(*words) -> subprocess.CompletedProcess:
+    """Runs Python in the repository, as a user does, and requires exit code 0."""
     done = subprocess.run(
-        [sys.executable, script, *map(str, arguments)],
+        [sys.executable, *map(str, words)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        input=stdin,
         capture_output=True,
         text=True,
         timeout=300,
@@ -47,10 +48,28 @@ def verb(script: str, *arguments, stdin: str = "") -> subprocess.CompletedProces
     return done
 
 
-def resume(run: Path, *flags) -> subprocess.CompletedProcess:
-    return verb(
-        "train_model.py", run / "recipe.yaml", "--resume", "--output_root", run.parent, *flags
-    )
+@pytest.fixture
+def verb(capsys, monkeypatch):
+    """Runs a verb in this process and in the repository, and requires exit code 0.
+
+    `verb("report_run", run)` returns what it printed, as `out` and `err`.
+    """
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # recipes extend it
+
+    def run(name: str, *arguments, stdin: str = ""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        code = importlib.import_module(name).main([str(word) for word in arguments])
+        printed = capsys.readouterr()
+        assert code == 0, printed.err[-3000:]
+        return printed
+
+    return run
+
+
+def resume_flags(run: Path, *flags) -> list:
+    return [run / "recipe.yaml", "--resume", "--output_root", run.parent, *flags]
 
 
 def same_bits_are_expected() -> str | None:
@@ -59,7 +78,7 @@ def same_bits_are_expected() -> str | None:
         installed = importlib.metadata.version(library).partition("+")[0]
         if installed != version:
             return f"the run was made with {library} {version}, and {installed} is installed"
-    probe = verb("tests/compat/probe.py").stdout.strip()
+    probe = in_new_process("tests/compat/probe.py").stdout.strip()
     if probe != (FILES / "probe.txt").read_text().strip():
         return "this machine gives other bits than the one that made the run (compat/probe.py)"
     return None
@@ -82,7 +101,7 @@ def test_recipes_keep_their_values_and_their_run_directory(file, tmp_path, monke
 
 def test_a_run_interrupted_within_a_rollout_goes_on_bit_for_bit(run_dir, unpacked, tmp_path):
     run = run_dir("interrupted")
-    resume(run)
+    in_new_process("train_model.py", *resume_flags(run))
     reason = same_bits_are_expected()
     if reason:
         pytest.skip(f"the run resumed; its bits were not compared: {reason}")
@@ -100,20 +119,20 @@ def test_a_run_interrupted_within_a_rollout_goes_on_bit_for_bit(run_dir, unpacke
     assert differences(straight, resumed) == []
 
 
-def test_a_finished_run_says_so_and_trains_on(run_dir):
+def test_a_finished_run_says_so_and_trains_on(verb, run_dir):
     run = run_dir("finished")
     adapter = (run / "adapter_model.safetensors").read_bytes()
-    assert "finished" in resume(run).stderr
+    assert "finished" in verb("train_model", *resume_flags(run)).err
     assert (run / "adapter_model.safetensors").read_bytes() == adapter
-    resume(run, "--training.max_steps", "8")
+    verb("train_model", *resume_flags(run, "--training.max_steps", "8"))
     assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 8
     assert (run / "adapter_model.safetensors").read_bytes() != adapter
 
 
-def test_a_new_run_starts_from_its_adapter(run_dir, tmp_path):
+def test_a_new_run_starts_from_its_adapter(verb, run_dir, tmp_path):
     run = run_dir("finished")
     verb(
-        "train_model.py",
+        "train_model",
         run / "recipe.yaml",
         *("--model.adapter", run / "checkpoint-3", "--run-name", "second"),
         *("--output_root", tmp_path, "--training.max_steps", "1"),
@@ -121,13 +140,13 @@ def test_a_new_run_starts_from_its_adapter(run_dir, tmp_path):
     assert list(tmp_path.glob("second_*/adapter_model.safetensors"))
 
 
-def test_a_complete_evaluation_is_read_and_not_drawn_again(run_dir):
+def test_a_complete_evaluation_is_read_and_not_drawn_again(verb, run_dir):
     run = run_dir("finished")
     file = run / "evaluation/test-8x2-t1.jsonl"
     before = file.read_bytes()
-    evaluated = verb("evaluate_model.py", run, "--samples", "2", "--limit", "8")
+    evaluated = verb("evaluate_model", run, "--samples", "2", "--limit", "8")
     assert file.read_bytes() == before
-    assert "format rate   93.8 %" in evaluated.stdout
+    assert "format rate   93.8 %" in evaluated.out
     assert sorted(path.name for path in file.parent.iterdir()) == [
         "after.jsonl",
         "before.jsonl",
@@ -135,40 +154,38 @@ def test_a_complete_evaluation_is_read_and_not_drawn_again(run_dir):
     ]
 
 
-def test_its_evaluations_are_counted_and_compared_without_a_model(run_dir):
+def test_its_evaluations_are_counted_and_compared_without_a_model(verb, run_dir):
     folder = run_dir("finished") / "evaluation"
-    counted = verb("evaluate_model.py", "--from", folder / "test-8x2-t1.jsonl", "--k", "1", "2")
-    assert "pass@2" in counted.stdout
-    compared = verb("evaluate_model.py", "--from", folder / "before.jsonl", folder / "after.jsonl")
-    assert "62.5 %" in compared.stdout
+    counted = verb("evaluate_model", "--from", folder / "test-8x2-t1.jsonl", "--k", "1", "2")
+    assert "pass@2" in counted.out
+    compared = verb("evaluate_model", "--from", folder / "before.jsonl", folder / "after.jsonl")
+    assert "62.5 %" in compared.out
 
 
-def test_a_new_evaluation_and_a_chat_use_its_adapter(run_dir, tmp_path):
+def test_a_new_evaluation_and_a_chat_use_its_adapter(verb, run_dir, tmp_path):
     run = run_dir("interrupted")
     target = tmp_path / "new.jsonl"
-    verb("evaluate_model.py", run, "--limit", "4", "--to", target)
+    verb("evaluate_model", run, "--limit", "4", "--to", target)
     assert len(target.read_text().splitlines()) == 5
-    said = verb(
-        "evaluate_model.py", run / "checkpoint-3", "--chat", stdin="What is 1 + 2?\n/exit\n"
-    )
-    assert said.stdout.strip()
+    said = verb("evaluate_model", run / "checkpoint-3", "--chat", stdin="What is 1 + 2?\n/exit\n")
+    assert said.out.strip()
 
 
 @pytest.mark.parametrize("name", ["finished", "interrupted"])
-def test_its_report_shows_its_steps_and_completions(name, run_dir):
+def test_its_report_shows_its_steps_and_completions(name, verb, run_dir):
     run = run_dir(name)
-    verb("report_run.py", run)
+    verb("report_run", run)
     page = (run / "report.html").read_text(encoding="utf-8")
     assert "shells" in page
     assert (run / "curves.png").stat().st_size > 10_000
 
 
-def test_two_of_its_runs_are_compared(run_dir, tmp_path):
+def test_two_of_its_runs_are_compared(verb, run_dir, tmp_path):
     runs = [run_dir("finished"), run_dir("interrupted")]
-    verb("report_run.py", *runs, "--out", tmp_path / "both")
+    verb("report_run", *runs, "--out", tmp_path / "both")
     assert (tmp_path / "both/report.html").is_file()
 
 
-def test_its_adapter_is_merged(run_dir, tmp_path):
-    verb("export_model.py", run_dir("finished"), tmp_path / "merged", "--dtype", "float32")
+def test_its_adapter_is_merged(verb, run_dir, tmp_path):
+    verb("export_model", run_dir("finished"), tmp_path / "merged", "--dtype", "float32")
     assert (tmp_path / "merged/model.safetensors").is_file()
