@@ -1,11 +1,13 @@
 """Fixtures shared by all tests. Everything runs offline, on a CPU."""
 
 import gc
+import importlib.util
 import os
 import shutil
 import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -22,6 +24,16 @@ def split_flags(*texts: str) -> list[str]:
     """
     split = (text.split() if text.startswith("--") else [text] for text in texts)
     return [word for part in split for word in part]
+
+
+def load_script(file: Path) -> ModuleType:
+    """A script as a module. It imports its neighbours, as it does when it is run."""
+    sys.path.insert(0, str(file.parent))
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.path.remove(str(file.parent))
+    return module
 
 
 @pytest.hookimpl(wrapper=True)

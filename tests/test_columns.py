@@ -1,13 +1,12 @@
 """The columns task: its sums, its imperfect targets, its tokenizer, and the script itself."""
 
-import importlib.util
 import json
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import load_script
 from transformers import AutoTokenizer
 
 from gtpo.answers import final_answer, format_score
@@ -18,13 +17,7 @@ TASK = DEMO / "columns"
 
 @pytest.fixture(scope="module")
 def make_columns():
-    """The script as a module. It imports its neighbour warm_start, as it does when it is run."""
-    sys.path.insert(0, str(DEMO))
-    spec = importlib.util.spec_from_file_location("make_columns", DEMO / "make_columns.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(DEMO))
-    return module
+    return load_script(DEMO / "make_columns.py")
 
 
 def rows(split: str) -> list[dict[str, str]]:

@@ -1,13 +1,12 @@
 """The embedded demo: its problems, its tokenizer, its imperfect model, and the script itself."""
 
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_script
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -18,13 +17,7 @@ COMPLETION = re.compile(r"<reasoning>\n.+\n</reasoning>\n<answer>(\d+)</answer>"
 
 @pytest.fixture(scope="module")
 def make_demo():
-    """The script as a module. It imports its neighbour warm_start, as it does when it is run."""
-    sys.path.insert(0, str(DEMO))
-    spec = importlib.util.spec_from_file_location("make_demo", DEMO / "make_demo.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.path.remove(str(DEMO))
-    return module
+    return load_script(DEMO / "make_demo.py")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 from prose import sentences, words
 from ruamel.yaml import YAML
 
@@ -275,9 +275,7 @@ def test_every_flag_that_is_named_exists():
 
 
 def test_the_page_on_architecture_lists_every_module_and_every_seam():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs/tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = load_script(ROOT / "docs/tables.py")
     page = TEXTS["docs/architecture.md"]
     assert set(tables.WINGS) == {file.parent.name for file in ROOT.glob("gtpo/*/__init__.py")}
     assert tables.with_tables(page) == page, "run: python docs/tables.py"
