@@ -7,6 +7,7 @@ needs no network, and curves.png. They go into the run directory, or into ./repo
 Several runs are drawn together; runs that differ only in the seed are averaged.
 
 --out     another place: a folder, or the name of the page (NAME.html, with curves in NAME.png)
+
 --steps   steps for the conflict view, beside the first, the middle, the last and those with most
           conflicts
 

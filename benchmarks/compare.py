@@ -73,6 +73,7 @@ class Run(NamedTuple):
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description="Compare GTPO with GRPO and its ablations over seeds."
     )

@@ -25,6 +25,7 @@ VOCABULARY = 128_256
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -19,6 +19,7 @@ WARM_UP = 4  # steps that do not count, because they fill caches and check the c
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -63,6 +63,7 @@ STEP = ["--generations", "8", "--prompt", "256", "--completion", "1024", "--roun
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Check GTPO on this machine's GPU.")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs/gpu", help="folder for the JSON file and the table"

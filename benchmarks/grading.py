@@ -224,12 +224,14 @@ def renderings(answers: list[str], ways: list, dice: random.Random) -> list[tupl
 
 
 def by_math_verify(answer: str, reference: str) -> bool:
+    """Whether math-verify takes the answer and the reference for equal, by itself."""
     from math_verify import parse, verify
 
     return verify(parse(f"${reference}$"), parse(f"${answer}$"))
 
 
 def by_trl(answer: str, reference: str) -> bool:
+    """Whether TRL's accuracy reward pays the answer."""
     from trl.rewards import accuracy_reward
 
     completion = [{"role": "assistant", "content": f"${answer}$"}]
@@ -240,6 +242,7 @@ GRADERS = {"ours": same_answer, "math-verify": by_math_verify, "TRL": by_trl}
 
 
 def main() -> None:
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="answers, drawn at random; default: all")

@@ -24,6 +24,7 @@ BOUND = "two matrix products"
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Time ways to compute log-probs and entropies.")
     parser.add_argument(
         "--tokens",

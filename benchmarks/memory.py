@@ -52,6 +52,7 @@ LAYERS = [  # hidden, intermediate, heads, heads of keys and values
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--kept", action="store_true", help="count what a layer keeps for its backward pass"

@@ -102,6 +102,7 @@ def memory(gpus: int, spread: bool) -> float:
 
 
 def main() -> None:
+    """Runs the command line."""
     sampling, training = step_seconds()
     print(
         f"one GPU, {ROWS} completions of {COMPLETION} tokens: sampling {sampling:.1f} s, training"

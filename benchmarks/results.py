@@ -57,6 +57,7 @@ CURVES = {
 
 
 def main() -> None:
+    """Runs the command line."""
     runs = {}
     for file in sorted(RUNS.rglob("*.json")):
         run = json.loads(file.read_text(encoding="utf-8"))

@@ -1,9 +1,10 @@
 """Measures how many completions rewards grade per second: `python benchmarks/rewards.py`.
 
 Calls `reward_math.final_reward` on real GSM8K and MATH answers, as a run with `rewards.per: group`
-does: in processes of its own. One and two processes take turns. A group of 8 completions per
-problem has 3 with the dataset's solution, 3 with the answer of another problem, 1 with an open tag,
-and 1 with text after the answer. GTPO_SHARED (default: ../shared) is the folder that holds data/.
+does: in processes of its own. One and two processes take turns. Each problem has a group of 8
+completions. Three have the dataset's solution, and three the answer of another problem. One has an
+open tag, and one has text after the answer. GTPO_SHARED (default: ../shared) is the folder that
+holds data/.
 """
 
 import argparse
@@ -29,6 +30,7 @@ SETS = {
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -91,6 +91,7 @@ def take(driver, selector: str, file: Path, most: int = 1600) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """Runs the command line; returns the exit code."""
     if len(argv) not in (1, 2):
         print(__doc__.strip(), file=sys.stderr)
         return 2

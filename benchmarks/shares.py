@@ -42,12 +42,15 @@ class Shares(TrainerCallback):
         return counted
 
     def on_step_begin(self, args, state, control, **kwargs):
+        """Ends the measurement of one step and begins that of the next."""
         self._next(state)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Begins without a measurement."""
         self._parts, self._began = None, 0.0
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Ends the measurement of the last step."""
         self._close()
 
     def _next(self, state) -> None:

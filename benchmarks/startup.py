@@ -30,6 +30,7 @@ COMMANDS = {  # name: command, and a bound in CPU-seconds above the bare start
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

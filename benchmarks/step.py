@@ -30,6 +30,7 @@ PATCHES = {  # on Unsloth: the name that is patched during the step, and its val
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Time a step of GTPO against a step of GRPO.")
     parser.add_argument("--backend", choices=["transformers", "unsloth"], default="transformers")
     parser.add_argument("--shape", choices=measure.SHAPES, default="small")

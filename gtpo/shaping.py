@@ -21,10 +21,10 @@ from torch import Tensor
 def conflict_runs(ids: Tensor, mask: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
     """The prefix run and the suffix run of every completion of one group, two bool (G, T).
 
-    A token is in conflict if its id stands at the same place in a completion of the other sign: one
-    has A > 0, the other A < 0. The prefix run is the unbroken run of conflicting tokens that begins
-    at the first real token, with the group aligned on the left. The suffix run is the unbroken run
-    that ends at the last real token, with the group aligned on the right.
+    A token is in conflict if its id stands at the same place in a completion of the other sign. Of
+    the two, one has A > 0 and the other A < 0. The prefix run is the unbroken run of conflicting
+    tokens that begins at the first real token, with the group aligned on the left. The suffix run
+    is the unbroken run that ends at the last real token, with the group aligned on the right.
 
     `ids` and `mask` are (G, T), `advantages` is (G,). Places are counted over real tokens alone. A
     group whose advantages have one sign has no conflicts.

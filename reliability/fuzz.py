@@ -2,12 +2,12 @@
 
 Run `python reliability/fuzz.py [TARGET ...] [--inputs N] [--seed S]`. The targets:
 
-recipe    the recipe reader: returns a Recipe that can be saved and read again, or RecipeError
-answers   finding and comparing answers: no exception, no hang
-rewards   the reward functions: no exception, no hang, each reward within its scale;
-          a wrong number is never paid, and a right one always
-report    reports of run directories: the page is well formed, and contains every completion as text
-console   texts for terminals and logs: no control character, no secret
+- recipe: the recipe reader returns a Recipe that can be saved and read again, or RecipeError.
+- answers: finding and comparing answers. No exception, no hang.
+- rewards: the reward functions. No exception, no hang, each reward within its scale. A wrong number
+  is never paid, and a right one always.
+- report: the page of a run is well formed, and contains every completion as text.
+- console: texts for terminals and logs. No control character, no secret.
 
 Prints inputs, seconds, the slowest input and failures per target. Each failure is printed with the
 seed that repeats it. Exits with 1 if there are failures. With `--atheris`, libFuzzer writes the
@@ -378,6 +378,7 @@ def run_atheris(target: str, inputs: int, seed: int) -> None:
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -215,6 +215,7 @@ def prove(name: str, steps: int, at: list[int] | None, scratch: Path) -> tuple[i
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=6, help="steps of each run (default: 6)")
     parser.add_argument(

@@ -387,6 +387,7 @@ def online_without_network() -> None:
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--rounds",

@@ -38,6 +38,7 @@ HEADER = "| rewards | completions | it misbehaved on | lost | seconds | processe
 
 
 def main() -> int:
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100, help="steps of each run (default: 100)")
     options = parser.parse_args()

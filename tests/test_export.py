@@ -149,7 +149,7 @@ def test_texts_to_compare_on_are_the_runs_completions_if_it_has_any(run_dir):
 def test_a_merge_without_the_adapter_is_refused(run_dir, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "merge_adapter", lambda model: model.unload())
     error = refusal(capsys, run_dir, tmp_path / "merged")
-    assert "the merge is wrong, so use the adapter itself; nothing was kept" in error
+    assert "The merge is wrong, so use the adapter itself; nothing was kept" in error
 
 
 @pytest.mark.parametrize("dtype", export.DTYPES)

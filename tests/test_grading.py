@@ -147,12 +147,14 @@ def test_the_page_on_grading_is_true(answer, reference, equal):
     assert same_answer(answer, reference) == equal
 
 
-def test_a_question_whose_process_is_killed_is_asked_again(monkeypatch):
+@pytest.mark.slow
+def test_a_question_whose_process_is_killed_is_sent_again(monkeypatch):
     kill_before_replies(monkeypatch, times=1)
     assert same_answer("k+1", "1+k")
 
 
-def test_a_question_that_kills_twice_cannot_be_judged_and_is_not_remembered(monkeypatch):
+@pytest.mark.slow
+def test_a_question_that_kills_twice_raises_an_error_and_is_not_remembered(monkeypatch):
     kill_before_replies(monkeypatch, times=2)
     with pytest.raises(CannotCompare, match="ended twice"):
         same_answer("k+2", "2+k")
@@ -174,11 +176,13 @@ def kill_before_replies(monkeypatch, times: int) -> None:
     monkeypatch.setattr(ChildProcess, "ask", killed_first)
 
 
+@pytest.mark.slow
 def test_a_question_that_takes_too_long_is_answered_with_not_equal():
     assert not same_answer(r"9^{9 \cdot 9^{9}}", "x+2")
 
 
-def test_a_completion_that_cannot_be_judged_gets_no_reward(monkeypatch):
+@pytest.mark.slow
+def test_a_completion_that_cannot_be_compared_gets_no_reward(monkeypatch):
     kill_before_replies(monkeypatch, times=2)
     completions = [format_reference("", "k+3"), format_reference("", "5")]
     assert reward_math.final_reward(completions, ["3+k", "5"]) == [None, 20.0]

@@ -106,8 +106,7 @@ def test_past_the_limit_in_a_row_the_run_stops_with_a_checkpoint_of_the_last_goo
     trainer.train()
     assert trainer.state.global_step == 6
     assert skipping.stopped_by.startswith(
-        "Step 6: 3 steps in a row had a loss or gradients that are not finite, more than"
-        " training.max_skipped_steps (2)"
+        "Step 6: 3 steps in a row, more than training.max_skipped_steps (2)"
     )
     from safetensors.torch import load_file
 

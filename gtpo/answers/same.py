@@ -63,10 +63,11 @@ _FUNCTIONS = (
 )
 _CALCULATION = re.compile(
     r"(?!.*(?:\.\.|[\d})] ?\| ?-?[\d\\]))"
-    rf"(?:[\d\s+*/^!|(){{}}\[\].,:-]|\\log_|\\[{{}}|]|\be\b|\bi\b|(?:\\|\b)(?:{_FUNCTIONS})(?![A-Za-z]))*"
+    r"(?:[\d\s+*/^!|(){}\[\].,:-]|\\log_|\\[{}|]|\be\b|\bi\b|"
+    rf"(?:\\|\b)(?:{_FUNCTIONS})(?![A-Za-z]))*"
 )
 # Towers, huge powers, huge factorials, deep nesting. And what math-verify misreads: numbers side by
-# side or with a word between them (0 to 5 is no product), times of day, text with formulas in it.
+# side, times of day, text with formulas in it. It takes 0 to 5 for a product.
 _MONSTER = re.compile(
     r"\^[\s{(-]*\d+[\s{(]*\^|\^[\s{(-]*\d{6}|\d{5}\s*!|!\s*!|(?:[^(]*\(){20}|\d \d|\d ?: ?\d\d"
     r"|(?:(?<!_)\{[^{}]*\d\}|\d\)) \.?\d|\}\{[^{}]*\d\}\.?\d"

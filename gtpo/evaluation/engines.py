@@ -86,9 +86,9 @@ class Engine:
         if context is not None and length > context:
             raise RecipeError(
                 "--max-completion-length",
-                f"prompts of {max_prompt_length} and completions of {completion} tokens are longer"
-                f" than the context of {context} tokens that {self.saved.base!r} was made for; use"
-                f" at most {max(0, context - max_prompt_length)}, or a smaller --max-prompt-length",
+                f"prompts of {max_prompt_length} and completions of {completion} tokens exceed the"
+                f" context of {self.saved.base!r} ({context} tokens); use at most"
+                f" {max(0, context - max_prompt_length)}, or a smaller --max-prompt-length",
             )
         if self.backend == "vllm":
             return self._vllm_samplers(sampling, length)

@@ -94,6 +94,7 @@ class HeldOut(TrainerCallback):
         return mean_scores(rows, self.section.samples)
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Evaluates after the steps that the recipe names."""
         if not self.section.every or state.global_step % self.section.every:
             return
         if state.global_step >= state.max_steps:

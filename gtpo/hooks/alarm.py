@@ -68,6 +68,7 @@ class Alarm(TrainerCallback, ExportableState):
         self.reported = value
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        """Checks a log line of the training, and acts on the conditions that are new in it."""
         if "reward" not in (logs or {}):  # an evaluation, or the summary at the end
             return
         for condition, evidence in self.observe(logs).items():
@@ -166,8 +167,8 @@ def _entropy_low(view: View, limit: float) -> str | None:
         return None
     return (
         f"the mean entropy is {entropy:.3f} nats, {entropy / initial:.0%} of the initial"
-        f" {initial:.2f}: the policy is nearly deterministic and no longer explores; end the run if"
-        " it is good, or lower training.learning_rate or gtpo_runtime.w_raw"
+        f" {initial:.2f}: the policy hardly explores; end the run, or lower"
+        " training.learning_rate or gtpo_runtime.w_raw"
     )
 
 
@@ -177,9 +178,9 @@ def _all_filtered(view: View, limit: float) -> str | None:
         return None
     left = "no" if share == 1 else "hardly any"
     return (
-        f"the entropy filter switches off {share:.0%} of the completions: {left} gradient is left,"
-        " and the policy stays where it is; go back to a checkpoint with a lower"
-        " training.learning_rate, or raise gtpo_runtime.ent_threshold"
+        f"the entropy filter switches off {share:.0%} of completions: {left} gradient is left; go"
+        " back to a checkpoint with a lower training.learning_rate, or raise"
+        " gtpo_runtime.ent_threshold"
     )
 
 
@@ -205,8 +206,7 @@ def _no_signal(view: View, limit: float) -> str | None:
         )
     return (
         f"in {share:.0%} of the groups all rewards are equal, so nothing is learned from them; use"
-        " problems that are neither too hard nor too easy, or raise training.num_generations or"
-        " training.temperature"
+        " problems of medium difficulty, or raise training.num_generations or training.temperature"
     )
 
 

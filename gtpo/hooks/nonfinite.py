@@ -54,6 +54,7 @@ class SkipNonFiniteSteps(TrainerCallback):
         return loss
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Drops all gradients if a loss or a gradient of this step is not finite."""
         parameters, scaler = list(self.trainer.model.parameters()), self.trainer.accelerator.scaler
         gradients = [p.grad for p in parameters if p.grad is not None]
         if self._all_finite(gradients, self.finite_losses):
@@ -77,13 +78,14 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.finite_losses.clear()
 
     def on_step_end(self, args, state, control, **kwargs):
+        """Logs the skipped steps; stops the run at the limit or if weights are not finite."""
         # TRL logs the mean of this list; the mean of one value is exact.
         self.trainer._metrics["train"]["gtpo/skipped_steps"] = [float(self.skipped)]
         if self.limit is not None and self.in_a_row > self.limit:
             self.stopped_by = (
-                f"Step {state.global_step}: {self.in_a_row} steps in a row had a loss or gradients"
-                f" that are not finite, more than training.max_skipped_steps ({self.limit}); lower"
-                " training.learning_rate, or use bf16 instead of fp16"
+                f"Step {state.global_step}: {self.in_a_row} steps in a row, more than"
+                f" training.max_skipped_steps ({self.limit}), had a non-finite loss or"
+                " gradient; lower training.learning_rate, or use bf16 instead of fp16"
             )
             self.in_a_row = 0  # a resumed run counts from 0
             control.should_log = control.should_save = control.should_training_stop = True

@@ -103,6 +103,7 @@ class Recorder(TrainerCallback):
         return loss
 
     def on_train_end(self, args, state, control, **kwargs):
+        """Writes the rows of a rollout that the loss has not seen as a whole."""
         self._write()
 
     def resume_state(self) -> dict:

@@ -127,8 +127,8 @@ def streaming_in_unsloths_loss():
     """Inside, Unsloth's GRPO loss computes log-probs with entropies by `log_probs_and_entropies`.
 
     unsloth_zoo 2026.10.7 imports its own function by name at each call of the loss. That function
-    stays where ours would compute something else: a head with a bias or with trained weights,
-    logits that are capped or scaled, another device or another precision.
+    stays where ours would compute something else. This holds for a head with a bias or with trained
+    weights, and for logits that are capped or scaled. It also holds for another device or dtype.
     """
     module = sys.modules.get(UNSLOTH_MODULE)
     theirs = getattr(module, UNSLOTH_HEAD, None)

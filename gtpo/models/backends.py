@@ -327,8 +327,8 @@ def add_lora(model, lora):
 def check_layers(model, lora) -> None:
     """Warns of layers of the peft.LoraConfig `lora` that `model` does not have.
 
-    Raises RecipeError if it has none of them, if it lacks a module to save, or if a module to save
-    shares its weights with another one.
+    Raises RecipeError if it has none of them, or if it lacks a module to save. Also raises it if a
+    module to save shares its weights with another one.
     """
     names = [name for name, _ in model.named_modules()]
     if isinstance(lora.target_modules, str):

@@ -97,9 +97,9 @@ def check_memory(section: ModelSection, config) -> None:
     if needed > 0.9 * free:
         raise RecipeError(
             "model.model_name",
-            f"{section.model_name!r} has {count / 1e9:.1f} billion parameters, {needed / 2**30:.0f}"
-            f" GiB in float32, and this machine without a GPU has {free / 2**30:.0f} GiB free; use"
-            " a smaller model, or a machine with an NVIDIA GPU",
+            f"{section.model_name!r} takes {needed / 2**30:.0f} GiB in float32"
+            f" ({count / 1e9:.1f} billion parameters); this machine has"
+            f" {free / 2**30:.0f} GiB free and no GPU; use a smaller model or a GPU",
         )
 
 

@@ -48,7 +48,7 @@ class Fidelity(NamedTuple):
             return (
                 "the merged model's logits differ from those of base model and adapter by"
                 f" {self.difference:.2%}, and rounding to {dtype} explains {self.rounding:.2%} (the"
-                f" adapter makes {self.effect:.2%}): the merge is wrong, so use the adapter itself"
+                f" adapter makes {self.effect:.2%}). The merge is wrong, so use the adapter itself"
             )
         if self.effect and not self.kept > KEPT:
             finer = "float16 or float32" if dtype == "bfloat16" else "float32"
@@ -115,7 +115,7 @@ def defect_before_rounding(expected: ExpectedLogits, model, texts: list) -> str 
         return None
     return (
         "before any rounding, the merged model's logits differ from those of base model and"
-        f" adapter by {difference:.2%} of their spread, and float32 explains {ARITHMETIC:.2%}: the"
+        f" adapter by {difference:.2%} of their spread, and float32 explains {ARITHMETIC:.2%}. The"
         " merge is wrong, so use the adapter itself"
     )
 

@@ -1,8 +1,8 @@
 """Defaults < YAML < command line, combined into a `Recipe`.
 
-Every key of the schema is a flag: `--section.key value`. This parser is our own because no library
-offered all of: TRL's options beside ours in one section, keys that contain a dot, and all mistakes
-at once with their sources.
+Every key of the schema is a flag: `--section.key value`. This parser is our own, because no library
+offered three things together. TRL's options stand beside ours in one section. Keys may contain a
+dot. All mistakes are reported at once, with their sources.
 """
 
 import os

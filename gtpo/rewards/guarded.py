@@ -221,8 +221,8 @@ class GuardedRewards(TrainerCallback):
         if rewards.isnan().all() and not self._unscored_reported and self.stopped_by is None:
             self._unscored_reported = True
             logger.warning(
-                "[GTPO] Step %d: no completion of this rollout has a reward, so nothing is learned"
-                " from it; look at trainer.reward_funcs and at what they return None for",
+                "[GTPO] Step %d: no completion of this rollout has a reward, so nothing is learned;"
+                " look at what trainer.reward_funcs return None for",
                 trainer.state.global_step + 1,
             )
         return rollout

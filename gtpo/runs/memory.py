@@ -26,8 +26,8 @@ NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 WHOLE_LOGIT = 18
 # Bytes per logit of a chunk in unsloth_zoo 2026.10.7, which takes a quarter of the tokens at most.
 UNSLOTH_LOGIT = 14
-# The same for gtpo/hooks/streaming_head.py: bytes per logit by the bits of a weight, logits per
-# chunk (on a GPU and on a CPU), and the fewest tokens per chunk.
+# The same for gtpo/hooks/streaming_head.py. First bytes per logit and logits per chunk, by the bits
+# of a weight: 16 on a GPU, 32 on a CPU. Then the fewest tokens per chunk.
 OWN_LOGIT, OWN_CHUNK, OWN_ROWS = {16: 8, 32: 12}, {16: 2**27, 32: 2**22}, 128
 # Keys of a model's configuration that change the logits after the head.
 LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling")

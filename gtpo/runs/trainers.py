@@ -322,8 +322,7 @@ def check_processes(trainer: trl.GRPOTrainer, held_out_problems: Any) -> None:
         raise RecipeError(
             "evaluation",
             "one process evaluates, and FSDP and ZeRO-3 spread the model over all; set"
-            " evaluation.path and evaluation.split to null, and use evaluate_model.py when the run"
-            " is finished",
+            " evaluation.path and evaluation.split to null, and use evaluate_model.py later",
         )
 
 

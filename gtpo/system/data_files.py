@@ -1,8 +1,8 @@
 """Data files as rows: JSON, JSON lines, CSV and Parquet, each also compressed with gzip.
 
 A name is a name here, never a pattern. What cannot be read becomes one sentence with the file and
-the row. Files are read by this module itself: libraries that read them end the process on deeply
-nested rows, guess at types, and do not say where a file is damaged.
+the row. This module reads files itself, because libraries are not safe enough. They end the process
+on deeply nested rows, guess at types, and do not say where a file is damaged.
 """
 
 import csv

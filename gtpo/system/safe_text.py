@@ -22,7 +22,7 @@ SHORTEST = 8  # characters; a shorter value of a secret variable may be an ordin
 HIDDEN = "[secret]"
 
 # The control characters C0 and C1 without tab and line feed, those that change the direction of
-# writing, those that only some readers treat as line ends, and lone surrogates.
+# writing, and lone surrogates. Those that only some readers treat as line ends are here too.
 _CONTROL = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff"
     "\ud800-\udfff]"
@@ -85,4 +85,5 @@ class SafeFormatter(logging.Formatter):
     """Formats a log line and its traceback without control characters and secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The log line of `record`, with its traceback."""
         return printable(without_secrets(super().format(record)))
