@@ -189,7 +189,7 @@ def test_a_completion_that_cannot_be_compared_gets_no_reward(monkeypatch):
 
 
 def test_an_evaluation_keeps_the_version_of_the_rules_and_old_ones_are_version_1(unpacked):
-    new = make_header({"answer": ["5"]}, ["prompt"], Sampling(0, 1, 0, 36), 1, "weights")
+    new = make_header({"reference": ["5"]}, ["prompt"], Sampling(0, 1, 0, 36), 1, "weights")
     assert grading_version(new) == GRADING_VERSION == 2
     (old,) = unpacked.glob("finished_*/evaluation/before.jsonl")
     assert grading_version(read_evaluation(old).header) == 1

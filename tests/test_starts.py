@@ -323,6 +323,18 @@ def test_what_came_after_the_checkpoint_is_removed(recipe):
         assert not list(run_dir.glob(".partial-*")) and not (run_dir / "abandoned").exists()
 
 
+def test_evaluations_that_a_user_made_are_never_deleted(recipe, caplog):
+    run_dir = begin(recipe(), completions="1\n")
+    checkpoint(run_dir, 2, recipe())
+    for name in ("test-8x2-t1", "base-test-8x2-t1", "checkpoint-2-test-8x2-t1"):
+        evaluation(run_dir, name, None)
+    with directory.opened(resolve_start(recipe(), Request(resume="")), recipe(), None):
+        stays = sorted(path.stem for path in (run_dir / "evaluation").iterdir())
+        assert stays == ["base-test-8x2-t1", "checkpoint-2-test-8x2-t1"]
+        assert (run_dir / "abandoned/evaluation/test-8x2-t1.jsonl").is_file()
+    assert "test-8x2-t1.jsonl is moved to" in caplog.text
+
+
 def test_what_later_checkpoints_have_seen_moves_to_the_folder_abandoned(recipe):
     run_dir = begin(recipe(), completions="1\n")
     checkpoint(run_dir, 2, recipe())

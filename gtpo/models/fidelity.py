@@ -64,9 +64,9 @@ class Fidelity(NamedTuple):
                 "the adapter changes nothing (it is untrained): the merged model is the base model"
             )
         return (
-            f"the adapter changes the logits by {self.effect:.2%} of their spread; the merged model"
-            f" has {self.kept:.1%} of that change and differs by {self.difference:.2%} (rounding"
-            f" alone: {self.rounding:.2%})"
+            f"the merge is faithful. The adapter changes the logits by {self.effect:.2%} of their"
+            f" spread; the merged model has {self.kept:.1%} of that change, and differs by"
+            f" {self.difference:.2%} ({self.rounding:.2%} from rounding alone)"
         )
 
 

@@ -294,7 +294,7 @@ def _what_was_protected(configuration: Configuration) -> Answer:
             f" {amplified:,} tokens in completions with a positive one."
         )
     else:
-        sentences.append("No token had a weight other than 1.")
+        sentences.append("No token had weight 0 or a weight above 1.")
     texts = _most_protected(sum((log.protected_pieces for log in logs), Counter()))
     if not has_weights:
         sentences.append("This trainer gives every token weight 1, so it protected nothing.")

@@ -142,7 +142,8 @@ def rewind(start: Start) -> None:
     """Removes from the run directory what came after the checkpoint of `start`.
 
     The run repeats those steps. If there are later checkpoints, nothing they had seen is deleted:
-    it goes into the folder `abandoned`. If the checkpoint is another run's, that run's completions
+    it goes into the folder `abandoned`. So do the evaluations of the run's adapter that
+    evaluate_model.py made. If the checkpoint is another run's, that run's completions
     and evaluations up to it are copied first.
     """
     run_dir, checkpoint = start.run_dir, start.checkpoint
@@ -165,10 +166,24 @@ def rewind(start: Start) -> None:
     _truncate(run_dir / "completions.jsonl", size, abandoned)
     for file in sorted((run_dir / "evaluation").glob("*.jsonl")):
         evaluated_step = _evaluated_step(file)
-        if file.stem == "after" and evaluated_step == step and start.adds_steps:
+        if evaluated_step is None:
+            _put_aside(file, run_dir / ABANDONED / "evaluation")
+        elif file.stem == "after" and evaluated_step == step and start.adds_steps:
             move_into_place(file, file.with_stem(f"step-{step}"))
-        elif evaluated_step is None or evaluated_step > step or start.discards_evaluations:
+        elif evaluated_step > step or start.discards_evaluations:
             _move_or_remove(file, abandoned and abandoned / "evaluation")
+
+
+def _put_aside(file: Path, folder: Path) -> None:
+    """Moves a file of evaluate_model.py into `folder`, unless it is of a model that stays.
+
+    It was made by a command of the user, so it is never deleted. The base model stays, and so do
+    the checkpoints. The run's own adapter does not: the run goes on from an earlier one.
+    """
+    if file.stem.startswith(("base-", "checkpoint-")):
+        return
+    logger.warning("[GTPO] %s is moved to %s: the run's adapter changes", file.name, folder)
+    _move_or_remove(file, folder)
 
 
 def _copy_records(earlier: Path, run_dir: Path, size: int, step: int) -> None:
