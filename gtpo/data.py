@@ -522,7 +522,8 @@ def _rows_of_a_function(section: DatasetSection):
     try:
         rows = load_object(section.name)(**arguments)
         if not isinstance(rows, datasets.Dataset):
-            rows = datasets.Dataset.from_list([dict(row) for row in rows])
+            rows = [dict(row) for row in rows]
+            rows = data_files.as_dataset(rows) if any(rows) else []
     except Exception as error:  # a user's function may raise anything
         raise RecipeError(
             "dataset.name",

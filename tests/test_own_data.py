@@ -10,9 +10,11 @@ import sys
 import pytest
 import tiny
 from conftest import ROOT
+from demo_run import demo_flags, run_dir
 from hub_server import serving
 
 import reward_math
+import train_model
 from gtpo import data
 from gtpo.answers import format_reference, reference_answer
 from gtpo.answers.references import how_found
@@ -440,3 +442,128 @@ def test_a_name_of_the_hub_and_a_path_are_told_apart(tmp_path, monkeypatch):
         RecipeError, match="there is no file or folder 'openai/gsm8k' .*dataset.name"
     ):
         data.check_source(DatasetSection(path="openai/gsm8k"))
+
+
+# ---- inputs from public reports of other trainers and of the library datasets
+
+
+def test_mixed_types_inside_conversations_and_columns_are_no_obstacle(load):
+    # axolotl issue 3590: the system message is a text, and the user's is a list of parts
+    parts = [{"type": "text", "text": "1+1?"}]
+    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": parts}]
+    (problem,) = load([{"messages": messages, "answer": "2"}], question_column="messages")
+    assert problem["prompt"] == [{"role": "system", "content": "S"}, user("1+1?")]
+    assert problem["messages"] == messages
+    # axolotl pull request 3136: a tool's argument is a text here and a number there
+    calls = [[{"arguments": {"time": time}}] for time in ("2025", 1690876800)]
+    problems = load([{"question": "?", "answer": 1, "calls": call} for call in calls])
+    assert column(problems, "calls") == calls
+    # alpaca-lora issue 239: a column holds texts, numbers and lists
+    values = ["", 5, []]
+    problems = load([{"question": "?", "answer": 1, "input": value} for value in values])
+    assert column(problems, "input") == values
+
+
+def test_a_message_whose_content_is_an_object_is_refused_with_its_row(load):
+    # ms-swift issue 8326
+    rows = [
+        {"messages": [{"role": "user", "content": content}], "answer": "2"}
+        for content in ("1+1?", {"text": "1+1?"})
+    ]
+    with pytest.raises(RecipeError, match="a message without a role and a text; .* .row 2."):
+        load(rows, question_column="messages")
+
+
+def test_a_folder_in_brackets_and_a_hidden_one_are_read(tmp_path, tokenizer):
+    # datasets issues 7468 and 6073
+    for name in ("[D_DATA]/test", "a/.d/train"):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        (folder / "train.json").write_text('[{"question": "1+1?", "answer": "2"}]')
+        section = DatasetSection(path=str(folder))
+        data.check_source(section)
+        assert len(data.load_problems(section, tokenizer, 10_000, 0)) == 1
+
+
+def test_a_function_may_return_rows_of_mixed_types(tmp_path, tokenizer, monkeypatch):
+    source = "def load():\n    return [{'question': '?', 'answer': a} for a in (4, '1/2', None)]\n"
+    (tmp_path / "mixed_rows.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    problems = data.load_problems(DatasetSection(name="mixed_rows.load"), tokenizer, 10_000, 0)
+    assert sorted(problems["answer"]) == ["1/2", "4"]
+
+
+# ---- a whole run
+
+
+REWARDS = """
+from gtpo.answers import reference_answer
+
+
+def text(completion):
+    return completion[-1]["content"]
+
+
+def by_topic(completions, topic, difficulty, **kwargs):
+    assert set(topic) == {"sums"} and kwargs["column_image"] == ["i"] * len(completions)
+    return [float(level) for level in difficulty]
+
+
+def exact(completions, answer, **kwargs):
+    found = [text(c).split("<answer>")[-1].split("</answer>")[0].strip() for c in completions]
+    return [2.0 if f == str(a) else 0.0 for f, a in zip(found, answer)]
+
+
+def as_before(completions, answer, reference, **kwargs):
+    assert [reference_answer(r) for r in reference] == [reference_answer(a) for a in answer]
+    return exact(completions, [reference_answer(a) for a in answer])
+"""
+
+
+def own_run(here, *flags: str) -> list[str]:
+    (here / "user_rewards.py").write_text(REWARDS)
+    lines = (
+        {"question": q, "answer": a, "topic": "sums", "difficulty": i % 5, "image": "i"}
+        | {"odd": float("nan")}
+        for i, (q, a) in enumerate(SUMS)
+    )
+    (here / "columns.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return demo_flags(
+        "--dataset.name null --dataset.path columns.jsonl --training.save_strategy no",
+        "--training.num_generations 4",
+        "--trainer.reward_funcs user_rewards.by_topic user_rewards.exact user_rewards.as_before",
+        *flags,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_hands_columns_to_its_rewards_and_records_those_that_are_asked_for(here, monkeypatch):
+    monkeypatch.syspath_prepend(here)
+    flags = own_run(
+        here, "--watch.columns difficulty answer odd", "--evaluation.path columns.jsonl"
+    )
+    assert train_model.main(flags) == 0
+    folder = run_dir(here)
+    lines = [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 16
+    for line in lines:
+        answer = line["columns"]["answer"]
+        assert line["answer"] == format_reference("", answer)
+        assert line["rewards"]["by_topic"] == float(line["columns"]["difficulty"])
+        assert line["rewards"]["exact"] == line["rewards"]["as_before"]
+        assert line["columns"].keys() == {"difficulty", "answer", "odd"}
+        assert line["columns"]["odd"] is None
+    log = (folder / "train.log").read_text()
+    for sentence in (
+        "Dataset: references found: 9 as a number",
+        "Dataset: the column 'image' reaches rewards as 'column_image'",
+        "Held-out problems: 9 of 9 are also trained on",
+    ):
+        assert log.count(sentence) == 1, sentence
+
+
+@pytest.mark.slow
+def test_the_doctor_pays_the_reference_of_own_rewards(here, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(here)
+    assert train_model.main(own_run(here, "--check")) == 0
+    assert "user_rewards.exact pays: reference 2, empty 0, truncated 0" in capsys.readouterr().out

@@ -169,8 +169,6 @@ def _table(file: Path):
 
 def _rows_of_texts(files: list[Path]):
     """The rows of JSON and CSV files as a datasets.Dataset."""
-    import datasets
-
     rows: list[Row] = []
     for file in files:
         before = len(rows)
@@ -180,9 +178,16 @@ def _rows_of_texts(files: list[Path]):
                 values = _as_numbers([row[name] for row in rows[before:]])
                 for row, value in zip(rows[before:], values, strict=True):
                     row[name] = value
-    names = dict.fromkeys(name for row in rows for name in row)
-    if not names:
+    if not any(rows):
         _refuse(files[0], "its rows have no columns")
+    return as_dataset(rows)
+
+
+def as_dataset(rows: list[Row]):
+    """Rows as a datasets.Dataset; a value that a row lacks is None. There must be a column."""
+    import datasets
+
+    names = dict.fromkeys(name for row in rows for name in row)
     parts = [_column(name, [row.get(name) for row in rows]) for name in names]
     return datasets.concatenate_datasets(parts, axis=1) if len(parts) > 1 else parts[0]
 
