@@ -172,8 +172,8 @@ def _problems_of_the_flags(flags: Namespace, values: dict[str, Any]) -> DatasetS
         if not DOTTED_PATH.fullmatch(path) or check_dotted_path("--dataset", path) is not None:
             raise RecipeError(
                 "--dataset",
-                f"{path!r} is not known; use gsm8k, hendrycks_math, a dataset of the hub as"
-                " owner/name, an existing file or folder, or a dotted path such as my_data.load",
+                f"{path!r} is not known; use gsm8k, hendrycks_math, an existing file or"
+                " folder, or a dotted path such as my_data.load, or owner/name for the hub",
             )
         name, path = path, flags.path
     if path or name in DATASET_ALIASES or is_hub_name:  # a function need not have splits

@@ -38,7 +38,7 @@ class CompletionLine(BaseModel):
     prompt: Any = None  # messages, or a text
     completion: str = ""  # decoded without special tokens
     answer: Any = None  # the problem's reference, with its reasoning
-    columns: dict[str, Any] | None = None  # other columns of its row, those that are recorded
+    columns: dict[str, Any] = {}  # other columns of its row, those that are recorded
     reward: Number = None  # weighted sum; None if no function could score it
     rewards: dict[str, Number] = {}  # by reward function
     advantage: Number = None

@@ -150,7 +150,7 @@ class Recorder(TrainerCallback):
                 "prompt": row.get("prompt"),
                 "completion": texts[i],
                 "answer": row.get(self.reference_column),
-                **self._columns_of(row),
+                "columns": {name: _plain(row.get(name)) for name in self.columns},
                 "reward": json_number(rewards[i]),
                 "rewards": dict(
                     zip(trainer.reward_func_names, map(json_number, table[i]), strict=True)
@@ -170,11 +170,6 @@ class Recorder(TrainerCallback):
             "width": rollout["completion_ids"].shape[1],
             "with_tokens": trainer.state.global_step % self.tokens_every == 0,
         }
-
-    def _columns_of(self, row: dict) -> dict:
-        if not self.columns:
-            return {}
-        return {"columns": {name: _plain(row.get(name)) for name in self.columns}}
 
     def _write(self) -> None:
         """Appends the rows of the current rollout that the loss has seen, and forgets them."""
