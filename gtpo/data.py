@@ -38,7 +38,7 @@ from gtpo.errors import Mistake, RecipeError
 from gtpo.recipe import Recipe
 from gtpo.recipe.batch import check_enough_problems
 from gtpo.recipe.dotted_paths import load_object
-from gtpo.recipe.sections import DatasetSection
+from gtpo.recipe.sections import HUB_NAME, DatasetSection
 from gtpo.system import data_files
 
 logger = logging.getLogger(__name__)
@@ -566,11 +566,9 @@ def _files(section: DatasetSection) -> list[list[Path]]:
         data_files.check_single_file(path, section.split)
         return [[path]]
     if not path.is_dir():
-        raise RecipeError(
-            "dataset.path",
-            f"there is no file or folder {section.path!r} (a dataset of the hub is set by"
-            " dataset.name)",
-        )
+        is_hub_name = HUB_NAME.fullmatch(section.path) and not data_files.suffix(path)
+        hint = "; a dataset of the hub is set by dataset.name" if is_hub_name else ""
+        raise RecipeError("dataset.path", f"there is no file or folder {section.path!r}{hint}")
     return [
         data_files.files_of_split(folder, section.split)
         for folder in _subset_folders(section, path)
