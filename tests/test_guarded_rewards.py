@@ -247,6 +247,7 @@ def test_a_run_that_was_stopped_and_resumed_begins_to_count_again(tmp_path):
     assert "what came after" not in file.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, sentence",
     [
