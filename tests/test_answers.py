@@ -372,6 +372,7 @@ def test_a_signal_to_all_processes_of_a_job_does_not_end_the_child():
     assert same_answer("s+2", "2+s") and child() == before
 
 
+@pytest.mark.slow
 def test_a_reply_that_comes_after_an_interrupt_is_not_taken_for_the_next_one():
     assert same_answer("c+1", "1+c")
     slow = child()
@@ -385,6 +386,7 @@ def test_a_reply_that_comes_after_an_interrupt_is_not_taken_for_the_next_one():
     assert not same_answer("c+3", "3+2c")
 
 
+@pytest.mark.slow
 def test_a_child_that_does_not_start_is_an_error_and_not_a_different_answer(monkeypatch):
     for running in children():
         running.kill()
