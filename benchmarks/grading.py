@@ -227,15 +227,20 @@ def by_math_verify(answer: str, reference: str) -> bool:
     """Whether math-verify takes the answer and the reference for equal, by itself."""
     from math_verify import parse, verify
 
-    return verify(parse(f"${reference}$"), parse(f"${answer}$"))
+    return verify(parse(f"${reference}$"), parse(_boxed(answer)))
 
 
 def by_trl(answer: str, reference: str) -> bool:
     """Whether TRL's accuracy reward pays the answer."""
     from trl.rewards import accuracy_reward
 
-    completion = [{"role": "assistant", "content": f"${answer}$"}]
+    completion = [{"role": "assistant", "content": _boxed(answer)}]
     return accuracy_reward([completion], [f"${reference}$"])[0] == 1.0
+
+
+def _boxed(answer: str) -> str:
+    """The answer in a box, where both look first; an answer that has a box stays as it is."""
+    return answer if r"\boxed" in answer else rf"\boxed{{{answer}}}"
 
 
 GRADERS = {"ours": same_answer, "math-verify": by_math_verify, "TRL": by_trl}
