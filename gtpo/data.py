@@ -293,7 +293,8 @@ def problems_with_lengths(
     columns, read = find_columns(_columns(section), rows), _source(section).reference
     reader = ProblemReader(columns, section.system_instruction, read)
     needed = list(dict.fromkeys(top_column(name, rows.column_names) for name in columns[:2]))
-    filled = reader.filled_rows(rows.select_columns(needed))
+    batches = rows.select_columns(needed).iter(1000)
+    filled = reader.filled_rows(row for batch in batches for row in _rows_of(batch))
     if len(filled) < len(rows):
         logger.warning(
             "[GTPO] %s: %d rows without question or answer left out",
@@ -305,8 +306,7 @@ def problems_with_lengths(
     rows, lengths, text = rows.select(filled), [], datasets.Value("string")
 
     def as_problems(batch: dict[str, list]) -> dict[str, list]:
-        values = zip(*batch.values(), strict=True)
-        problems = [reader.problem(dict(zip(batch, row, strict=True))) for row in values]
+        problems = [reader.problem(row) for row in _rows_of(batch)]
         lengths.extend(_prompt_lengths(problems, tokenizer, chat_template_kwargs))
         return {name: [problem[name] for problem in problems] for name in problems[0]}
 
@@ -329,6 +329,10 @@ def problems_with_lengths(
     if sentence := references.warning(reader.found, reader.examples):
         logger.warning("[GTPO] %s: %s", label, sentence)
     return LoadedProblems(problems, lengths, notes)
+
+
+def _rows_of(batch: dict[str, list]) -> list[dict[str, Any]]:
+    return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 
 def _no_row(section: DatasetSection) -> RecipeError:

@@ -439,7 +439,8 @@ def test_a_name_of_the_hub_and_a_path_are_told_apart(tmp_path, monkeypatch):
         with pytest.raises(RecipeError, match="looks like a file; set dataset.path to it"):
             data.check_source(DatasetSection(name=name))
     with pytest.raises(
-        RecipeError, match="there is no file or folder 'openai/gsm8k' .*dataset.name"
+        RecipeError,
+        match="there is no file or folder 'openai/gsm8k'; a dataset of the hub is set by",
     ):
         data.check_source(DatasetSection(path="openai/gsm8k"))
 

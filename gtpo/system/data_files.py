@@ -282,10 +282,15 @@ def _json_row(file: Path, text: str, row: int, line: int) -> Row:
     except ValueError as error:
         message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         _refuse(file, f"this is not JSON ({message})", row, line)
-    return _checked_row(file, value, text, row, line)
+    return _checked_row(file, value, _has_escapes(text), row, line)
 
 
-def _checked_row(file: Path, value: Any, text: str, row: int, line: int) -> Row:
+def _has_escapes(text: str) -> bool:
+    """Whether a text in JSON may have half of a surrogate pair."""
+    return "\\ud" in text or "\\uD" in text
+
+
+def _checked_row(file: Path, value: Any, escapes: bool, row: int, line: int) -> Row:
     if not isinstance(value, dict):
         _refuse(
             file,
@@ -294,7 +299,7 @@ def _checked_row(file: Path, value: Any, text: str, row: int, line: int) -> Row:
             row,
             line,
         )
-    if "\\ud" in text or "\\uD" in text:
+    if escapes:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -316,15 +321,18 @@ def _check_depth(file: Path, text: str, row: int, line: int | None) -> None:
 
 def _rows_of_text(file: Path, text: str, first_line: int) -> Iterator[Row]:
     """The rows of a text: a list of objects, an object of columns, or objects one after another."""
-    decoder, place, row, in_list = json.JSONDecoder(), 0, 0, False
+    decoder, spaces, row, in_list = json.JSONDecoder(), re.compile(r"\s*"), 0, False
+    line, counted = first_line, 0
 
-    def line_of(position: int) -> int:
-        return first_line + text.count("\n", 0, position)
+    def line_of(position: int) -> int:  # positions only grow, so no text is counted twice
+        nonlocal line, counted
+        line, counted = line + text.count("\n", counted, position), position
+        return line
 
     def skip_spaces(position: int) -> int:
-        return re.compile(r"\s*").match(text, position).end()
+        return spaces.match(text, position).end()
 
-    place = skip_spaces(place)
+    place = skip_spaces(0)
     if text[place : place + 1] == "[":
         in_list, place = True, skip_spaces(place + 1)
         if text[place : place + 1] == "]":
@@ -340,15 +348,15 @@ def _rows_of_text(file: Path, text: str, first_line: int) -> Iterator[Row]:
             message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             position = getattr(error, "pos", place)
             _refuse(file, f"this is not JSON ({message})", row, line_of(position))
-        piece, line = text[place:end], line_of(place)
-        _check_depth(file, piece, row, line)
-        place = skip_spaces(end)
+        piece = text[place:end]
+        _check_depth(file, piece, row, line_of(place))
+        escapes, place = _has_escapes(piece), skip_spaces(end)
         alone = row == 1 and not in_list and place >= len(text)
         if alone and isinstance(value, dict) and suffix(file) == ".json":
             for row, inner in enumerate(_rows_of_object(value), 1):
-                yield _checked_row(file, inner, piece, row, line)
+                yield _checked_row(file, inner, escapes, row, line)
             return
-        yield _checked_row(file, value, piece, row, line)
+        yield _checked_row(file, value, escapes, row, line)
         if in_list:
             following = text[place : place + 1]
             if following == "]":
