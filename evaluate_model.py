@@ -28,10 +28,14 @@ FLAG_OF_KEY = {  # the flag that stands for a recipe's key, which errors name
     "dataset.subsets": "--subset",
     "dataset.question_column": "--question-column",
     "dataset.answer_column": "--answer-column",
+    "dataset.system_instruction": "--system-instruction",
+    "dataset.system_role": "--system-role",
     "evaluation.batch_size": "--batch-size",
     "model.backend": "--backend",
     "model.chat_template": "--chat-template",
+    "training.chat_template_kwargs": "--chat-template-kwargs",
     "training.max_prompt_length": "--max-prompt-length",
+    "null": '""',  # the value of --system-instruction for none
 }
 VLLM_BATCH = 1024  # completions between two updates of the bar; vLLM forms its own batches
 CHAT_LENGTH = 4096  # tokens of a conversation, unless the run was trained with longer sequences
@@ -106,6 +110,7 @@ def _evaluate(flags: argparse.Namespace, saved) -> None:
     from gtpo.evaluation.file import Evaluation
     from gtpo.evaluation.plan import make_plan
     from gtpo.evaluation.scores import scores_as_text
+    from gtpo.models.prompt import check_token_ids, prompt_opening, unreadable_ids
 
     plan = make_plan(flags, saved)
     if flags.base and saved.adapter is None:
@@ -113,9 +118,18 @@ def _evaluate(flags: argparse.Namespace, saved) -> None:
     check_source(plan.section)
     engine = Engine(saved, flags.backend, flags.chat_template)
     samplers = engine.samplers(plan.sampling, plan.max_prompt_length)
+    section, options = plan.section, plan.chat_template_kwargs
+    _check_template(engine, section.system_instruction, section.system_role, options)
     problems = _load_problems(plan, engine.tokenizer)
-    prompts = rendered_prompts(problems, engine.tokenizer, plan.chat_template_kwargs)
-    files = _open_files(flags, saved, plan, engine.backend, problems, prompts)
+    check_token_ids(
+        engine.tokenizer,
+        unreadable_ids(engine.tokenizer, engine.section),
+        problems["prompt"],
+        options,
+    )
+    prompts = rendered_prompts(problems, engine.tokenizer, options)
+    opening = prompt_opening(engine.tokenizer, problems[0]["prompt"], options)
+    files = _open_files(flags, saved, plan, engine.backend, problems, prompts, opening)
     batch_size = plan.batch_size
     if engine.backend == "vllm" and not flags.batch_size:
         batch_size = max(batch_size, VLLM_BATCH)
@@ -128,6 +142,17 @@ def _evaluate(flags: argparse.Namespace, saved) -> None:
     print(scores_as_text(evaluations, plan.ks))
     for file in files.values():
         print(f"Completions: {file.path}")
+
+
+def _check_template(engine, instruction: str | None, role: str, options: dict) -> None:
+    """Raises RecipeError if the chat template or the tokenizer cannot make prompts; loads nothing.
+
+    What the model was trained with all the same is a warning.
+    """
+    from gtpo.models.prompt import check_embedding, check_template
+
+    check_template(engine.tokenizer, instruction, role, options, strict=False)
+    check_embedding(engine.tokenizer, engine.section)
 
 
 def _load_problems(plan, tokenizer):
@@ -148,7 +173,9 @@ def _load_problems(plan, tokenizer):
     return problems.select(range(count))
 
 
-def _open_files(flags: argparse.Namespace, saved, plan, backend: str, problems, prompts) -> dict:
+def _open_files(
+    flags: argparse.Namespace, saved, plan, backend: str, problems, prompts, opening: str
+) -> dict:
     """The evaluation files by the title of their column: trained, base, or model if it has no
     adapter.
     """
@@ -161,7 +188,16 @@ def _open_files(flags: argparse.Namespace, saved, plan, backend: str, problems, 
     else:
         adapter_of_title = {"trained": True}
     return {
-        title: open_file(flags, saved, plan, backend, problems, prompts, adapter=adapter)
+        title: open_file(
+            flags,
+            saved,
+            plan,
+            backend,
+            problems,
+            prompts,
+            adapter=adapter,
+            prompt_opening=opening,
+        )
         for title, adapter in adapter_of_title.items()
     }
 
@@ -181,22 +217,32 @@ def _say_what_is_there(file) -> None:
 def _chat(flags: argparse.Namespace, saved) -> None:
     from gtpo.evaluation.chat import chat
     from gtpo.evaluation.engines import Engine
-    from gtpo.evaluation.plan import chat_sampling, system_instruction
+    from gtpo.evaluation.plan import (
+        chat_sampling,
+        system_instruction,
+        system_role,
+        template_options,
+    )
 
     drawing = ("temperature", "top_p", "seed", "max_completion_length")
-    model = ("target", "backend", "chat_template", "system_instruction")
-    _refuse_other_flags(flags, "--chat", "chat", *drawing, *model)
+    model = ("target", "backend", "chat_template", "chat_template_kwargs")
+    system = ("system_instruction", "system_role")
+    _refuse_other_flags(flags, "--chat", "chat", *drawing, *model, *system)
     if flags.backend == "vllm":
         raise RecipeError("--backend", "vllm cannot chat; use auto, unsloth or transformers")
     engine = Engine(saved, flags.backend, flags.chat_template, conversation=True)
     length = max(CHAT_LENGTH, saved.section.max_seq_length)
     context = min(engine.context or CHAT_LENGTH, length)
+    instruction, role = system_instruction(flags, saved.recipe), system_role(flags, saved.recipe)
+    options = template_options(flags, saved.recipe)
+    _check_template(engine, instruction, role, options)
     chat(
         engine.policy(context),
         chat_sampling(flags, saved.recipe),
         context=context,
-        system_instruction=system_instruction(flags, saved.recipe),
-        chat_template_kwargs=saved.recipe and saved.recipe.training.chat_template_kwargs,
+        system_instruction=instruction,
+        system_role=role,
+        chat_template_kwargs=options,
     )
 
 
@@ -227,6 +273,8 @@ def parser() -> argparse.ArgumentParser:
     add("--question-column", help="column of a file with the question; default: question")
     add("--answer-column", help="column of a file with the answer; default: answer")
     add("--system-instruction", help='system message of every prompt; "" for none')
+    add("--system-role", choices=["system", "user"],
+        help="user puts the system message at the start of the user's message")
     add("--limit", type=count, help="number of problems, from the first; default: all")
     add("--k", type=count, nargs="+",
         help="the k of pass@k and maj@k; default: 2, 4, 8, ... up to the samples")
@@ -244,6 +292,8 @@ def parser() -> argparse.ArgumentParser:
         help="default: auto, which is vLLM or Unsloth with a GPU, else transformers")
     add("--batch-size", type=count, help="completions drawn at a time")
     add("--chat-template", help="Jinja chat template (text or file) for a model without one")
+    add("--chat-template-kwargs", type=_mapping, metavar="MAPPING",
+        help="options of the chat template, such as '{enable_thinking: false}'")
     add("--to", type=Path, metavar="FILE",
         help="file of the completions; default: in evaluation/ of the run, or of this directory")
     add("--overwrite", action="store_true", help="replace that file")
@@ -297,6 +347,22 @@ def _number(convert: type, least: float, most: float = float("inf")) -> Callable
         return value
 
     return read
+
+
+def _mapping(text: str) -> dict:
+    """A type for argparse: a mapping in YAML, which JSON is too."""
+    from gtpo.recipe.sections import check_template_options
+    from gtpo.recipe.yaml_text import YamlError, parse_yaml
+
+    try:
+        value = parse_yaml(text)
+        check_template_options(value)
+    except (RecipeError, YamlError) as error:
+        mistakes = getattr(error, "mistakes", None)
+        raise argparse.ArgumentTypeError(
+            mistakes[0].sentence if mistakes else f"{text!r} is no YAML ({error})"
+        ) from None
+    return value or {}
 
 
 def _refuse_other_flags(flags: argparse.Namespace, flag: str, *allowed: str) -> None:

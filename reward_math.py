@@ -18,6 +18,9 @@ format and with a correct answer as `reward/format_rate` and `reward/correct_rat
 nothing and can stand beside either.
 
 A completion whose reference is None is not scored: its reward is None, which TRL leaves out.
+
+`prompt_opening` is what the prompt has already written of the answer. For example, a chat template
+may end its prompt in `<reasoning>`. It is put before each completion.
 """
 
 from collections import defaultdict
@@ -29,18 +32,22 @@ PERFECT_FORMAT = 10.0
 CORRECT = 10.0
 
 
-def final_reward(completions, answer=None, **kwargs) -> list[float | None]:
+def final_reward(completions, answer=None, prompt_opening="", **kwargs) -> list[float | None]:
     """The format score, + 10 for a correct answer in perfect format: 0, 1, 1.5, 3, 10 or 20.
 
     The rules are those of `gtpo.answers.format_score` and `same_answer`. An empty reference matches
     nothing.
     """
     return _format_and_correctness(
-        completions, answer, format_score, _is_correct, kwargs.get("log_metric")
+        _texts(completions, prompt_opening),
+        answer,
+        format_score,
+        _is_correct,
+        kwargs.get("log_metric"),
     )
 
 
-def released_reward(completions, answer=None, **kwargs) -> list[float | None]:
+def released_reward(completions, answer=None, prompt_opening="", **kwargs) -> list[float | None]:
     """What `final_reward` of the authors' released code pays: 0, 1, 1.5, 10 or 20.
 
     It is for reproducing the logs of that code, not for training. Tags may be nested and repeated.
@@ -48,17 +55,21 @@ def released_reward(completions, answer=None, **kwargs) -> list[float | None]:
     reference. A number within 0.01 of the reference counts as well, while 1200 does not for 1,200.
     """
     return _format_and_correctness(
-        completions, answer, _released_score, _released_correct, kwargs.get("log_metric")
+        _texts(completions, prompt_opening),
+        answer,
+        _released_score,
+        _released_correct,
+        kwargs.get("log_metric"),
     )
 
 
-def formatting_penalty(completions, answer=None, **kwargs) -> list[float]:
+def formatting_penalty(completions, answer=None, prompt_opening="", **kwargs) -> list[float]:
     """The format score - 10: 0 for perfect format, -10 for none. It needs no references."""
-    return [format_score(_text(completion)) - PERFECT_FORMAT for completion in completions]
+    return [format_score(text) - PERFECT_FORMAT for text in _texts(completions, prompt_opening)]
 
 
 def scaled_adaptive_reward_func(
-    completions, answer=None, prompts=None, **kwargs
+    completions, answer=None, prompts=None, prompt_opening="", **kwargs
 ) -> list[float | None]:
     """10 (1 - p/2) for a correct answer in perfect format, else 0.
 
@@ -66,7 +77,7 @@ def scaled_adaptive_reward_func(
     where all succeed, and nearly 10 for a rare success. Without `prompts`, completions with the
     same reference count as a group. Completions that are not scored do not count.
     """
-    rewards = final_reward(completions, answer)
+    rewards = final_reward(completions, answer, prompt_opening)
     correct = [None if reward is None else reward == PERFECT_FORMAT + CORRECT for reward in rewards]
     # as text, because messages are not hashable
     groups = [repr(group) for group in (answer if prompts is None else prompts)]
@@ -82,15 +93,14 @@ def scaled_adaptive_reward_func(
 
 
 def _format_and_correctness(
-    completions, answer, score, is_correct, log_metric
+    texts: list[str], answer, score, is_correct, log_metric
 ) -> list[float | None]:
     """The sums of format score and correctness, whose means are logged."""
     parts = []  # (format score, correctness), or None where it cannot be known
-    for completion, reference in zip(completions, _references(completions, answer), strict=True):
+    for text, reference in zip(texts, _references(texts, answer), strict=True):
         if reference is None:
             parts.append(None)
             continue
-        text = _text(completion)
         formatting = score(text)
         try:
             correct = formatting == PERFECT_FORMAT and is_correct(text, reference)
@@ -130,6 +140,10 @@ def _references(completions, answer) -> list[str | None]:
         None if reference is None else reference_answer(str(reference).strip())
         for reference in answer
     ]
+
+
+def _texts(completions, prompt_opening: str) -> list[str]:
+    return [prompt_opening + _text(completion) for completion in completions]
 
 
 def _text(completion) -> str:

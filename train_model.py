@@ -127,7 +127,7 @@ def _train(
 ) -> None:
     """What a run does, in the steps that the README lists."""
     from gtpo import data
-    from gtpo.models import backends, base_model, saved
+    from gtpo.models import backends, base_model, prompt, saved
     from gtpo.report import model_card
     from gtpo.runs import directory
     from gtpo.runs.arguments import policy_options, training_arguments
@@ -149,8 +149,10 @@ def _train(
     # 4. Tokenizer and problems.
     trainers.seed_everything(recipe)
     tokenizer = saved.training_tokenizer(recipe.model, backend)
+    prompt.check_recipe(tokenizer, recipe, strict=start.checkpoint is None)
     problems = data.load_training_problems(recipe, tokenizer, processes.count())
     held_out_problems = data.load_held_out_problems(recipe, tokenizer, problems)
+    prompt.check_prompts(tokenizer, recipe, problems, held_out_problems, backend=backend)
     # 5. Policy.
     policy = backends.load_policy(recipe.model, tokenizer, backend, **policy_options(recipe))
     # 6. Arguments.

@@ -291,7 +291,7 @@ def problems_with_lengths(
     if not len(rows):
         raise _no_row(section)
     columns, read = find_columns(_columns(section), rows), _source(section).reference
-    reader = ProblemReader(columns, section.system_instruction, read)
+    reader = ProblemReader(columns, section.system_instruction, read, section.system_role)
     needed = list(dict.fromkeys(top_column(name, rows.column_names) for name in columns[:2]))
     batches = rows.select_columns(needed).iter(1000)
     filled = reader.filled_rows(row for batch in batches for row in _rows_of(batch))

@@ -27,9 +27,11 @@ from gtpo.recipe.yaml_text import write_yaml
 from gtpo.runs.start import Request, resolve_start
 from gtpo.system.console import Finding, conclusion, finding_line, findings_as_json
 from gtpo.system.environment import set_environment
-from gtpo.system.safe_text import without_secrets
+from gtpo.system.safe_text import printable, without_secrets
 
 logger = logging.getLogger(__name__)
+
+RULER = "-" * 20  # above and below a prompt, which is printed as the model reads it
 
 
 # ---- --check: the checks, in the order of a run
@@ -151,9 +153,19 @@ def _check_tokenizer(facts: Facts) -> str:
 
     facts.tokenizer = training_tokenizer(facts.recipe.model, facts.backend)
     return (
-        f"{len(facts.tokenizer)} tokens; the chat template works; end of sequence"
-        f" {facts.tokenizer.eos_token!r}, padding {facts.tokenizer.pad_token!r}"
+        f"{len(facts.tokenizer)} tokens; end of sequence {facts.tokenizer.eos_token!r}, padding"
+        f" {facts.tokenizer.pad_token!r}"
     )
+
+
+def _check_chat_template(facts: Facts) -> str:
+    from gtpo.models.prompt import check_recipe
+
+    check_recipe(facts.tokenizer, facts.recipe, strict=facts.request.resume is None)
+    if not facts.recipe.dataset.system_instruction:
+        return "it prints what the user says, without a system message"
+    role = facts.recipe.dataset.system_role
+    return f"it prints the system message, as one of the role {role}, and what the user says"
 
 
 def _check_dataset(facts: Facts) -> str:
@@ -209,6 +221,23 @@ def _check_held_out(facts: Facts) -> str:
     return f"{len(problems)} problems{f'; {note}' if note else ''}"
 
 
+def _check_prompt(facts: Facts) -> list[Finding]:
+    from gtpo.models.prompt import check_prompts, read_prompt
+
+    check_prompts(facts.tokenizer, facts.recipe, facts.problems, backend=facts.backend)
+    prompt = read_prompt(
+        facts.tokenizer,
+        facts.problems[0]["prompt"],
+        facts.recipe.training.chat_template_kwargs,
+    )
+    sentence = (
+        f"the first has {len(prompt.ids)} tokens, and the completion begins after"
+        f" {prompt.end[-40:]!r}; the model reads:"
+    )
+    details = {"prompt": without_secrets(prompt.text), "ids": prompt.ids}
+    return [Finding("ok", "prompt", sentence, details)]
+
+
 def _check_options(facts: Facts) -> str | list[Finding]:
     from gtpo.runs.trainers import try_options
 
@@ -222,6 +251,7 @@ def _check_options(facts: Facts) -> str | list[Finding]:
 
 
 def _check_rewards(facts: Facts) -> list[Finding]:
+    from gtpo.models.prompt import prompt_opening
     from gtpo.rewards.doctor import PROBLEMS, diagnose
 
     recipe, count = facts.recipe, min(PROBLEMS, len(facts.problems))
@@ -233,6 +263,9 @@ def _check_rewards(facts: Facts) -> list[Finding]:
         rows,
         facts.tokenizer,
         recipe.rewards,
+        prompt_opening=prompt_opening(
+            facts.tokenizer, rows[0]["prompt"], recipe.training.chat_template_kwargs
+        ),
     )
 
 
@@ -301,8 +334,10 @@ CHECKS = (
     Check("backend",       (),                         _check_backend),
     Check("trainer",       ("backend",),               _check_trainer),
     Check("tokenizer",     ("model files", "backend"), _check_tokenizer),
-    Check("dataset",       ("tokenizer",),             _check_dataset),
-    Check("held-out",      ("tokenizer",),             _check_held_out),
+    Check("chat template", ("tokenizer",),             _check_chat_template),
+    Check("dataset",       ("chat template",),         _check_dataset),
+    Check("held-out",      ("chat template",),         _check_held_out),
+    Check("prompt",        ("dataset",),               _check_prompt),
     Check("options",       ("trainer", "dataset"),     _check_options),
     Check("rewards",       ("dataset",),               _check_rewards),
     Check("model",         ("model files", "backend"), _check_model),
@@ -327,7 +362,10 @@ def run_checks(command: CommandLine, request: Request, processes: int) -> int:
         for finding in findings(Facts(command, request, processes)):
             printed.append(finding)
             if not as_json:
-                print(finding_line(finding, colour=out.isatty()), file=out, flush=True)
+                print(finding_line(finding, colour=out.isatty()), file=out)
+                if prompt := finding.details.get("prompt"):
+                    print(f"{RULER}\n{printable(prompt)}\n{RULER}", file=out)
+                out.flush()
     print(findings_as_json(printed) if as_json else conclusion(printed), file=out)
     return 2 if any(finding.verdict == "fail" for finding in printed) else 0
 

@@ -76,7 +76,7 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
         assert sentence.startswith("  ") and sentence[2] != " "
     assert ", ".join(line[6:19].strip() for line in lines) == (
         "recipe, run directory, trackers, model files, data files, hub token, backend, trainer,"
-        " tokenizer, dataset, held-out, options, reward, model, memory, disk"
+        " tokenizer, chat template, dataset, held-out, prompt, options, reward, model, memory, disk"
     )
     for expected in (
         "8 prompts x 8 completions per optimizer step, each completion of at most 36 tokens",

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gtpo.answers import references
 from gtpo.answers.text import reference_answer
@@ -19,6 +19,26 @@ ROLES = {"human": "user", "gpt": "assistant"}  # other names of roles, as in Sha
 SYSTEM = ("system", "developer")
 
 Row = dict[str, Any]
+SystemRole = Literal["system", "user"]  # of the message in which a system message stands
+
+
+def with_system_message(
+    messages: list[Row], instruction: str | None, role: SystemRole = "system"
+) -> list[Row]:
+    """`messages` after the system message `instruction`, unless they begin with one of their own.
+
+    With the role `user`, the text of the system message stands at the start of the first message of
+    the user instead.
+    """
+    has_own = bool(messages) and messages[0]["role"] in SYSTEM
+    if instruction and not has_own:
+        messages = [{"role": "system", "content": instruction}, *messages]
+    if role == "system" or len(messages) < 2 or messages[0]["role"] not in SYSTEM:
+        return messages
+    system, first, *rest = messages
+    if first["role"] != "user":
+        return messages
+    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 class Columns(NamedTuple):
@@ -77,8 +97,10 @@ class ProblemReader:
         columns: Columns,
         system_instruction: str | None,
         read_reference: Callable[[str], str],
+        system_role: SystemRole = "system",
     ):
         self.columns, self.system_instruction = columns, system_instruction
+        self.system_role = system_role
         self.read_reference = read_reference
         self.found: Counter = Counter()  # how answers were found
         self.examples: dict[str, str] = {}  # an answer for each way
@@ -103,8 +125,7 @@ class ProblemReader:
         prompt = self._messages(row)
         if prompt[0]["role"] in SYSTEM:
             self.own_system += 1
-        elif self.system_instruction:
-            prompt = [{"role": "system", "content": self.system_instruction}, *prompt]
+        prompt = with_system_message(prompt, self.system_instruction, self.system_role)
         if self.columns.question != self.columns.answer and self._ends_with_assistant(row):
             self.ended_by_assistant += 1
         text = self._answer_text(row)

@@ -2,6 +2,7 @@
 
 import sys
 
+from gtpo.answers.problem import SystemRole, with_system_message
 from gtpo.models.generation import (
     SampledCompletion,
     Sampling,
@@ -9,6 +10,7 @@ from gtpo.models.generation import (
     decoded_completion,
     generate_options,
 )
+from gtpo.models.prompt import opened_thoughts, prompt_opening, prompt_text
 from gtpo.system.safe_text import printable
 
 COMMANDS = "/reset starts a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops a completion"
@@ -20,16 +22,15 @@ def chat(
     *,
     context: int,
     system_instruction: str | None,
+    system_role: SystemRole = "system",
     chat_template_kwargs: dict | None = None,
 ) -> None:
     """Reads lines from stdin until /exit or the end of input, and prints the policy's answers.
 
-    `context` is the most tokens that a conversation may have, its next completion included.
+    `context` is the most tokens that a conversation may have, its next completion included. What
+    the prompt opens, such as `<reasoning>`, is the beginning of the answer.
     """
-    first_messages = []
-    if system_instruction:
-        first_messages.append({"role": "system", "content": system_instruction})
-    messages, turn = list(first_messages), 0
+    messages, turn = [], 0
     _note(COMMANDS)
     while (line := _read_line()) is not None:
         if line == "":
@@ -37,14 +38,16 @@ def chat(
         if line == "/exit":
             return
         if line == "/reset":
-            messages = list(first_messages)
+            messages = []
             continue
         if line.startswith("/"):
             _note(f"there is no {line.split()[0]}; {COMMANDS}")
             continue
         turn += 1
         with_line = [*messages, {"role": "user", "content": line}]
-        ids = _token_ids(policy.tokenizer, with_line, chat_template_kwargs)  # (1, T)
+        prompt = with_system_message(with_line, system_instruction, system_role)
+        ids = _token_ids(policy.tokenizer, prompt, chat_template_kwargs)  # (1, T)
+        opening = _opening(policy.tokenizer, prompt, chat_template_kwargs)
         tokens_left = context - ids.shape[1]
         if tokens_left < 1:
             _note(
@@ -59,6 +62,7 @@ def chat(
                 ids,
                 sampling._replace(max_completion_length=length),
                 completion_seed(sampling.seed, turn, 0),
+                opening,
             )
         except KeyboardInterrupt:
             print(file=sys.stderr)
@@ -66,7 +70,7 @@ def chat(
             continue
         if answer.truncated:
             _note(f"cut off after {answer.tokens} tokens")
-        messages = [*with_line, {"role": "assistant", "content": answer.text}]
+        messages = [*with_line, {"role": "assistant", "content": opening + answer.text}]
 
 
 def _note(sentence: str) -> None:
@@ -86,15 +90,20 @@ def _read_line() -> str | None:
 
 def _token_ids(tokenizer, messages: list[dict], chat_template_kwargs: dict | None):
     """The conversation after the chat template, (1, T)."""
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-    )
+    text = prompt_text(tokenizer, messages, chat_template_kwargs)
     # verbose=False: the caller checks the length, so the tokenizer need not warn.
     return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids
 
 
-def _stream(policy, ids, sampling: Sampling, seed: int) -> SampledCompletion:
-    """Draws a completion of `ids`, (1, T), and prints it token by token."""
+def _opening(tokenizer, messages: list[dict], chat_template_kwargs: dict | None) -> str:
+    """What the prompt has already written of the answer, and of the model's thoughts."""
+    return prompt_opening(tokenizer, messages, chat_template_kwargs) or opened_thoughts(
+        tokenizer, messages, chat_template_kwargs
+    )
+
+
+def _stream(policy, ids, sampling: Sampling, seed: int, opening: str) -> SampledCompletion:
+    """Draws a completion of `ids`, (1, T), and prints it after `opening`, token by token."""
     import torch
     from transformers import TextStreamer
 
@@ -102,6 +111,7 @@ def _stream(policy, ids, sampling: Sampling, seed: int) -> SampledCompletion:
         def on_finalized_text(self, text: str, stream_end: bool = False):
             super().on_finalized_text(printable(text), stream_end)
 
+    print(printable(opening), end="", flush=True)
     with torch.no_grad(), policy.generating() as model:
         ids = ids.to(model.device)
         sequence = model.generate(

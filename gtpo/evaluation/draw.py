@@ -7,18 +7,14 @@ from gtpo.answers import CannotCompare, final_answer, format_score, reference_an
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import EvaluationFile
 from gtpo.models.generation import SampledCompletion, Sampler, completion_seed
+from gtpo.models.prompt import prompt_text
 
 logger = logging.getLogger(__name__)
 
 
 def rendered_prompts(problems, tokenizer, chat_template_kwargs: dict | None = None) -> list[str]:
     """Returns each problem's prompt as text after the chat template, as in training."""
-    return [
-        tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=False, **(chat_template_kwargs or {})
-        )
-        for prompt in problems["prompt"]
-    ]
+    return [prompt_text(tokenizer, prompt, chat_template_kwargs) for prompt in problems["prompt"]]
 
 
 def evaluate(
@@ -32,6 +28,7 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """Draws the completions that `file` lacks, grades and appends them; returns all rows.
 
+    What the prompts have already written of the answer is graded too: `file.header` says it.
     Prompts of similar length share a batch. The longest come first, so that a lack of memory shows
     at once. Raises RecipeError if a batch does not fit in the GPU's memory.
     """
@@ -41,7 +38,7 @@ def evaluate(
         return file.rows
     # The sort is stable: a problem's samples stay together.
     missing = sorted(file.missing, key=lambda pair: -len(prompts[pair[0]]))
-    seed = file.header["seed"]
+    seed, opening = file.header["seed"], file.header.get("prompt_opening", "")
     with (
         file,
         tqdm(
@@ -58,7 +55,7 @@ def evaluate(
             seeds = [completion_seed(seed, problem, sample) for problem, sample in batch]
             completions = _draw(sampler, batch_prompts, seeds)
             for (problem, sample), completion in zip(batch, completions, strict=True):
-                row = graded_row(problems[problem], completion)
+                row = graded_row(problems[problem], completion, opening)
                 file.append({"problem": problem, "sample": sample, **row})
             bar.update(len(batch))
     return file.rows
@@ -85,12 +82,16 @@ def _is_right(answer: str, reference: str) -> bool:
         return False
 
 
-def graded_row(problem: dict[str, Any], completion: SampledCompletion) -> dict[str, Any]:
+def graded_row(
+    problem: dict[str, Any], completion: SampledCompletion, prompt_opening: str = ""
+) -> dict[str, Any]:
     """Returns a completion's row of the file, without the numbers of its problem and sample.
 
+    It is graded after `prompt_opening`, which the prompt has already written of the answer.
     A completion is correct if the reward pays for it: it is well formed and its answer is right.
     """
-    answer, well_formed = final_answer(completion.text), format_score(completion.text) == 10
+    text = prompt_opening + completion.text
+    answer, well_formed = final_answer(text), format_score(text) == 10
     reference = problem.get("reference", problem["answer"])
     correct = well_formed and _is_right(answer, reference_answer(reference))
     return {

@@ -53,10 +53,13 @@ class Engine:
         else:
             if backend in ("unsloth", "transformers"):
                 self.overrides["backend"] = backend
-            self.backend = backends.choose_backend(saved.section_with(**self.overrides))
-        self.tokenizer = saved_tokenizer(
-            saved, saved.section_with(**self.overrides), self.backend, chat_template
-        )
+            self.backend = backends.choose_backend(self.section)
+        self.tokenizer = saved_tokenizer(saved, self.section, self.backend, chat_template)
+
+    @property
+    def section(self) -> ModelSection:
+        """The model section with which the model is loaded."""
+        return self.saved.section_with(**self.overrides)
 
     @functools.cached_property
     def context(self) -> int | None:

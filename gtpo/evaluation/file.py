@@ -91,6 +91,11 @@ def grading_version(header: dict[str, Any]) -> int:
     return version if isinstance(version, int) else 1
 
 
+def _opening(header: dict[str, Any]) -> str:
+    """What the prompts have already written of the answer; headers without the key have none."""
+    return header.get("prompt_opening", "")
+
+
 def read_evaluation(path: Path) -> Evaluation:
     """Returns the evaluation in `path`, without an incomplete last line.
 
@@ -196,6 +201,14 @@ class EvaluationFile:
         existing = read_evaluation(path)
         _check_settings(path, existing.header, header)
         self.rows, self.cut = existing.rows, existing.cut
+        if self.missing and _opening(existing.header) != _opening(header):
+            logger.warning(
+                "[GTPO] %s was begun with completions graded after %r; the rest is graded after %r,"
+                " with which the prompts end",
+                path,
+                _opening(existing.header),
+                _opening(header),
+            )
         if self.missing and grading_version(existing.header) != grading_version(header):
             logger.warning(
                 "[GTPO] %s was begun with version %d of the grading rules; the rest is graded with"

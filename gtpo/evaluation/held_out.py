@@ -10,6 +10,7 @@ from gtpo.evaluation.draw import evaluate, rendered_prompts
 from gtpo.evaluation.file import EvaluationFile, make_header
 from gtpo.evaluation.scores import Scores, mean_scores
 from gtpo.models.generation import Sampling, policy_sampler
+from gtpo.models.prompt import prompt_opening
 from gtpo.recipe import Recipe
 from gtpo.system.console import LOG_FILE_ONLY
 from gtpo.system.signals import Interrupted, Interruption
@@ -61,6 +62,9 @@ class HeldOut(TrainerCallback):
             "backend": policy.backend,
             "split": recipe.evaluation.split,
             "dataset": recipe.evaluation.path or recipe.dataset.name or recipe.dataset.path,
+            "prompt_opening": prompt_opening(
+                policy.tokenizer, problems[0]["prompt"], recipe.training.chat_template_kwargs
+            ),
         }
         # The step whose evaluation was interrupted; None if none was.
         self.pending: int | None = None

@@ -80,7 +80,7 @@ def make_plan(flags: Namespace, saved: Saved) -> EvaluationPlan:
             flags.max_prompt_length or (recipe.max_prompt_length if recipe else MAX_LENGTH)
         ),
         batch_size=flags.batch_size or (recipe.evaluation.batch_size if recipe else BATCH_SIZE),
-        chat_template_kwargs=(recipe.training.chat_template_kwargs or {}) if recipe else {},
+        chat_template_kwargs=template_options(flags, recipe),
     )
 
 
@@ -103,6 +103,18 @@ def system_instruction(flags: Namespace, recipe: Recipe | None) -> str | None:
     return recipe.dataset.system_instruction if recipe else SYSTEM_INSTRUCTION
 
 
+def system_role(flags: Namespace, recipe: Recipe | None) -> str:
+    """Returns where the system message stands: system, or user for the user's message."""
+    return flags.system_role or (recipe.dataset.system_role if recipe else "system")
+
+
+def template_options(flags: Namespace, recipe: Recipe | None) -> dict[str, Any]:
+    """Returns the options of the chat template, such as enable_thinking."""
+    if flags.chat_template_kwargs is not None:
+        return flags.chat_template_kwargs
+    return (recipe.training.chat_template_kwargs if recipe else None) or {}
+
+
 def _training_temperature(recipe: Recipe | None) -> float:
     options = recipe.training.trl_options() if recipe else {}
     return float(options.get("temperature") or 1.0)
@@ -119,7 +131,10 @@ def _first(value, default):
 
 def _problems(flags: Namespace, recipe: Recipe | None) -> tuple[DatasetSection, int | None]:
     """The problems as a dataset section, and the recipe's limit on their number."""
-    values = {"system_instruction": system_instruction(flags, recipe)}
+    values = {
+        "system_instruction": system_instruction(flags, recipe),
+        "system_role": system_role(flags, recipe),
+    }
     for column in ("question_column", "answer_column"):
         if getattr(flags, column):
             values[column] = getattr(flags, column)
@@ -210,6 +225,7 @@ def open_file(
     prompts: list[str],
     *,
     adapter: bool,
+    prompt_opening: str = "",
 ) -> EvaluationFile:
     """Returns the file of the completions with or without the adapter.
 
@@ -236,6 +252,7 @@ def open_file(
         adapter=adapter_folder and str(adapter_folder),
         system_instruction=section.system_instruction,
         dataset=section.path if is_file_of_problems else section.name,
+        prompt_opening=prompt_opening,
     )
     return EvaluationFile(path, header, overwrite=flags.overwrite)
 

@@ -36,6 +36,7 @@ class CompletionLine(BaseModel):
     group: int  # place of its prompt in the rollout, from 0
     row: int  # place in its group, from 0
     prompt: Any = None  # messages, or a text
+    prompt_opening: str = ""  # what the prompt has already written of the answer
     completion: str = ""  # decoded without special tokens
     answer: Any = None  # the problem's reference, with its reasoning
     columns: dict[str, Any] = {}  # other columns of its row, those that are recorded

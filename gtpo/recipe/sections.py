@@ -40,6 +40,13 @@ SYSTEM_INSTRUCTION = (
     " </answer>."
 )
 
+# Arguments of apply_chat_template that trl 1.13.0 and GTPO give themselves.
+OPTIONS_OF_PROMPTS = {
+    *("conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
+}
+
 # ---- types of values
 
 
@@ -94,6 +101,21 @@ def _check_variable_value(value: str) -> str:
             "the value of an environment variable cannot contain a NUL character; leave it out"
         )
     return value
+
+
+def check_template_options(options: Any) -> None:
+    """Raises RecipeError if `training.chat_template_kwargs` is no mapping, or sets what we set."""
+    key = "training.chat_template_kwargs"
+    if options is not None and not isinstance(options, dict):
+        raise RecipeError(
+            key, f"{options!r} is not a mapping; write one such as {{enable_thinking: false}}"
+        )
+    if taken := sorted(OPTIONS_OF_PROMPTS & (options or {}).keys()):
+        raise RecipeError(
+            key,
+            f"{', '.join(taken)} cannot be set, because every prompt is made with its own value;"
+            " leave it out",
+        )
 
 
 def _boolean_as_text(value: Any) -> Any:
@@ -219,6 +241,10 @@ class DatasetSection(Section):
     """The split to train on. Slices such as train[:100] work."""
     system_instruction: str | None = SYSTEM_INSTRUCTION
     """The system message of every prompt. null leaves it out."""
+    system_role: Literal["system", "user"] = "system"
+    """Where a system message stands. user puts its text at the start of the user's message, for
+    chat templates without a role for it.
+    """
     question_column: str | None = None
     """The column with the question: texts, or lists of messages. A dotted name such as a.b is the
     entry b of the column a. null uses the dataset's own: question, or problem for MATH.
@@ -329,6 +355,7 @@ class DocumentedTraining(Section):
         for name, bound in lower_bounds.items():
             if (value := given.get(name)) is not None and value < bound:
                 raise RecipeError(f"training.{name}", f"{value} is too small; use {bound} or more")
+        check_template_options(given.get("chat_template_kwargs"))
         if (seed := given.get("seed") or 0) >= 2**32:
             raise RecipeError("training.seed", f"{seed} is too large; use less than 2**32")
         if (steps := given.get("max_steps", -1)) != -1 and not 1 <= steps < 2**31:

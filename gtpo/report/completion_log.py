@@ -152,7 +152,8 @@ class CompletionLog:
         totals = self.totals.setdefault(completion.step, StepTotals())
         self.completions += 1
         totals.add("reward", completion.reward)
-        totals.add("reward/format_rate", float(format_score(completion.completion) == 10))
+        text = completion.prompt_opening + completion.completion
+        totals.add("reward/format_rate", float(format_score(text) == 10))
         totals.add("gtpo/completion_entropy", completion.entropy)
         totals.add("gtpo/frac_filtered", filtered)
         totals.add("completions/clipped_ratio", float(completion.truncated))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gtpo.answers.problem import with_system_message
 from gtpo.data import hub_name
 from gtpo.errors import RecipeError
 from gtpo.evaluation.file import read_evaluation
@@ -175,8 +176,8 @@ def _usage(recipe: Recipe | None, import_line: str) -> str:
     """A section with code that loads the model and asks it a question as in training."""
     messages, tokens, template_options = [{"role": "user", "content": "What is 12 + 30?"}], 512, {}
     if recipe is not None:
-        if system := recipe.dataset.system_instruction:
-            messages.insert(0, {"role": "system", "content": system.strip()})
+        system = (recipe.dataset.system_instruction or "").strip()
+        messages = with_system_message(messages, system, recipe.dataset.system_role)
         tokens = recipe.max_completion_length
         template_options = recipe.training.chat_template_kwargs or {}
     more = "".join(f", {name}={value!r}" for name, value in template_options.items())

@@ -50,10 +50,19 @@ def diagnose(
     tokenizer,
     section: RewardsSection,
     import_seconds: float = IMPORT_SECONDS,
+    prompt_opening: str = "",
 ) -> list[Finding]:
-    """A finding per reward function and, where there are several, one on their weighted sum."""
-    probes = probe_completions(problems)
-    trials = [_try(path, problems, probes, tokenizer, section, import_seconds) for path in rewards]
+    """A finding per reward function and, where there are several, one on their weighted sum.
+
+    `prompt_opening` is what the prompt has already written of the answer. The probes begin after
+    it, as completions do.
+    """
+    probes = probe_completions(problems, prompt_opening)
+
+    def trial(path: str) -> Trial:
+        return _try(path, problems, probes, tokenizer, section, import_seconds, prompt_opening)
+
+    trials = [trial(path) for path in rewards]
     broken = any(trial.problem for trial in trials)
     together = None if broken else _together(trials, weights or [1.0] * len(rewards))
     # Where the rewards together tell right from wrong, one of them may look at the format alone.
@@ -64,8 +73,13 @@ def diagnose(
     return findings
 
 
-def probe_completions(problems: list[dict]) -> dict[str, list[str | None]]:
-    """By probe, a completion per problem; None where the data has none that is surely wrong."""
+def probe_completions(
+    problems: list[dict], prompt_opening: str = ""
+) -> dict[str, list[str | None]]:
+    """By probe, a completion per problem; None where the data has none that is surely wrong.
+
+    They go on where the prompt ends: where it opens the reasoning, they do not.
+    """
     references = [problem.get("reference", problem["answer"]) for problem in problems]
     finals = [reference_answer(reference) for reference in references]
     probes: dict[str, list[str | None]] = {name: [] for name in PROBES}
@@ -85,7 +99,20 @@ def probe_completions(problems: list[dict]) -> dict[str, list[str | None]]:
             containing and format_reference(reasoning, containing)
         )
         probes["another row's"].append(other and references[finals.index(other)])
-    return probes
+    return {
+        name: [text and _after(prompt_opening, text) for text in texts]
+        for name, texts in probes.items()
+    }
+
+
+def _after(prompt_opening: str, text: str) -> str:
+    """What a model writes of `text` after a prompt that has begun it."""
+    answer = text.rpartition("<answer>")[2]
+    if "<answer>" in prompt_opening:
+        return answer
+    if "</reasoning>" in prompt_opening:
+        return f"<answer>{answer}"
+    return text.removeprefix("<reasoning>").lstrip() if "<reasoning>" in prompt_opening else text
 
 
 def _try(
@@ -95,6 +122,7 @@ def _try(
     tokenizer,
     section: RewardsSection,
     import_seconds: float,
+    prompt_opening: str,
 ) -> Trial:
     """Call one reward function with each probe; the first that goes wrong ends the trial."""
     pool = RewardPool(
@@ -107,6 +135,7 @@ def _try(
             if not rows:
                 continue
             arguments = _arguments([problems[i] for i in rows], [completions[i] for i in rows])
+            arguments = {worker.OPENING: prompt_opening} | arguments
             arguments["completion_ids"] = [
                 tokenizer(completions[i], add_special_tokens=False)["input_ids"] for i in rows
             ]

@@ -28,7 +28,7 @@ from gtpo.hooks.seams import wrap
 from gtpo.recipe.sections import RewardsSection
 from gtpo.rewards.failures import Failures, RewardCalls, RolloutRewards
 from gtpo.rewards.pool import CannotHandOver, RewardPool
-from gtpo.rewards.worker import ContractBroken, call_reward
+from gtpo.rewards.worker import OPENING, ContractBroken, call_reward, names
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,7 @@ class GuardedRewards(TrainerCallback):
         self.pool = RewardPool(section.workers, seconds=section.seconds, memory=section.memory)
         self.functions = [self._guarded(path, function) for path, function in functions]
         self.trainer: GRPOTrainer | None = None
+        self.prompt_opening = ""  # what the prompt has already written of the answer
         self.stopped_by: str | None = None
         self._failed: set[int] = set()  # rows of this rollout that a function failed on
         self._not_scored: set[int] = set()  # the same rows, or all once they are too many
@@ -70,9 +71,13 @@ class GuardedRewards(TrainerCallback):
         self._unscored_reported = False  # whether a rollout without any reward was reported
         self._lock = threading.Lock()  # asynchronous functions are called in threads
 
-    def attach(self, trainer: GRPOTrainer) -> None:
-        """Guard the table of rewards of `trainer`. Hooks that read the table come after this."""
-        self.trainer = trainer
+    def attach(self, trainer: GRPOTrainer, prompt_opening: str = "") -> None:
+        """Guard the table of rewards of `trainer`. Hooks that read the table come after this.
+
+        Functions that name the argument `prompt_opening` get it. The shipped rewards do, and put it
+        before each completion.
+        """
+        self.trainer, self.prompt_opening = trainer, prompt_opening
         wrap(trainer, "_calculate_rewards", self._calculate)
         wrap(trainer, "_generate_and_score_completions", self._generate)
         trainer.add_callback(self)
@@ -101,6 +106,8 @@ class GuardedRewards(TrainerCallback):
         log_metric, log_extra = arguments.pop("log_metric"), arguments.pop("log_extra")
         if self.section.isolated:
             arguments["trainer_state"] = _small_state(arguments["trainer_state"])
+        if names(function, OPENING):
+            arguments.setdefault(OPENING, self.prompt_opening)
         _check_signature(path, function, arguments)
         step, count = self.trainer.state.global_step, len(arguments["completions"])
         try:

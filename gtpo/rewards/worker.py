@@ -13,6 +13,7 @@ import collections
 import contextlib
 import faulthandler
 import functools
+import inspect
 import itertools
 import json
 import logging
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 LOAD_SECONDS = 600.0  # to import the module of a function
+OPENING = "prompt_opening"  # what the prompt has already written of the answer, a text
 
 
 class ContractBroken(Exception):
@@ -43,11 +45,15 @@ def call_reward(function: Callable, arguments: dict, count: int) -> dict:
     `rewards` are `count` floats or Nones. `metrics` are pairs of a name and a float, `columns` are
     pairs of a name and a list: what the function logged.
 
+    The argument `prompt_opening`, a text, is handed only to a function that names it.
+
     Where the function raises, the reply is its `failure`, a clause, and the `traceback`. Where it
     breaks TRL's contract, the reply is the `bug`, a clause.
     """
     metrics: list[tuple[str, float]] = []
     columns: list[tuple[str, list]] = []
+    if isinstance(arguments.get(OPENING), str) and not names(function, OPENING):
+        arguments = {name: value for name, value in arguments.items() if name != OPENING}
     try:
         returned = function(
             **arguments,
@@ -61,6 +67,14 @@ def call_reward(function: Callable, arguments: dict, count: int) -> dict:
         return {"bug": str(error)}
     except (Exception, SystemExit) as error:
         return _failure("raised ", error)
+
+
+def names(function: Callable, parameter: str) -> bool:
+    """Whether `function` has a parameter of that name."""
+    try:
+        return parameter in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return False
 
 
 def _failure(what: str, error: BaseException) -> dict:

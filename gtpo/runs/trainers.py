@@ -4,6 +4,7 @@ Import this module after `backends.prepare_backend`: it imports TRL, which Unslo
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from gtpo.hooks.nonfinite import SkipNonFiniteSteps, skip_non_finite
 from gtpo.hooks.recorder import Recorder
 from gtpo.hooks.streaming_head import StreamingHead, stream_log_probs
 from gtpo.models.backends import Policy
+from gtpo.models.prompt import prompt_opening
 from gtpo.recipe import Recipe
 from gtpo.recipe.dotted_paths import load_object
 from gtpo.rewards.guarded import GuardedRewards
@@ -179,6 +181,13 @@ class TrainingRun:
     interruption: Interruption
     hooks: dict[str, Any] = field(default_factory=dict)
 
+    @functools.cached_property
+    def prompt_opening(self) -> str:
+        """What the chat template has already written of the answer, such as `<reasoning>`."""
+        first = self.trainer.train_dataset[0]["prompt"]
+        options = self.recipe.training.chat_template_kwargs
+        return prompt_opening(self.policy.tokenizer, first, options)
+
     @property
     def stopped_by(self) -> str | None:
         """The sentence of the first hook in HOOKS that stopped the run."""
@@ -199,7 +208,7 @@ def attach_hooks(run: TrainingRun) -> TrainingRun:
 
 
 def _attach_rewards(run: TrainingRun) -> GuardedRewards:
-    run.rewards.attach(run.trainer)
+    run.rewards.attach(run.trainer, run.prompt_opening)
     return run.rewards
 
 
@@ -226,6 +235,7 @@ def _attach_recorder(run: TrainingRun) -> Recorder | None:
             tokens_every=section.tokens_every,
             reference_column="reference",
             columns=section.columns,
+            prompt_opening=run.prompt_opening,
         )
     return None
 
