@@ -31,7 +31,8 @@ from gtpo.system.safe_text import printable, without_secrets
 
 logger = logging.getLogger(__name__)
 
-RULER = "-" * 20  # above and below a prompt, which is printed as the model reads it
+PROMPT = "---- the first prompt, as the model reads it"
+RULER = "----"
 
 
 # ---- --check: the checks, in the order of a run
@@ -232,7 +233,7 @@ def _check_prompt(facts: Facts) -> list[Finding]:
     )
     sentence = (
         f"the first has {len(prompt.ids)} tokens, and the completion begins after"
-        f" {prompt.end[-40:]!r}; the model reads:"
+        f" {prompt.end[-40:]!r}"
     )
     details = {"prompt": without_secrets(prompt.text), "ids": prompt.ids}
     return [Finding("ok", "prompt", sentence, details)]
@@ -362,11 +363,14 @@ def run_checks(command: CommandLine, request: Request, processes: int) -> int:
         for finding in findings(Facts(command, request, processes)):
             printed.append(finding)
             if not as_json:
-                print(finding_line(finding, colour=out.isatty()), file=out)
-                if prompt := finding.details.get("prompt"):
-                    print(f"{RULER}\n{printable(prompt)}\n{RULER}", file=out)
-                out.flush()
-    print(findings_as_json(printed) if as_json else conclusion(printed), file=out)
+                print(finding_line(finding, colour=out.isatty()), file=out, flush=True)
+    if as_json:
+        print(findings_as_json(printed), file=out)
+    else:
+        for prompt in (finding.details.get("prompt") for finding in printed):
+            if prompt:
+                print(f"{PROMPT}\n{printable(prompt)}\n{RULER}", file=out)
+        print(conclusion(printed), file=out)
     return 2 if any(finding.verdict == "fail" for finding in printed) else 0
 
 

@@ -68,7 +68,11 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
     (model / "model.safetensors").write_bytes(b"no weights")
     assert train_model.main(check_demo("--model-name", str(model))) == 0
     text = capsys.readouterr().out
-    *lines, last = text.splitlines()
+    table, _, shown = text.partition("---- the first prompt, as the model reads it\n")
+    lines = table.splitlines()
+    prompt, ruler, last = shown.splitlines()
+    assert prompt.startswith("<|system|>Reason, then answer.<|end|><|user|>")
+    assert prompt.endswith("<|end|><|assistant|>") and ruler == "----"
     assert last == f"Ready: {len(lines)} ok."
     for line in lines:
         verdict, name, sentence = line[:6], line[6:19], line[19:]
@@ -125,8 +129,10 @@ def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run
         "backend": "ok",
         "trainer": "fail",
         "tokenizer": "ok",
+        "chat template": "ok",
         "dataset": "ok",
         "held-out": "fail",
+        "prompt": "ok",
         "options": "warn",
         "reward": "fail warn",
         "model": "fail",
@@ -245,7 +251,7 @@ def test_without_the_model_the_checks_that_do_not_need_it_still_run(here, capsys
         name for name, (first, *_) in results.items() if first["sentence"].startswith("not checked")
     ]
     assert ", ".join(not_checked) == (
-        "tokenizer, dataset, held-out, options, rewards, model, memory, disk"
+        "tokenizer, chat template, dataset, held-out, prompt, options, rewards, model, memory, disk"
     )
 
 

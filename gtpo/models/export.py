@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from gtpo.errors import RecipeError
 from gtpo.models import adapters, base_model, fidelity
+from gtpo.models.prompt import prompt_text
 from gtpo.models.saved import Saved, check_vocabulary
 from gtpo.models.tokenizer import tokenizer_source
 from gtpo.system.whole_files import flush, flush_entries
@@ -247,7 +248,8 @@ def sample_texts(saved: Saved, tokenizer) -> tuple[list, str]:
         description = f"{len(QUESTIONS)} fixed texts"
         prompts = [[{"role": "user", "content": question}] for question in QUESTIONS]
         rows = [{"prompt": prompt, "completion": ""} for prompt in prompts]
-    texts = [_rendered(row["prompt"], tokenizer) + row["completion"] for row in rows]
+    options = saved.recipe.training.chat_template_kwargs if saved.recipe else None
+    texts = [_rendered(row["prompt"], tokenizer, options) + row["completion"] for row in rows]
     ids = [
         tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, :TOKENS]
         for text in texts
@@ -277,9 +279,14 @@ def _is_record(row) -> bool:
     return isinstance(row, dict) and isinstance(row.get("completion"), str) and row.get("prompt")
 
 
-def _rendered(prompt: str | list[dict], tokenizer) -> str:
+def _rendered(prompt: str | list[dict], tokenizer, options: dict | None) -> str:
+    """The prompt after the chat template; without it where there is none that takes the prompt.
+
+    Any text will do to compare logits.
+    """
     if isinstance(prompt, str):
         return prompt
-    if tokenizer.chat_template is None:
-        return "\n".join(message["content"] for message in prompt)
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    if tokenizer.chat_template is not None:
+        with contextlib.suppress(Exception):  # a template is a program, and may raise anything
+            return prompt_text(tokenizer, prompt, options)
+    return "\n".join(message["content"] for message in prompt)
