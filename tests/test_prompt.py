@@ -387,7 +387,7 @@ def test_a_refused_system_message_is_told_before_the_data_and_the_weights_are_re
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     assert line == (
         "error: dataset.system_instruction: the chat template refuses a system message (System role"
-        f" not supported); {WAY_ROUND}"
+        f" not supported); {WAY_ROUND} (set in {ROOT / 'recipes/demo.yaml'})"
     )
     assert not (here / "runs").exists()
     found = checks(capsys, model, code=2)
@@ -439,8 +439,8 @@ def test_an_opened_reasoning_block_counts_in_training_evaluation_doctor_and_chat
     import io
 
     model = demo_with(here / "model", OPENS)
-    (here / "mine.py").write_text(OWN_REWARD)
-    rewards = ["reward_math.final_reward", "mine.own", "mine.named"]
+    (here / "opened_rewards.py").write_text(OWN_REWARD)
+    rewards = ["reward_math.final_reward", "opened_rewards.own", "opened_rewards.named"]
     flags = ["--trainer.reward_funcs", *rewards, "--run-name", "opened", "--output_root", "runs"]
     found = checks(capsys, model, *flags)
     assert [f["verdict"] for f in found["reward"]][:1] == ["ok"]
