@@ -49,6 +49,7 @@ RESERVED = frozenset(
     ["prompt", "answer", "reference"]
     + ["prompts", "completion", "completions", "completion_ids", "trainer_state"]
     + ["log_extra", "log_metric", "image", "images", "environment", "environments"]
+    + ["prompt_opening"]  # of GTPO
 )
 
 
@@ -370,10 +371,11 @@ def _prompt_lengths(problems: list[dict], tokenizer, chat_template_kwargs) -> li
                 lengths([prompt])
             except Exception as error:
                 roles = ", ".join(message["role"] for message in prompt)
+                remedy = "; set dataset.system_role to user" if "system" in roles else ""
                 raise RecipeError(
                     "dataset",
                     f"the chat template refuses a prompt with the roles {roles}"
-                    f" ({' '.join(str(error).split())}): {prompt[-1]['content'][:80]!r}",
+                    f" ({' '.join(str(error).split())}): {prompt[-1]['content'][:80]!r}{remedy}",
                 ) from error
         raise
 

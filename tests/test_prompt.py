@@ -301,6 +301,7 @@ def test_a_prompt_with_the_padding_token_is_refused_with_unsloth_alone(tmp_path)
     tiny.tiny_model(tokenizer).save_pretrained(tmp_path)
     recipe = SimpleNamespace(
         model=ModelSection(model_name=str(tmp_path)),
+        dataset=SimpleNamespace(system_instruction=None),
         training=SimpleNamespace(chat_template_kwargs=None),
     )
 
@@ -318,6 +319,36 @@ def test_a_prompt_with_the_padding_token_is_refused_with_unsloth_alone(tmp_path)
     tokenizer.chat_template = tokenizer.chat_template.replace("\n", "^")
     with pytest.raises(RecipeError, match="the chat template prints it, so set another pad_token"):
         prompt.check_prompts(tokenizer, recipe, problems("2+2"), backend="unsloth")
+
+
+def test_system_messages_of_the_rows_that_the_template_leaves_out_are_told(here, capsys):
+    rows = [
+        {
+            "prompt": [
+                {"role": "system", "content": "Reason, then answer."},
+                {"role": "user", "content": f"{i} + 1?"},
+            ],
+            "answer": str(i + 1),
+        }
+        for i in range(20)
+    ]
+    (here / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset.path", "rows.jsonl", "--dataset.question_column", "prompt"]
+    flags += ["--dataset.system_instruction", "null", "--evaluation.path", "null"]
+    for name, check, sentence in (
+        (
+            "phi 3, which drops it",
+            "prompt",
+            "dataset: the chat template leaves the system messages",
+        ),
+        ("gemma", "dataset", "dataset: the chat template refuses a prompt with the roles system, "),
+    ):
+        model = demo_with(here / name, TEMPLATES[name][0])
+        found = checks(capsys, model, *flags, code=2)[check][0]
+        assert found["verdict"] == "fail" and found["sentence"].startswith(sentence)
+        assert "set dataset.system_role to user" in found["sentence"]
+        found = checks(capsys, model, *flags, "--dataset.system_role", "user")["prompt"][0]
+        assert "Reason, then answer.\n\n0 + 1?" in found["details"]["prompt"]
 
 
 # ---- the commands

@@ -162,15 +162,12 @@ def _damages(
     tokenizer, messages: Messages, text: str, options: dict | None
 ) -> Iterator[RecipeError]:
     """What the template does to a prompt without failing, as an error each."""
-    system, *rest = messages
-    if system["role"] == "system":
-        other = [{**system, "content": f"{system['content']} Be brief."}, *rest]
-        if _works(tokenizer, other, options) and prompt_text(tokenizer, other, options) == text:
-            yield RecipeError(
-                SYSTEM_KEY,
-                "the chat template leaves the system message out, so the model would not read it;"
-                f" set {ROLE_KEY} to user, or {SYSTEM_KEY} to null",
-            )
+    if _leaves_system_message_out(tokenizer, messages, options):
+        yield RecipeError(
+            SYSTEM_KEY,
+            "the chat template leaves the system message out, so the model would not read it;"
+            f" set {ROLE_KEY} to user, or {SYSTEM_KEY} to null",
+        )
     if missing := _missing_header(tokenizer, messages, text, options):
         yield RecipeError(
             TEMPLATE_KEY,
@@ -178,6 +175,16 @@ def _damages(
             f" answer, {missing!r}; add {{% if add_generation_prompt %}}{{{{ {missing!r} }}}}"
             "{% endif %} at its end",
         )
+
+
+def _leaves_system_message_out(tokenizer, messages: Messages, options: dict | None) -> bool:
+    """Whether the prompt is the same with another text in its system message."""
+    system, *rest = messages
+    if system["role"] != "system":
+        return False
+    other = [{**system, "content": f"{system['content']} Be brief."}, *rest]
+    texts = [prompt_text(tokenizer, asked, options) for asked in (messages, other)]
+    return texts[0] == texts[1]
 
 
 def _missing_header(tokenizer, messages: Messages, text: str, options: dict | None) -> str:
@@ -280,15 +287,26 @@ def check_embedding(tokenizer, section: ModelSection) -> None:
 def check_prompts(tokenizer, recipe: Recipe, *problem_sets, backend: str) -> None:
     """`check_token_ids` for the problems of a recipe; a set of problems may be None.
 
-    Unsloth takes every padding id for padding, so prompts may not contain it.
+    Raises RecipeError as well if the template leaves system messages of the data out. Unsloth takes
+    every padding id for padding, so prompts may not contain it.
     """
     unreadable = unreadable_ids(tokenizer, recipe.model)
     if backend == "unsloth":
         unreadable[tokenizer.pad_token_id] = "Unsloth takes for padding"
     for problems in problem_sets:
-        if problems is not None:
-            options = recipe.training.chat_template_kwargs
-            check_token_ids(tokenizer, unreadable, problems["prompt"], options)
+        if problems is None:
+            continue
+        options = recipe.training.chat_template_kwargs
+        # With dataset.system_instruction, `check_template` has looked at this.
+        own = [] if recipe.dataset.system_instruction else problems["prompt"]
+        first = next((messages for messages in own if messages[0]["role"] == "system"), None)
+        if first and _leaves_system_message_out(tokenizer, first, options):
+            raise RecipeError(
+                "dataset",
+                "the chat template leaves the system messages of the rows out; set"
+                f" {ROLE_KEY} to user",
+            )
+        check_token_ids(tokenizer, unreadable, problems["prompt"], options)
 
 
 def unreadable_ids(tokenizer, section: ModelSection) -> dict[int, str]:
