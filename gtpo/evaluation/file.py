@@ -70,9 +70,15 @@ def make_header(
     sampling: Sampling,
     samples: int,
     weights: str,
+    prompt_opening: str = "",
     **notes: Any,
 ) -> dict[str, Any]:
-    """Returns a file's header: the values of SETTINGS, and `notes` for people who read the file."""
+    """Returns a file's header: the values of SETTINGS, and `notes` for people who read the file.
+
+    It has what the prompts have already written of the answer, if that is anything.
+    """
+    if prompt_opening:
+        notes["prompt_opening"] = prompt_opening
     content = repr((prompts, list(problems["reference"])))
     return {
         **notes,

@@ -54,7 +54,7 @@ class Recorder(TrainerCallback):
         """`prompt_opening` is what the prompts have already written of the answer."""
         self.trainer, self.file, self.tokens_every = trainer, file, tokens_every
         self.reference_column, self.columns = reference_column, columns
-        self.prompt_opening = prompt_opening
+        self._opening = {"prompt_opening": prompt_opening} if prompt_opening else {}
         self.rollouts = 0
         self.latest: list[dict] = []
         # A processor of a multimodal model holds its tokenizer.
@@ -151,7 +151,7 @@ class Recorder(TrainerCallback):
                 "group": (first + i) // size,
                 "row": (first + i) % size,
                 "prompt": row.get("prompt"),
-                "prompt_opening": self.prompt_opening,
+                **self._opening,
                 "completion": texts[i],
                 "answer": row.get(self.reference_column),
                 "columns": {name: _plain(row.get(name)) for name in self.columns},
