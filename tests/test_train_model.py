@@ -618,7 +618,7 @@ def test_a_model_too_large_for_a_cpu_is_refused(here, capsys, monkeypatch):
     monkeypatch.setattr(
         psutil, "virtual_memory", lambda: type("Memory", (), {"available": 500_000})()
     )
-    assert "GiB free; use a smaller model, or a machine with an NVIDIA GPU" in refusal(
+    assert "GiB free and no GPU; use a smaller model or a GPU" in refusal(
         here, capsys, "--model.backend auto"
     )
 

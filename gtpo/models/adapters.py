@@ -61,7 +61,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def lora_config(folder: Path):
+def saved_lora_config(folder: Path):
     """The adapter's peft.LoraConfig, from which a fresh adapter of the same shape can be made."""
     from peft import LoraConfig
 
@@ -87,7 +87,7 @@ def peft_model(model, lora):
 def attach(model, folder: Path, base: str):
     """The model `base` as a PeftModel with the adapter; raises RecipeError if they do not fit."""
     try:
-        model = peft_model(model, lora_config(folder))
+        model = peft_model(model, saved_lora_config(folder))
     except ValueError as error:
         raise _misfit(folder, base, str(error).splitlines()[0]) from error
     load_weights(model, folder, base)

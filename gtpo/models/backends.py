@@ -12,7 +12,7 @@ from gtpo.errors import RecipeError
 from gtpo.hooks.merged_generation import merged
 from gtpo.hooks.seams import wrap
 from gtpo.models import adapters
-from gtpo.models.base_model import check_context, check_memory, loading_error
+from gtpo.models.base_model import check_context, check_free_memory, loading_error
 from gtpo.models.generation import unsloth_uses_vllm
 from gtpo.models.tokenizer import prepare_tokenizer
 from gtpo.recipe.sections import DocumentedTraining, ModelSection
@@ -209,7 +209,7 @@ def lora_config(section: ModelSection, adapter: Path | None):
     from peft import LoraConfig
 
     if adapter:
-        return adapters.lora_config(adapter)
+        return adapters.saved_lora_config(adapter)
     every_layer = section.target_modules == [ALL_LINEAR]
     return LoraConfig(
         r=section.lora_rank,
@@ -286,7 +286,7 @@ def _load_with_transformers(section: ModelSection, tokenizer, dtype, lora) -> Po
     )
     check_context(section, config)
     if not cuda:
-        check_memory(section, config)
+        check_free_memory(section, config)
     four_bits = None
     if quantized:
         four_bits = BitsAndBytesConfig(

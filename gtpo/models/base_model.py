@@ -88,7 +88,7 @@ def count_parameters(config, *, trust_remote_code: bool = False) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def check_memory(section: ModelSection, config) -> None:
+def check_free_memory(section: ModelSection, config) -> None:
     """Raises RecipeError if the weights in float32 do not fit into the free memory of a CPU."""
     import psutil
 

@@ -89,7 +89,7 @@ def _how_many(members: list[RunRecord]) -> str:
     return f" ({len(members)} {'seeds' if len(seeds) == len(members) else 'runs'})"
 
 
-class Window(NamedTuple):
+class StepWindow(NamedTuple):
     """Consecutive steps of a series: all values, and the steps as text."""
 
     values: list[float]
@@ -106,7 +106,7 @@ class Window(NamedTuple):
         return standard_deviation(self.values) / math.sqrt(len(self.values))
 
 
-def windows(series: dict[int, list[float]]) -> tuple[Window, Window]:
+def windows(series: dict[int, list[float]]) -> tuple[StepWindow, StepWindow]:
     """Returns the first and the last tenth of the steps that have values.
 
     A window has 5 to 50 steps, but at most half of them.
@@ -116,7 +116,7 @@ def windows(series: dict[int, list[float]]) -> tuple[Window, Window]:
     return _window(series, steps[:width]), _window(series, steps[-width:])
 
 
-def best_window(series: dict[int, list[float]]) -> Window:
+def best_window(series: dict[int, list[float]]) -> StepWindow:
     """Returns the window with the highest mean, of those that follow one another from the start."""
     steps = list(series)
     width = _width(steps)
@@ -130,9 +130,9 @@ def _width(steps: list[int]) -> int:
     return max(1, min(MAX_WINDOW, tenth, len(steps) // 2))
 
 
-def _window(series: dict[int, list[float]], steps: list[int]) -> Window:
+def _window(series: dict[int, list[float]], steps: list[int]) -> StepWindow:
     text = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    return Window([value for step in steps for value in series[step]], text)
+    return StepWindow([value for step in steps for value in series[step]], text)
 
 
 def standard_deviation(values: list[float]) -> float:

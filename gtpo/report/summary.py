@@ -10,7 +10,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from gtpo.evaluation.scores import score_differences
-from gtpo.report.comparison import Configuration, Window, best_window, windows
+from gtpo.report.comparison import Configuration, StepWindow, best_window, windows
 from gtpo.report.curves import PANELS, panel_series
 from gtpo.report.run_record import ScoredEvaluation
 
@@ -67,7 +67,7 @@ def _did_it_learn(configuration: Configuration) -> Answer:
     return Answer("Did it learn?", status, headline, sentences or ["No rewards were recorded."])
 
 
-def _change_of_reward(first: Window, last: Window) -> tuple[str, str]:
+def _change_of_reward(first: StepWindow, last: StepWindow) -> tuple[str, str]:
     """The status and the headline; a change counts if it is over two standard errors."""
     noise = 2 * math.hypot(first.error, last.error)
     if last.mean - first.mean > noise:
@@ -135,7 +135,7 @@ def _interval_of_gain(before: ScoredEvaluation, after: ScoredEvaluation) -> str:
 
 
 def _did_it_stay_stable(configuration: Configuration) -> Answer:
-    findings = [
+    observations = [
         *_fall_of_reward(configuration),
         *_entropy(configuration),
         *_filter(configuration),
@@ -144,8 +144,13 @@ def _did_it_stay_stable(configuration: Configuration) -> Answer:
         *_truncation(configuration),
         *_early_ends(configuration),
     ]
-    question, sentences = "Did it stay stable?", [finding.sentence for finding in findings]
-    worries = list(dict.fromkeys(finding.worry for finding in findings if finding.worry))
+    question, sentences = (
+        "Did it stay stable?",
+        [observation.sentence for observation in observations],
+    )
+    worries = list(
+        dict.fromkeys(observation.worry for observation in observations if observation.worry)
+    )
     if worries:
         return Answer(question, "careful", "; ".join(worries), sentences)
     if not _series("entropy", configuration):
@@ -153,14 +158,14 @@ def _did_it_stay_stable(configuration: Configuration) -> Answer:
     return Answer(question, "yes", "yes", sentences)
 
 
-class Finding(NamedTuple):
+class Observation(NamedTuple):
     """A sentence about stability, and its short name if it is a reason to worry."""
 
     sentence: str
     worry: str = ""
 
 
-def _fall_of_reward(configuration: Configuration) -> list[Finding]:
+def _fall_of_reward(configuration: Configuration) -> list[Observation]:
     """Finds a reward that lost over a third of its gain, and more than four standard errors."""
     reward = _series("reward", configuration)
     if len(reward) < MIN_STEPS:
@@ -172,10 +177,10 @@ def _fall_of_reward(configuration: Configuration) -> list[Finding]:
     sentence = (
         f"The reward fell from {best.mean:.2f} at its best ({best.steps}) to {last.mean:.2f}."
     )
-    return [Finding(sentence, "reward fell")]
+    return [Observation(sentence, "reward fell")]
 
 
-def _entropy(configuration: Configuration) -> list[Finding]:
+def _entropy(configuration: Configuration) -> list[Observation]:
     entropy = _series("entropy", configuration)
     if not entropy:
         return []
@@ -188,79 +193,83 @@ def _entropy(configuration: Configuration) -> list[Finding]:
         f" ({last.steps})."
     )
     above = max(values) > threshold
-    findings = [Finding(sentence, "entropy above the threshold" if above else "")]
+    observations = [Observation(sentence, "entropy above the threshold" if above else "")]
     if first.mean > 0 and last.mean < NEARLY_DETERMINISTIC * first.mean:
         sentence = (
             f"The entropy fell to {last.mean / first.mean:.0%} of what it was: the policy hardly"
             " explores any more."
         )
-        findings.append(Finding(sentence, "nearly deterministic"))
-    return findings
+        observations.append(Observation(sentence, "nearly deterministic"))
+    return observations
 
 
-def _filter(configuration: Configuration) -> list[Finding]:
+def _filter(configuration: Configuration) -> list[Observation]:
     filtered = _series("filtered", configuration)
     if not filtered:
         return []
     share = statistics.fmean(statistics.fmean(values) for values in filtered.values())
-    findings = [Finding(f"The entropy filter switched off {share:.1%} of the completions.")]
+    observations = [Observation(f"The entropy filter switched off {share:.1%} of the completions.")]
     if steps := sum(value >= 1 for values in filtered.values() for value in values):
         sentence = (
             f"In {_count(steps, 'step')} it switched off every completion, so there was no"
             " gradient."
         )
-        findings.append(Finding(sentence, "filter switched off everything"))
-    return findings
+        observations.append(Observation(sentence, "filter switched off everything"))
+    return observations
 
 
-def _alarms(configuration: Configuration) -> list[Finding]:
+def _alarms(configuration: Configuration) -> list[Observation]:
     alarms = sorted(alarm for run in configuration.runs for alarm in run.alarms)
     if not alarms:
-        return [Finding("No alarm was raised.")]
+        return [Observation("No alarm was raised.")]
     worry = _count(len(alarms), "alarm")
     conditions = dict.fromkeys(alarm.condition for alarm in alarms)
-    findings = []
+    observations = []
     for condition in conditions:
         events = [alarm for alarm in alarms if alarm.condition == condition]
         name = f" ({condition.replace('_', ' ')})" if condition else ""
         times = f" {len(events)} times, first" if len(events) > 1 else ""
         evidence = f": {events[0].evidence}" if events[0].evidence else ""
         sentence = f"Alarm{name}{times} at step {events[0].step}{evidence}."
-        findings.append(Finding(sentence, worry))
-    return findings
+        observations.append(Observation(sentence, worry))
+    return observations
 
 
-def _skipped_steps(configuration: Configuration) -> list[Finding]:
+def _skipped_steps(configuration: Configuration) -> list[Observation]:
     counts = [run.series("gtpo/skipped_steps") for run in configuration.runs]
     if not any(counts):
         return []
     skipped = int(sum(max(count.values(), default=0) for count in counts))
     if not skipped:
-        return [Finding("No optimizer step was skipped.")]
+        return [Observation("No optimizer step was skipped.")]
     were = "was" if skipped == 1 else "were"
     steps = _count(skipped, "optimizer step")
-    return [Finding(f"{steps} {were} skipped because of non-finite gradients.", "skipped steps")]
+    return [
+        Observation(f"{steps} {were} skipped because of non-finite gradients.", "skipped steps")
+    ]
 
 
-def _truncation(configuration: Configuration) -> list[Finding]:
+def _truncation(configuration: Configuration) -> list[Observation]:
     truncated = _series("truncated", configuration)
     if not truncated or (share := windows(truncated)[1].mean) <= 0.5:
         return []
     sentence = f"Near the end {share:.0%} of the completions were cut off at the length limit."
-    return [Finding(sentence, "most completions truncated")]
+    return [Observation(sentence, "most completions truncated")]
 
 
-def _early_ends(configuration: Configuration) -> list[Finding]:
-    findings = []
+def _early_ends(configuration: Configuration) -> list[Observation]:
+    observations = []
     for run in configuration.runs:
         steps = f"{run.last_step} of {run.max_steps}" if run.max_steps else str(run.last_step)
         which = f"The run {run.path.name}" if len(configuration.runs) > 1 else "The run"
         if not run.finished:
             sentence = f"{which} is still training or ended early. Its last known step is {steps}."
-            findings.append(Finding(sentence, "not finished"))
+            observations.append(Observation(sentence, "not finished"))
         elif run.max_steps and run.last_step < run.max_steps:
-            findings.append(Finding(f"{which} was stopped at step {steps}.", "stopped early"))
-    return findings
+            observations.append(
+                Observation(f"{which} was stopped at step {steps}.", "stopped early")
+            )
+    return observations
 
 
 # ---- what did the conflict rule protect?
