@@ -1,4 +1,8 @@
-"""Pairs of answers and references, judged by hand: tests/grading.json holds 788 of them."""
+"""Pairs of answers and references, judged by hand.
+
+tests/grading.json holds 788 of them. tests/grading_attack.json holds 2,121 more: attempts to be
+paid for a wrong answer, and right answers in unusual forms.
+"""
 
 import json
 import random
@@ -24,11 +28,20 @@ from gtpo.models.generation import Sampling
 from gtpo.system.child_process import ChildProcess
 
 PAIRS = json.loads((ROOT / "tests/grading.json").read_text(encoding="utf-8"))
+ATTACKS = json.loads((ROOT / "tests/grading_attack.json").read_text(encoding="utf-8"))
 STEMS = ("before", "after")
 # Right answers that are refused, and why.
 REFUSED = {
     "Janet makes $18 every day": "a sentence: only the frames of `The answer is 18` are taken off",
     "She pays $12 in total": "a sentence, likewise",
+}
+
+REFUSED_IN_ATTACKS = {
+    "½ of a mile": "`of` after a number may begin a calculation: `5 of ten`",
+    r"\begin{array}{c}12\end{array}": "a table is no number",
+    r"\mathbf{R}": "a bold letter is a letter, such as a choice",
+    "2+3*I": "`I` is a variable",
+    "(6)(7) = 42": "a product without a sign between its factors is not checked",
 }
 
 
@@ -40,6 +53,17 @@ def test_no_wrong_answer_is_paid():
 def test_right_answers_are_paid_but_for_the_listed_ones():
     refused = [pair["answer"] for pair in PAIRS if pair["equal"] and not same_answer(*_texts(pair))]
     assert sorted(refused) == sorted(REFUSED)
+
+
+def test_no_attack_is_paid():
+    paid = [pair for pair in ATTACKS if not pair["equal"] and same_answer(*_texts(pair))]
+    assert paid == []
+
+
+def test_right_answers_in_unusual_forms_are_paid_but_for_the_listed_ones():
+    right = [pair for pair in ATTACKS if pair["equal"]]
+    refused = [pair["answer"] for pair in right if not same_answer(*_texts(pair))]
+    assert sorted(refused) == sorted(REFUSED_IN_ATTACKS)
 
 
 def _texts(pair: dict) -> tuple[str, str]:

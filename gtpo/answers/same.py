@@ -18,7 +18,16 @@ import re
 from fractions import Fraction
 from itertools import accumulate
 
-from gtpo.answers.quantity import VALUE_WORDS, Quantity, number, quantity, same_unit
+from gtpo.answers.quantity import (
+    NUMBER_WORDS,
+    SCALE_WORDS,
+    VALUE_WORDS,
+    Quantity,
+    number,
+    quantity,
+    same_unit,
+    small_number,
+)
 from gtpo.answers.spelling import one_spelling
 from gtpo.answers.text import boxed_answers
 from gtpo.answers.verifier import equal_expressions, nearly_equal
@@ -37,7 +46,24 @@ _FRAMES = (
     ),
     re.compile(r"(.+) is the (?:final |correct )?answer", re.IGNORECASE),
 )
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+# Signs and words beside a box that change the value of what is in it.
+_CHANGES = "|".join(
+    sorted((VALUE_WORDS | NUMBER_WORDS | SCALE_WORDS) - set("is are was were so if to".split()))
+)
+_TOUCHED = re.compile(
+    rf"(?:[-−–+*/^_!√~<>≤≥≠±≈\d]|\S\.|\\(?:ne|neq|not|cdot|times|[lg]eq?|pm|approx|sim|neg) ?"
+    rf"|\\(?:sqrt|frac|binom|bar|overline|x?cancel) ?(?:\[\d\])?(?:\{{[^{{}}]*\}})?\{{[^{{}}]*"
+    rf"|\b(?:{_CHANGES})) ?\\(?:boxed|fbox)(?![A-Za-z])"
+    rf"|\\(?:boxed|fbox) ?\{{[^{{}}]*\}} ?(?:[-−–+*/^_!?%√~<>≤≥≠±\d²³]|\.\d|[A-Za-z](?![A-Za-z])"
+    rf"|\\(?:%|cdot|times|pi|sqrt|frac|pm|ne|text ?\{{ ?(?:{_CHANGES}))"
+    rf"|(?:\\text ?\{{)? ?(?:{_CHANGES})(?![A-Za-z]))",
+    re.IGNORECASE,
+)
 _IN_BASE = re.compile(r"\(?([-\d][\dA-Za-z.]*)\)?_ ?\{? ?\d+ ?\}?")
+_BASE_IN_WORDS = re.compile(
+    r"\(?(\d[\dA-Za-z.]*)\)? ?(?:_ ?[{( ]*|,? ?\(?(?:in )?base[- ])(\d+|[A-Za-z]{3,})[)} ]*"
+)
 _INDEXED_NUMBER = re.compile(r"[\d)}]_(?!\{? ?\{)")  # math-verify drops the index of a number
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z(][A-Za-z ,.'()-]*")
 _CHOICE = re.compile(r"\(?([A-Z])[).:]?\)?")
@@ -51,7 +77,17 @@ _TUPLE_OF_NAMES = re.compile(r"\( ?[A-Za-z](?:_\{?\w\}?)?(?: ?, ?[A-Za-z](?:_\{?
 _EQUALS = re.compile(r"(?<![<>!:\\=])=(?!=)")
 _TIME = re.compile(r"0?(\d{1,2}) ?: ?(\d\d)(?: ?: ?(\d\d))? ?([ap]\.? ?m\.?)?", re.IGNORECASE)
 _RATIO_IN_WORDS = re.compile(r"(\d+(?:\.\d+)?) to (\d+(?:\.\d+)?)((?: to \d+(?:\.\d+)?)*)")
-_SET_BUILDER = re.compile(r"\\\{ ?\w+ ?(?:\\mid|\||:|\\colon) ?(.+?) ?\\\}")
+_R = r"\\mathbb ?\{? ?R ?\}?"
+_REALS = re.compile(rf"{_R}|(?:all )?real(?:s| numbers)", re.IGNORECASE)
+# \mathbb{R} \setminus \{3\}, all real numbers except 3, x \in \mathbb{R}, x \ne 3
+_WITHOUT = re.compile(
+    rf"(?:[a-z] ?\\in ?)?{_R} ?(?:-|\\setminus|\\backslash) ?\\?\{{ ?([^{{}},]+?) ?\\?\}}"
+    r"|all real(?:s| numbers) except (?:for )?(?:[a-z] ?= ?)?([^ ,]+)"
+    rf"|([a-z]) ?\\in ?{_R} ?,? ?(?:and )?\3 ?\\ne ?([^ ,]+)"
+)
+_SET_BUILDER = re.compile(
+    r"(?:\\\{)? ?[a-z] ?(?:\\in ?\\mathbb ?\{? ?R ?\}? ?)?(?:\\mid|\||:|\\colon) ?(.+?) ?(?:\\\})?"
+)
 _COMPARISON = re.compile(r" ?(<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])) ?")
 # A sum, difference or product of plain numbers is a calculation that was not carried out.
 _UNCOMPUTED = re.compile(r"[+-]?\d+(?:\.\d+)?(?:(?:[+*-]|\\times|\\cdot)[+-]?\d+(?:\.\d+)?)+")
@@ -104,9 +140,13 @@ def same_answer(answer: str | None, reference: str | None) -> bool:
 
 def _unboxed(text: str) -> str:
     """The text in one spelling; the contents of its boxes if it has any, as a list if several."""
-    if re.search(r"\\(?:boxed|fbox)(?![A-Za-z])", text):
-        contents = boxed_answers(text)
-        text = ", ".join(contents) if all(contents) else ""
+    if _BOX.search(text):
+        if _TOUCHED.search(re.sub(r"(?<!\\)\$|\\[()\[\]]|\\displaystyle", "", text)):
+            text = _BOX.sub("", text)  # -\boxed{7} is -7
+            text = re.sub(r"(?<![\w\\}])\{([\d.,]+)\}", r"\1", text)
+        else:
+            contents = boxed_answers(text)
+            text = ", ".join(contents) if all(contents) else ""
     return one_spelling(text)
 
 
@@ -177,10 +217,20 @@ def _both_signs(text: str) -> str:
 
 def _relations(answer: str, reference: str, depth: int) -> bool | None:
     r"""`x < 5 \text{ or } x > 7`, `\{x \mid x < 5\}` and `x \in [0, 5]` as the intervals meant."""
+    if not re.search(r"\\cup|[<>]|\\[lgn]e(?![a-z])|\\in(?![a-z])|\\infty|\\mathbb", reference):
+        if not _COMPARISON.search(answer) and r"\in" not in answer:
+            return None  # (1,2) or (3,4) are points
     sets = _as_intervals(answer), _as_intervals(reference)
     if sets == (answer, reference):
         return None
     if not all(sets):
+        return False
+    if sets[0] != answer and sets[0][0] in "([" and len(_items(reference)) > 1:
+        return False  # 2 < x < 5 is no list
+    letters = [
+        set(re.findall(r"(?<![\\A-Za-z])[a-z](?![A-Za-z])", text)) for text in (answer, reference)
+    ]
+    if all(_COMPARISON.search(text) for text in (answer, reference)) and letters[0] != letters[1]:
         return False
     return _same(*sets, depth)
 
@@ -189,8 +239,11 @@ def _as_intervals(text: str) -> str:
     """The set of numbers that a relation allows; other text as it is; "" where none can be read."""
     if builder := _SET_BUILDER.fullmatch(text):
         text = builder[1]
+    if without := _WITHOUT.fullmatch(text):
+        point = without[1] or without[2] or without[4]
+        return rf"(-\infty,{point}) \cup ({point},\infty)"
     text = re.sub(r"^[A-Za-z] ?\\in(?![a-z]) ?", "", text)
-    if re.fullmatch(r"\\mathbb ?\{? ?R ?\}?|(?:all )?real numbers", text, re.IGNORECASE):
+    if _REALS.fullmatch(text):
         return r"(-\infty,\infty)"
     if re.search(r"[)\]] ?(?:U|or|and) ?[(\[]", text):
         text = re.sub(r"(?<=[)\]]) ?(?:U|or) ?(?=[(\[])", r" \\cup ", text)
@@ -253,20 +306,27 @@ def _intersection(intervals: list[str]) -> str | None:
 def _named_parts(answer: str, reference: str, depth: int) -> bool | None:
     """`x = 3, y = -2` for (3,-2), and `x = 2 or x = 5` for 2, 5."""
     named, expected = _assignments(answer), _assignments(reference)
-    if named and expected:
-        if [name for name, _ in named] == [name for name, _ in expected]:
-            pairs = zip(named, expected, strict=True)
-            return all(_same(one[1], other[1], depth) for one, other in pairs)
-        return _same_values(named, expected, depth)
     if named is None and expected is None:
         return None
+    for parts, text in ((named, answer), (expected, reference)):
+        if parts and len(_bases_of_names(parts)) > 1 and re.search(r"(?<![A-Za-z])or ", text):
+            return False  # x = 1 or y = 4 is no point
+    if named and expected:
+        if len(_bases_of_names(named + expected)) == 1:  # several solutions
+            return _same_values(named, expected, depth)
+        values = dict(expected)
+        if len(named) != len(expected) or values.keys() != dict(named).keys():
+            return False
+        return all(_same(value, values[name], depth) for name, value in named)
     parts, other = (named, reference) if named else (expected, answer)
     if _EQUALS.search(other):
         return None
     kind, values = _parts(other)
     if len(values) != len(parts):
         return False
-    if len({name.split("_")[0] for name, _ in parts}) == 1 and kind != "()":  # several solutions
+    if len(_bases_of_names(parts)) == 1:  # several solutions
+        if kind == "()":
+            return False
         return _same_values(parts, [("", value) for value in values], depth)
     mine = [value for _, value in sorted(parts)] if _are_coordinates(parts) else None
     mine = mine or [value for _, value in parts]
@@ -276,6 +336,11 @@ def _named_parts(answer: str, reference: str, depth: int) -> bool | None:
 
 def _assignments(text: str) -> list[tuple[str, str]] | None:
     """The parts of `a = 1, b = 2` by name; None if a part has no name or there is only one."""
+    sides = _sides(text)
+    if len(sides) == 2 and _TUPLE_OF_NAMES.fullmatch(sides[0]):
+        names, (kind, values) = _items(sides[0][1:-1]), _parts(sides[1])
+        if kind == "()" and len(names) == len(values) == len(set(names)):
+            return list(zip(names, values, strict=True))
     items = _items(text)
     if len(items) < 2:
         return None
@@ -286,6 +351,11 @@ def _assignments(text: str) -> list[tuple[str, str]] | None:
             return None
         parts.append((sides[0].replace(" ", "").replace("{", "").replace("}", ""), sides[1]))
     return parts
+
+
+def _bases_of_names(parts: list[tuple[str, str]]) -> set[str]:
+    """The names without their indices: only x of x_1 and x_2."""
+    return {name.split("_")[0] for name, _ in parts}
 
 
 def _are_coordinates(parts: list[tuple[str, str]]) -> bool:
@@ -304,6 +374,8 @@ def _equations(answer: str, reference: str, depth: int) -> bool | None:
     if "==" in answer:  # no equation, and each sign of a long row would be a side of its own
         return False
     if len(expected) == 1:
+        if _CHOICE.fullmatch(reference) and all(map(_CHOICE.fullmatch, sides)):
+            return False  # A = B
         if _TUPLE_OF_NAMES.fullmatch(sides[0]) and len(sides) == 2:
             return _same(sides[1], reference, depth)
         claims = [side for side in sides if not _is_name(side)]
@@ -353,9 +425,11 @@ def _times_and_ratios(answer: str, reference: str, depth: int) -> bool | None:
     if ":" in reference and (words := _RATIO_IN_WORDS.fullmatch(answer)):
         answer = f"{words[1]}:{words[2]}{words[3].replace(' to ', ':')}"
     ratios = [[number(part.strip()) for part in text.split(":")] for text in (answer, reference)]
+    if len(ratios[1]) > 2 and len(ratios[0]) < 2 and None not in ratios[1]:
+        return False
     if max(map(len, ratios)) < 2 or any(part is None for ratio in ratios for part in ratio):
         return None
-    if any(times):  # 12:00 is a time, 12 is none
+    if times[1]:  # 12:00 is a time, 12 is none
         return None if min(map(len, ratios)) < 2 else ratios[0] == ratios[1]
     if len(ratios[0]) != len(ratios[1]):
         if max(map(len, ratios)) > 2:
@@ -401,13 +475,15 @@ def _same_as_number(mine: Quantity, expected: Quantity) -> bool | None:
 
 
 def _is_uncomputed(text: str) -> bool:
-    return bool(_UNCOMPUTED.fullmatch(re.sub(r"[ (){}]", "", text)))
+    text = re.sub(r"(?<=[\d)]) ?\((?=-?[\d(])|\) ?(?=\d)", "*", text)
+    return bool(_UNCOMPUTED.fullmatch(re.sub(r"[ (){}]|\\(?=[{}])", "", text)))
 
 
 def _bases(answer: str, reference: str, depth: int) -> bool | None:
     """1101_2 and (1101)_2, and 1101 where the reference names the base; not 1101 for 1101_2's
     value.
     """
+    answer, reference = _with_base_as_index(answer), _with_base_as_index(reference)
     mine, expected = _IN_BASE.fullmatch(answer), _IN_BASE.fullmatch(reference)
     if not mine and not expected:
         return None
@@ -416,6 +492,15 @@ def _bases(answer: str, reference: str, depth: int) -> bool | None:
     one = _plain_base(answer)
     other = _plain_base(reference)
     return one == other or one == other.partition("_")[0]
+
+
+def _with_base_as_index(text: str) -> str:
+    """1101_2 for `1101 base 2`, `1101 (base two)` and 1101_two."""
+    match = _BASE_IN_WORDS.fullmatch(text)
+    if not match:
+        return text
+    base = match[2] if match[2].isdecimal() else small_number(match[2].lower())
+    return f"{match[1]}_{base}" if base else text
 
 
 def _plain_base(text: str) -> str:
@@ -457,8 +542,13 @@ def _is_reversed(text: str) -> bool:
     """Whether an interval of a union ends before it begins."""
     for low, high in re.findall(r"[(\[]([^()\[\],]*),([^()\[\],]*)[)\]]", text):
         bounds = number(low.strip()), number(high.strip())
-        if None not in bounds and bounds[0] > bounds[1]:
-            return True
+        if None not in bounds:
+            if bounds[0] > bounds[1]:
+                return True
+        elif "infty" not in low + high:
+            low, high = _expression(low, bounds[0]), _expression(high, bounds[1])
+            if equal_expressions(rf"\left|({low})-({high})\right|", f"({low})-({high})"):
+                return True
     return False
 
 
@@ -577,6 +667,7 @@ def for_math_verify(text: str, value: Fraction | None) -> str:
     levels = [0, *accumulate((token == "{") - (token == "}") for token in tokens)]
     if levels[-1] or min(levels) < 0 or max(levels) > 20 or _MONSTER.search(text):
         return ""
+    text = re.sub(r"(?<=\d) ?(?:\*|\\cdot) ?i(?![A-Za-z])", "i", text)  # math-verify knows 3i
     text = _TRIGONOMETRIC.sub(r"\1(\\frac{\2\\pi}{180})", text)
     text = re.sub(r"(?<![\d.])(\d+) ?/ ?(\d+) ?(?=\\?[A-Za-z])", r"\\frac{\1}{\2}", text)
     return re.sub(r"(?<![\d.])\d*\.\d+(?![\d.])", lambda decimal: f"({Fraction(decimal[0])})", text)

@@ -8,6 +8,7 @@ import re
 import unicodedata
 
 CURRENCIES = {"$": "dollars", "€": "euros", "£": "pounds", "¥": "yen", "₹": "rupees", "¢": "cents"}
+CURRENCIES |= {"₩": "won", "₱": "pesos", "₽": "rubles", "₪": "shekels", "₺": "liras", "₦": "naira"}
 
 _SYMBOLS = {
     **dict.fromkeys("×✕⨯", r"\times "),
@@ -33,6 +34,9 @@ _SYMBOLS = {
     "…": "...",
     "−": "-",
     "∣": "|",
+    "∶": ":",
+    "∨": r"\lor ",
+    "∧": r"\land ",
     "√": "√",  # a root sign, read below
     "∛": "∛",
     "∜": "∜",
@@ -46,8 +50,12 @@ _ROOTS = {"√": r"\sqrt", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]"}
 _NEAREST_UNDER_ROOT = r"\d+(?:\.\d+)?|\.\d+|[A-Za-z]|\\[A-Za-z]+"
 
 
+_OVERLINED = re.compile("(?:[0-9][\u0304\u0305])+")
+
+
 def plain_characters(text: str) -> str:
     """`text` with TeX in place of mathematical Unicode, and without characters nobody can see."""
+    text = _OVERLINED.sub(lambda found: rf"\overline{{{found[0][::2]}}}", text)
     written, level = [], ""  # level: "^" or "_" while superscripts or subscripts follow each other
     for character in text:
         kind, _, plain = unicodedata.decomposition(character).partition(" ")
@@ -84,51 +92,87 @@ def _plain_character(character: str, kind: str) -> str:
 
 
 _WRAPPERS = re.compile(
-    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|[mh]box|math(?:rm|bf|it|sf|tt|normal)|operatorname\*?|"
-    r"boldsymbol|bm|emph|underline|uline) ?\{([^{}]*)\}"
+    r"\\(?:text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal)?|[mh]box|operatorname\*?|ensuremath|framebox|"
+    r"math(?:rm|bf|it|sf|tt|normal|bin|ord|op)|boldsymbol|bm|pmb|emph|underline|uline)"
+    r" ?\{([^{}]*)\}"
 )
 _TEX = [
     (re.compile(pattern), spelling)
     for pattern, spelling in (
-        (r"\\(?:text)?color ?\{[^{}]*\}", ""),
-        (r"\\(?:begin|end) ?\{(?:equation|align(?:ed)?|gather(?:ed)?|split|displaymath)\*?\}", " "),
+        (r"\\(?:text)?color(?:box)? ?\{[^{}]*\}", ""),
+        (r"\\(?:tag\*?|label|[hv]space\*?|phantom) ?\{[^{}]*\}", " "),
+        (
+            r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|bf|it|"
+            r"rm|sf|tt|sc|bfseries|itshape|boldmath|hfill|(?:math)?strut|noindent|centering)"
+            r"(?![A-Za-z])",
+            " ",
+        ),
+        (r"\\(?:blacksquare|square|Box|qed)\W*$", ""),
+        (r"</?(?:b|i|u|em|strong|p|span|div|center) ?>|<br ?/?>", " "),
+        (r"(?<![\w)}\]])~+(?= ?\\?\$? ?[\d.])", r"\\sim "),  # ~5 is about 5
+        (
+            r"\\(?:begin|end) ?"
+            r"\{(?:equation|align(?:ed)?|gather(?:ed)?|split|displaymath|center)\*?\}",
+            " ",
+        ),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?|(?:display|text)style|limits)(?![A-Za-z])", ""),
         (r"\\(?:therefore|because)(?![A-Za-z])", " "),
         (r"\\(?:Rightarrow|Longrightarrow|rightarrow|longrightarrow|to)(?![A-Za-z])", r"\\implies"),
         (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le"),
         (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge"),
         (r"\\neq(?![A-Za-z])", r"\\ne"),
+        (r"\\lt(?![A-Za-z])", "<"),
+        (r"\\gt(?![A-Za-z])", ">"),
+        (r"\\(?:lor|vee)(?![A-Za-z])", " or "),
+        (r"\\(?:land|wedge|&)(?![A-Za-z])", " and "),
+        (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\([lr])brace(?![A-Za-z])", lambda side: r"\{" if side[1] == "l" else r"\}"),
+        (r"\\surd(?![A-Za-z])", r"\\sqrt"),
+        (r"\\textsuperscript ?\{", "^{"),
         (r"\\(?:[lc]?dots|dotsc|dotsb)(?![A-Za-z])", "..."),
         (r"\\varnothing(?![A-Za-z])|\\\{ *\\\}", r"\\emptyset "),
         (r"\s*(?<!\\)\\!\s*", ""),
         (r"\\q?quad(?![A-Za-z])", " ; "),
         (r"(?<!\\)(?:\\[,;:()\[\]\s]|~)", " "),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\(?:[dtcsx]|nice)frac(?![A-Za-z])", r"\\frac"),
+        (r"(?:^|(?<= ))\^ ?\{?(\d+)\}? ?/ ?_ ?\{?(\d+)\}?", r"\\frac{\1}{\2}"),
+        (r"\{([^{}]*)\} ?\\over(?![A-Za-z]) ?\{([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"^([^{}\\]+)\\over(?![A-Za-z])([^{}\\]+)$", r"\\frac{\1}{\2}"),
         (r"\{ ?([^{}]*?) ?\\over(?![A-Za-z]) ?([^{}]*?) ?\}", r"\\frac{\1}{\2}"),
         (r"\{ ?([,:]) ?\}", r"\1"),
         (r"\\?sqrt ?\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|infty)(?![A-Za-z])", r"\\\1"),
-        (r"(?<![\\A-Za-z])inf(?:inity)?(?![A-Za-z])", r"\\infty "),
+        (r"(?<![\\A-Za-z])(sqrt|pi|sin|cos|tan|log|ln|exp|infty)(?![A-Za-z])", r"\\\1"),
+        (r"(?<![\\A-Za-z])(?:inf(?:inity)?|oo)(?![A-Za-z])", r"\\infty "),
         (r"\\frac ?(\d|\\pi) ?(?=[\d{\\])", r"\\frac{\1}"),
         (r"\\frac ?(\{[^{}]*\}) ?(\d)", r"\\frac\1{\2}"),
         (r" ?_ ?", "_"),
         (r"\\log_(\w) ", r"\\log_{\1} "),
         (r"\^ ?\{? ?\\(?:circ|degree) ?\}?|\\degree(?![A-Za-z])", r"^\\circ "),
+        (r"(?<=[\w)}])\*\*(-?\d+(?:\.\d+)?)", r"^{\1}"),
         (r"(?<=[\w)}])\*\*(?=[\w({-])", "^"),
+        (r"\*\*", ""),  # bold in Markdown
+        (r"\^ ?(-\d+)", r"^{\1}"),
+        (r"^(?:minus|negative) (?=\\?[$\d.])", "-"),
         (r"([<>]) ?=", lambda sign: r"\le " if sign[1] == "<" else r"\ge "),
         (r" +", " "),
     )
 ]
-_ENDS = re.compile(r"^[ *`]*(?:= ?)?|[ *`.,;:]+$")
-_QUOTED = re.compile(r"(['\"`]+)(.*)\1")
+# Three dots at the end say that more follows: 0.333... is 1/3 and 1, 2, ... is no pair.
+_ENDS = re.compile(r"^[ *`,;]*(?:= ?)?|(?:[ *`,;:]|(?<!\.)\.(?!\.))+$")
+_QUOTED = re.compile(r"(['\"`_]+)(.*)\1")
+_CASES = re.compile(r"\\begin ?\{cases\}([^&]*?)\\end ?\{cases\}", re.DOTALL)
+_ANY_ALIGNMENT = re.compile(r"(?<!\\)&")
+_ALIGNMENT = re.compile(r"(?<!\\)&(?= ?[=<>\\])|(?<=[=<>]) ?&")
 _LINES = re.compile(r"(?<=[\w)}\]]) *(?:\n|\\\\) *(?=[\w\\({\[-])")
 
 
 def one_spelling(text: str) -> str:
     r"""`text` in the one spelling; dollars stay as `\$`, signs of formulas ($, \(, \[) go."""
-    text = plain_characters(text)
+    text = _CASES.sub(r" \1 ", plain_characters(text))
     if not re.search(r"\\begin ?\{[pbvBV]?(?:small)?matrix|\\begin ?\{(?:array|cases)", text):
-        text = _LINES.sub(" ; ", text.replace("&", " "))  # a line is a statement of its own
+        text = (_ANY_ALIGNMENT if r"\begin" in text else _ALIGNMENT).sub(" ", text)
+        text = re.sub(r"(?<!\\)&", " and ", text)
+        text = _LINES.sub(" ; ", text)  # a line is a statement of its own
     text = _without_formula_signs(" ".join(text.split()))
     for _ in range(4):  # wrappers within wrappers
         text, wrappers = _WRAPPERS.subn(r" \1 ", text)
@@ -153,6 +197,7 @@ def _without_formula_signs(text: str) -> str:
 
 def _roots(text: str) -> str:
     """Root signs as TeX: √16 is the root of 16, √13/2 half the root of 13."""
+    text = re.sub(r"(?<![\w)}])\^\{([34])\}√", lambda found: "∛∜"[int(found[1]) - 3], text)
     while match := re.search(r"[√∛∜] ?", text):
         root, rest = _ROOTS[match[0][0]], text[match.end() :]
         if rest[:1] in ("(", "{"):
