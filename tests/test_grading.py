@@ -1,6 +1,6 @@
 """Pairs of answers and references, judged by hand.
 
-tests/grading.json holds 788 of them. tests/grading_attack.json holds 2,121 more: attempts to be
+tests/grading.json holds 788 of them. tests/grading_attack.json holds 2,144 more: attempts to be
 paid for a wrong answer, and right answers in unusual forms.
 """
 

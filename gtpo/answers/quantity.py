@@ -78,7 +78,7 @@ _HEDGES = (
     "not no never none neither either maybe perhaps probably possibly likely roughly approximately"
     " approx about around almost nearly circa guess think unsure instead rather actually wait"
     " unknown undefined is are was were so might could would should must shall cannot aint seem"
-    " seems ish sometimes often however hmm oops"
+    " seems ish sometimes often however few several hmm oops"
 )
 VALUE_WORDS = frozenset(f"{_CONNECTORS} {_COMPARISONS} {_CALCULATIONS} {_HEDGES}".split())
 """Words that may change the value of a number, beside those for numbers themselves."""
@@ -346,6 +346,8 @@ def _changes_the_value(word: str, words: list[str]) -> bool:
     if word.lower() == "times":  # 5 times; 5 times a day; not 5 times as many
         return len(words) > 1 and words[1].lower() not in ("a", "an", "per", "each", "every")
     last = word is words[-1]
+    if last and word.lower() in ("a", "an", "the", "of", "per"):
+        return True
     if last and (word.lower() in _PREDICATES or word.lower().endswith("ly") and not _is_noun(word)):
         return True
     return any(

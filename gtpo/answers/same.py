@@ -51,13 +51,20 @@ _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
 _CHANGES = "|".join(
     sorted((VALUE_WORDS | NUMBER_WORDS | SCALE_WORDS) - set("is are was were so if to".split()))
 )
+_BEFORE_BOX = (
+    r"[-−–+*/^_!√~<>≤≥≠±≈\d(|]|\d,|\S\.|\}\{[^{}]*\}"
+    r"|\\(?:log|ln|sin|cos|tan|neq?|not|cdot|times|[lg]eq?|pm|approx|sim|neg)"
+    r"|\\(?:sqrt|frac|binom|bar|overline|x?cancel) ?(?:\[\d\])?(?:\{[^{}]*\})?\{[^{}]*"
+    rf"|\b(?:{_CHANGES})"
+)
+_AFTER_BOX = (
+    r"[-−–+*/^_!?%√~<>≤≥≠±\d²³|]|\.\d|, ?(?:-?\d|not?\b)|[A-Za-z](?![A-Za-z])"
+    r"|\\(?:%|cdot|times|pi|sqrt|frac|pm|ne)"
+    rf"|(?:\\text ?\{{)? ?(?:{_CHANGES})(?![A-Za-z])"
+)
 _TOUCHED = re.compile(
-    rf"(?:[-−–+*/^_!√~<>≤≥≠±≈\d]|\S\.|\\(?:ne|neq|not|cdot|times|[lg]eq?|pm|approx|sim|neg) ?"
-    rf"|\\(?:sqrt|frac|binom|bar|overline|x?cancel) ?(?:\[\d\])?(?:\{{[^{{}}]*\}})?\{{[^{{}}]*"
-    rf"|\b(?:{_CHANGES})) ?\\(?:boxed|fbox)(?![A-Za-z])"
-    rf"|\\(?:boxed|fbox) ?\{{[^{{}}]*\}} ?(?:[-−–+*/^_!?%√~<>≤≥≠±\d²³]|\.\d|[A-Za-z](?![A-Za-z])"
-    rf"|\\(?:%|cdot|times|pi|sqrt|frac|pm|ne|text ?\{{ ?(?:{_CHANGES}))"
-    rf"|(?:\\text ?\{{)? ?(?:{_CHANGES})(?![A-Za-z]))",
+    rf"(?:{_BEFORE_BOX}) ?\\(?:boxed|fbox)(?![A-Za-z])"
+    rf"|\\(?:boxed|fbox) ?\{{[^{{}}]*\}} ?(?:{_AFTER_BOX})",
     re.IGNORECASE,
 )
 _IN_BASE = re.compile(r"\(?([-\d][\dA-Za-z.]*)\)?_ ?\{? ?\d+ ?\}?")
@@ -86,7 +93,7 @@ _WITHOUT = re.compile(
     rf"|([a-z]) ?\\in ?{_R} ?,? ?(?:and )?\3 ?\\ne ?([^ ,]+)"
 )
 _SET_BUILDER = re.compile(
-    r"(?:\\\{)? ?[a-z] ?(?:\\in ?\\mathbb ?\{? ?R ?\}? ?)?(?:\\mid|\||:|\\colon) ?(.+?) ?(?:\\\})?"
+    rf"(?:\\\{{)? ?([a-z]) ?(?:\\in ?{_R} ?)?(?:\\mid|\||:|\\colon) ?(.+?) ?(?:\\\}})?"
 )
 _COMPARISON = re.compile(r" ?(<|>|\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])) ?")
 # A sum, difference or product of plain numbers is a calculation that was not carried out.
@@ -238,7 +245,7 @@ def _relations(answer: str, reference: str, depth: int) -> bool | None:
 def _as_intervals(text: str) -> str:
     """The set of numbers that a relation allows; other text as it is; "" where none can be read."""
     if builder := _SET_BUILDER.fullmatch(text):
-        text = builder[1]
+        text = builder[2] if re.search(rf"\b{builder[1]}\b", builder[2]) else text
     if without := _WITHOUT.fullmatch(text):
         point = without[1] or without[2] or without[4]
         return rf"(-\infty,{point}) \cup ({point},\infty)"
@@ -377,6 +384,9 @@ def _equations(answer: str, reference: str, depth: int) -> bool | None:
         if _CHOICE.fullmatch(reference) and all(map(_CHOICE.fullmatch, sides)):
             return False  # A = B
         if _TUPLE_OF_NAMES.fullmatch(sides[0]) and len(sides) == 2:
+            names, (kind, values) = _items(sides[0][1:-1]), _parts(sides[1])
+            if kind == "()" and len(values) != len(set(names)):
+                return False
             return _same(sides[1], reference, depth)
         claims = [side for side in sides if not _is_name(side)]
         if not claims:
