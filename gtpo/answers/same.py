@@ -556,7 +556,7 @@ def _is_reversed(text: str) -> bool:
             if bounds[0] > bounds[1]:
                 return True
         elif "infty" not in low + high:
-            low, high = _expression(low, bounds[0]), _expression(high, bounds[1])
+            low, high = for_math_verify(low, bounds[0]), for_math_verify(high, bounds[1])
             if equal_expressions(rf"\left|({low})-({high})\right|", f"({low})-({high})"):
                 return True
     return False
