@@ -47,6 +47,7 @@ class Facts:
     processes: int
     recipe: Recipe | None = None  # from the check "recipe"
     backend: str | None = None  # from "backend"
+    trainer_class: Any = None  # from "trainer"
     arguments: Any = None  # from "trainer": the trl.GRPOConfig
     optimizer_bytes: float = 8.0  # from "trainer", per trained parameter; without it the most
     tokenizer: Any = None  # from "tokenizer"
@@ -141,7 +142,7 @@ def _check_trainer(facts: Facts) -> str:
     from gtpo.runs.memory import optimizer_bytes
     from gtpo.runs.trainers import trainer_class
 
-    trainer_class(facts.recipe)
+    facts.trainer_class = trainer_class(facts.recipe)
     with tempfile.TemporaryDirectory() as folder:
         facts.arguments = training_arguments(facts.recipe, folder, processes=facts.processes)
     optimizer = facts.arguments.optim.value
@@ -252,22 +253,28 @@ def _check_options(facts: Facts) -> str | list[Finding]:
 
 
 def _check_rewards(facts: Facts) -> list[Finding]:
+    from gtpo.gtpo_training import UnslothGTPOTrainer
     from gtpo.models.prompt import prompt_opening
-    from gtpo.rewards.doctor import PROBLEMS, diagnose
+    from gtpo.rewards.doctor import PROBLEMS, check_sum, diagnose
 
     recipe, count = facts.recipe, min(PROBLEMS, len(facts.problems))
     # problems from everywhere in the dataset
     rows = [facts.problems[i * len(facts.problems) // count] for i in range(count)]
-    return diagnose(
+    weights, trainer = recipe.training.reward_weights, facts.trainer_class or UnslothGTPOTrainer
+    # GTPO leaves a completion out that one of the functions does not score.
+    needs_all = issubclass(trainer, UnslothGTPOTrainer)
+    findings = diagnose(
         recipe.trainer.reward_funcs,
-        recipe.training.reward_weights,
+        weights,
         rows,
         facts.tokenizer,
         recipe.rewards,
         prompt_opening=prompt_opening(
             facts.tokenizer, rows[0]["prompt"], recipe.training.chat_template_kwargs
         ),
+        needs_all=needs_all,
     )
+    return check_sum(findings, weights, rows, needs_all)
 
 
 def _check_model(facts: Facts) -> str:

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 import time
+from fractions import Fraction
 from math import inf, nan
 
 
@@ -203,6 +204,24 @@ def logging_values_of_many_kinds(completions, log_metric, log_extra, **kwargs):
     )
     log_extra("texts", ["½ \ud800", datetime.date(2000, 1, 1)])
     return [0.0] * len(completions)
+
+
+def keeping_fractions(completions, log_extra, **kwargs):
+    """Logs what no checkpoint can keep."""
+    log_extra("parsed", [Fraction(1, 2)] * len(completions))
+    return [float(len(_text(completion))) for completion in completions]
+
+
+async def keeping_fractions_asynchronously(completions, log_extra, **kwargs):
+    """The same, as a coroutine."""
+    return keeping_fractions(completions, log_extra)
+
+
+def keeping_fractions_later(completions, log_extra, trainer_state, **kwargs):
+    """The same, in every step but the first."""
+    if trainer_state.global_step:
+        return keeping_fractions(completions, log_extra)
+    return [float(len(_text(completion))) for completion in completions]
 
 
 def returning_the_number_in_the_text(completions, **kwargs):

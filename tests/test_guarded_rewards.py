@@ -3,12 +3,15 @@
 Each run ends well, and no completion but those that a function fails on loses its reward.
 """
 
+import enum
 import json
 import math
 import os
 import sys
 import threading
 import time
+from decimal import Decimal
+from fractions import Fraction
 
 import gradients
 import hostile_rewards
@@ -326,6 +329,84 @@ def test_a_wrong_type_or_count_breaks_the_contract(returned, bug):
 def test_what_trl_takes_for_rewards_is_taken(returned):
     reply = call_reward(lambda **kwargs: returned, {}, 2)
     assert reply["rewards"] in ([1.0, None], [1.0, 2.0])
+
+
+def logging_this(**logged):
+    """A reward function that logs metrics and columns, whose names have a prefix."""
+
+    def pay(log_metric, log_extra, **kwargs):
+        for name, value in logged.items():
+            kind, _, name = name.partition("_")
+            (log_metric if kind == "metric" else log_extra)(name or 5, value)
+        return [1.0, 2.0]
+
+    return pay
+
+
+CANNOT_KEEP = "which a checkpoint cannot keep; log a list with numbers, texts or None, for instance"
+
+
+@pytest.mark.parametrize(
+    "logged, bug",
+    [
+        ({"column_parsed": [Fraction(1, 2)] * 2}, "logged a Fraction in the column 'parsed', "),
+        ({"column_parsed": [1, {"a": [Decimal(1)]}]}, "logged a Decimal in the column 'parsed', "),
+        ({"column_parsed": [{1, 2}, None]}, "logged a set in the column 'parsed', "),
+        ({"column_parsed": [b"x", 1j]}, "logged the bytes b'x' in the column 'parsed', "),
+        ({"column_parsed": [object()] * 2}, "logged a object in the column 'parsed', "),
+        ({"column_parsed": "ab"}, "logged the str 'ab' instead of a list in the column 'parsed', "),
+        ({"column_parsed": 5}, "logged a int instead of a list in the column 'parsed', "),
+        ({"column_": [1, 2]}, "logged under a int instead of a name in the column a int, "),
+        ({"metric_mean": "high"}, "logged the str 'high' as the metric 'mean'; log a number"),
+        ({"metric_mean": None}, "logged None as the metric 'mean'; log a number"),
+        ({"metric_mean": torch.ones(2)}, "logged a Tensor as the metric 'mean'; log a number"),
+        ({"metric_": 1.0}, "logged under a int instead of a name as the metric a int; log"),
+    ],
+)
+def test_a_logged_value_that_a_checkpoint_cannot_keep_breaks_the_contract(logged, bug):
+    reply = call_reward(logging_this(**logged), {}, 2)
+    assert reply["bug"].startswith(bug)
+    if any(name.startswith("column") for name in logged):
+        assert CANNOT_KEEP in reply["bug"]
+
+
+def test_a_list_that_contains_itself_is_refused():
+    endless = []
+    endless.append(endless)
+    reply = call_reward(logging_this(column_parsed=endless), {}, 2)
+    assert reply["bug"].startswith("logged a list that is nested too deeply in the column 'parsed'")
+
+
+def test_logged_values_become_plain_data_also_in_this_process():
+    class Level(enum.IntEnum):
+        HIGH = 3
+
+    class Name(str):
+        pass
+
+    values = [Level.HIGH, Name("n"), -0.0, torch.tensor([1, 2]), {"a": (True, None)}]
+    reply = call_reward(logging_this(column_parsed=values, metric_mean=torch.tensor(0.5)), {}, 2)
+    assert repr(reply["columns"]) == ("[('parsed', [3, 'n', -0.0, [1, 2], {'a': [True, None]}])]")
+    assert reply["metrics"] == [("mean", 0.5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isolated", [True, False], ids=["isolated", "in this process"])
+@pytest.mark.parametrize("name", ["keeping_fractions", "keeping_fractions_asynchronously"])
+def test_a_function_that_logs_what_cannot_be_kept_is_refused_at_its_first_call(
+    tmp_path, name, isolated
+):
+    sentence = f"trainer.reward_funcs: 'hostile_rewards.{name}' logged a Fraction in the column"
+    with pytest.raises(RecipeError, match=sentence):
+        trained(tmp_path, name, rewards={"isolated": isolated})
+
+
+@pytest.mark.slow
+def test_a_value_that_cannot_be_kept_later_on_stops_the_run_saved(tmp_path):
+    seen = trained(tmp_path, "keeping_fractions_later", max_steps=9)
+    assert "Step 2: the reward function" in seen["guarded"].stopped_by
+    assert "logged a Fraction in the column 'parsed'" in seen["guarded"].stopped_by
+    assert (tmp_path / "checkpoint-2/optimizer.pt").is_file()
 
 
 # ---- which calls are made again

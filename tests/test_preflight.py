@@ -229,6 +229,24 @@ def test_a_mistake_that_a_run_would_find_only_with_the_model_in_memory_fails_her
     assert failed(results) <= {name, "data files"}
 
 
+def test_rewards_that_pay_the_reference_no_more_than_nothing_fail(here, capsys):
+    (here / "paying_little.py").write_text(
+        "def short(completions, **kwargs):\n"
+        "    return [-len(c[0]['content']) / 1000 for c in completions]\n"
+        "def wants_a_box(completions, **kwargs):\n"
+        "    return [float('boxed' in c[0]['content']) for c in completions]\n"
+    )
+    results = findings(capsys, "--trainer.reward_funcs", "paying_little.wants_a_box", code=2)
+    assert failed(results) == {"reward"}
+    sentence = results["reward"][-1]["sentence"]
+    assert "pays the reference answers no more than an empty completion" in sentence
+    for place in ("dataset.answer_column", "<reasoning>", "trainer.reward_funcs"):
+        assert place in sentence
+    rewards = ["--trainer.reward_funcs", "reward_math.final_reward", "paying_little.short"]
+    results = findings(capsys, *rewards, code=0)
+    assert [result["verdict"] for result in results["reward"]] == ["ok", "warn", "ok"]
+
+
 def test_a_length_filter_that_drops_every_prompt_is_refused_as_a_run_refuses_it(here, capsys):
     results = findings(capsys, "--training.max_prompt_length", "5", code=2)
     sentence = "training.max_prompt_length: 5 drops all 200 prompts; the shortest has "

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from gtpo.answers import format_reference
 from gtpo.recipe.sections import RewardsSection
-from gtpo.rewards.doctor import diagnose, probe_completions
+from gtpo.rewards.doctor import check_sum, diagnose, probe_completions
 
 PROBLEMS = [
     {
@@ -43,15 +43,27 @@ def diagnosed(tmp_path, monkeypatch):
         weights=None,
         problems=PROBLEMS,
         import_seconds: float = 60,
+        with_sum: bool = False,
+        needs_all: bool = True,
         **limits,
     ) -> list[tuple[str, str]]:
-        source = "import os, time, math\n" + textwrap.dedent(source)
+        source = "import os, time, math; from fractions import Fraction\n" + textwrap.dedent(source)
         (tmp_path / "mine.py").write_text(source)
         # with isolated: false it is imported in this process
         monkeypatch.delitem(sys.modules, "mine", raising=False)
         section = RewardsSection(**limits)
         tokenizer = Tokenizer()
-        findings = diagnose(list(rewards), weights, problems, tokenizer, section, import_seconds)
+        findings = diagnose(
+            list(rewards),
+            weights,
+            problems,
+            tokenizer,
+            section,
+            import_seconds,
+            needs_all=needs_all,
+        )
+        if with_sum:
+            findings = check_sum(findings, weights, problems, needs_all)
         return [(finding.verdict, finding.sentence) for finding in findings]
 
     return diagnosis
@@ -133,6 +145,52 @@ def test_a_reward_of_none_leaves_the_completion_out(diagnosed):
     assert levels(both) == ["warn", "ok", "warn"]
 
 
+def test_a_sum_that_pays_the_reference_no_more_than_nothing_fails_with_what_to_look_at(diagnosed):
+    source = """
+        def never(completions, **kwargs): return [0.0] * len(completions)
+        def short(completions, **kwargs): return [-len(c[0]['content']) for c in completions]
+        def wants_tags(completions, answer, **kwargs):
+            return [float(f"<result>{a}</result>" in c[0]["content"])
+                    for c, a in zip(completions, answer)]
+        def scores_nothing(completions, **kwargs): return [None] * len(completions)
+        """
+    for reward in ("never", "short", "wants_tags", "scores_nothing"):
+        (_, _), (level, sentence) = diagnosed(f"mine.{reward}", source=source, with_sum=True)
+        assert level == "fail" and sentence.startswith("the weighted sum of all rewards ")
+        for place in ("dataset.answer_column", "tags", "trainer.reward_funcs"):
+            assert place in sentence
+        assert f"the first answer is {PROBLEMS[0]['answer']!r}"[:40] in sentence
+    several = diagnosed("mine.never", "mine.short", source=source, with_sum=True)
+    assert levels(several) == ["warn", "warn", "fail"]
+
+
+def test_a_length_reward_beside_one_for_the_answer_gets_a_warning_alone(diagnosed):
+    source = (
+        "def short(completions, **kwargs):\n"
+        "    return [-len(c[0]['content']) / 1000 for c in completions]"
+    )
+    rewards = "reward_math.final_reward", "mine.short"
+    assert levels(diagnosed(*rewards, source=source, with_sum=True)) == ["ok", "warn", "ok"]
+    heavy = diagnosed(*rewards, source=source, weights=[1.0, 1000.0], with_sum=True)
+    assert levels(heavy) == ["ok", "warn", "fail"]
+    none = diagnosed(*rewards, source=source, weights=[0.0, 0.0], with_sum=True)
+    assert levels(none)[-1] == "fail"
+    assert levels(diagnosed("reward_math.final_reward", with_sum=True)) == ["ok"]
+
+
+def test_a_function_that_fails_has_no_second_finding_on_the_sum(diagnosed):
+    source = "def pay(completions, **kwargs): raise KeyError"
+    assert levels(diagnosed("mine.pay", source=source, with_sum=True)) == ["fail"]
+
+
+def test_with_grpo_a_function_that_scores_nothing_leaves_the_others_their_say(diagnosed):
+    source = "def pay(completions, **kwargs): return [None] * len(completions)"
+    rewards = "mine.pay", "reward_math.final_reward"
+    gtpo = diagnosed(*rewards, source=source, with_sum=True)
+    grpo = diagnosed(*rewards, source=source, with_sum=True, needs_all=False)
+    assert levels(gtpo) == ["warn", "ok", "fail"] and levels(grpo) == ["warn", "ok", "ok"]
+
+
 # ---- rewards that would fail in a run
 
 # The body of a reward function, and what the doctor says of it.
@@ -159,6 +217,19 @@ FAILING = [
     ("os._exit(7)", "mine.pay ended its process (exit code 7), on the reference answer"),
     ("os.kill(os.getpid(), 11)", "ended its process (signal SIGSEGV)"),
     ("raise SystemExit(3)", "raised SystemExit: 3"),
+    (
+        "kwargs['log_extra']('parsed', [Fraction(1, 2)] * 4)",
+        "mine.pay returned None, not a list",
+    ),
+    (
+        "kwargs['log_extra']('parsed', [Fraction(1, 2)] * 4); return [1.0] * 4",
+        "mine.pay logged a Fraction in the column 'parsed', which a checkpoint cannot keep; log a"
+        " list with numbers, texts or None, for instance str(value), on the reference answer",
+    ),
+    (
+        "kwargs['log_metric']('mean', 'high'); return [1.0] * 4",
+        "mine.pay logged the str 'high' as the metric 'mean'; log a number, on the reference",
+    ),
     (
         "return [1.0 if c[0]['content'] else 1 / 0 for c in completions]",
         "raised ZeroDivisionError: division by zero, mine.py line 3, on an empty completion",

@@ -31,6 +31,11 @@ NAMES = {
     ),
     "model.lora_rank": "r rank lora_r lora_dim lora_rank peft_r peft_lora_r adapter_rank",
     "model.lora_alpha": "alpha lora_alpha peft_lora_alpha lora_scaling lora_scale",
+    "model.lora_dropout": "dropout peft_lora_dropout lora_drop",
+    "model.use_rslora": "rslora lora_use_rslora",
+    "model.use_dora": "dora lora_use_dora peft_use_dora",
+    "model.init_lora_weights": "lora_init lora_init_weights peft_init_lora_weights",
+    "model.modules_to_save": "lora_modules_to_save additional_target",
     "model.target_modules": (
         "lora_target_modules lora_target lora_modules lora_target_linear target lora_layers"
     ),

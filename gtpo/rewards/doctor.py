@@ -21,6 +21,8 @@ from gtpo.rewards.pool import CannotHandOver, RewardPool
 from gtpo.system.console import Finding
 
 PROBLEMS = 8
+ALL = "all rewards"  # the name of their weighted sum
+SHOWN_ANSWER = 60  # characters
 IMPORT_SECONDS = 60.0  # for the module of a reward function
 TRAINER_STATE = SimpleNamespace(global_step=0, max_steps=1, epoch=0.0, log_history=[])
 
@@ -51,11 +53,13 @@ def diagnose(
     section: RewardsSection,
     import_seconds: float = IMPORT_SECONDS,
     prompt_opening: str = "",
+    needs_all: bool = True,
 ) -> list[Finding]:
     """A finding per reward function and, where there are several, one on their weighted sum.
 
     `prompt_opening` is what the prompt has already written of the answer. The probes begin after
-    it, as completions do.
+    it, as completions do. With `needs_all`, as in GTPO, a completion that one function does not
+    score has no sum. Without it, as in TRL's GRPO, the other functions count.
     """
     probes = probe_completions(problems, prompt_opening)
 
@@ -64,13 +68,60 @@ def diagnose(
 
     trials = [trial(path) for path in rewards]
     broken = any(trial.problem for trial in trials)
-    together = None if broken else _together(trials, weights or [1.0] * len(rewards))
+    weights = weights or [1.0] * len(rewards)
+    together = None if broken else _together(trials, weights, needs_all)
     # Where the rewards together tell right from wrong, one of them may look at the format alone.
     format_suffices = len(trials) > 1 and not broken and not _overpaid(together)
     findings = [_finding(trial, format_suffices) for trial in trials]
     if together and len(trials) > 1:
         findings.append(_finding(together))
     return findings
+
+
+def check_sum(
+    findings: list[Finding],
+    weights: list[float] | None,
+    problems: list[dict],
+    needs_all: bool = True,
+) -> list[Finding]:
+    """The `findings` of `diagnose`, with a failure where the weighted sum cannot teach anything.
+
+    Such a sum pays the reference no more than an empty completion.
+    """
+    each = [finding for finding in findings if finding.details["reward"] != ALL]
+    tried = [finding.details for finding in each]
+    if any(not {"reference", "empty"} <= details["paid"].keys() for details in tried):
+        return findings  # a function that fails has a finding of its own
+    trials = [Trial(details["reward"], details["paid"], 0.0) for details in tried]
+    together = _together(trials, weights or [1.0] * len(trials), needs_all)
+    clause = _teaches_nothing(together)
+    if clause is None:
+        return findings
+    sentence = f"the weighted sum of {ALL} {clause}: {_summaries(together)}. {_advice(problems)}"
+    details = {"reward": ALL, "paid": together.paid, "milliseconds": 0.0}
+    return [*each, Finding("fail", "reward", sentence, details)]
+
+
+def _teaches_nothing(together: Trial) -> str | None:
+    """A clause where the weighted sum pays the reference no more than an empty completion."""
+    references, empties = together.paid["reference"], together.paid["empty"]
+    if all(reward is None for reward in references):
+        return "does not score the reference answers"
+    pairs = [pair for pair in zip(references, empties, strict=True) if None not in pair]
+    if pairs and sum(right for right, _ in pairs) <= sum(empty for _, empty in pairs) + 1e-9:
+        return "pays the reference answers no more than an empty completion"
+    return None
+
+
+def _advice(problems: list[dict]) -> str:
+    """What to look at, with the first answer as the rewards get it."""
+    answer = str(problems[0]["answer"])
+    shown = repr(answer if len(answer) <= SHOWN_ANSWER else f"{answer[:SHOWN_ANSWER]}...")
+    return (
+        f"Look at the answer column (dataset.answer_column; the first answer is {shown}), at the"
+        " tags (references are written in <reasoning> and <answer>), and at the reward functions"
+        " with their weights (trainer.reward_funcs, training.reward_weights)"
+    )
 
 
 def probe_completions(
@@ -188,7 +239,7 @@ def _call(pool: RewardPool, path: str, isolated: bool, arguments: dict) -> dict:
 def _what_is_wrong(reply: dict, scored: RolloutRewards) -> str | None:
     """A clause on what a run would call a failure or a broken contract, None if there is none."""
     if "bug" in reply:
-        return f"{reply['bug']}; return a list with a number or None for each completion"
+        return reply["bug"]
     failed = reply if "failure" in reply else next(iter(scored.failures.values()), None)
     if failed is None:
         return None
@@ -201,17 +252,21 @@ def _what_is_wrong(reply: dict, scored: RolloutRewards) -> str | None:
     return failed["failure"] + (theirs[-1] if theirs else "")
 
 
-def _together(trials: list[Trial], weights: list[float]) -> Trial:
-    """The weighted sum. A completion that one function does not score is left out, as by TRL."""
-    paid = {}
+def _together(trials: list[Trial], weights: list[float], needs_all: bool) -> Trial:
+    """The weighted sum; None for a completion that one function, or none at all, scores."""
+    paid, left_out = {}, any if needs_all else all
     for name in trials[0].paid:
         rows = zip(*(trial.paid[name] for trial in trials), strict=True)
-        paid[name] = [None if None in row else _weighted_sum(weights, row) for row in rows]
-    return Trial("all rewards", paid, sum(trial.milliseconds for trial in trials))
+        paid[name] = [
+            None if left_out(reward is None for reward in row) else _weighted_sum(weights, row)
+            for row in rows
+        ]
+    return Trial(ALL, paid, sum(trial.milliseconds for trial in trials))
 
 
-def _weighted_sum(weights: list[float], rewards: tuple[float, ...]) -> float:
-    return math.fsum(w * reward for w, reward in zip(weights, rewards, strict=False))
+def _weighted_sum(weights: list[float], rewards: tuple[float | None, ...]) -> float:
+    pairs = zip(weights, rewards, strict=False)
+    return math.fsum(weight * reward for weight, reward in pairs if reward is not None)
 
 
 def _overpaid(trial: Trial) -> dict[str, tuple[int, int]]:
@@ -241,8 +296,7 @@ def _finding(trial: Trial, format_suffices: bool = False) -> Finding:
 
     if trial.problem:
         return finding("fail", trial.problem)
-    summaries = [f"{name} {_summary(rewards)}" for name, rewards in trial.paid.items()]
-    pays = f"{', '.join(summaries)}; {trial.milliseconds:.1f} ms each"
+    pays = f"{_summaries(trial)}; {trial.milliseconds:.1f} ms each"
     if all(reward is None for reward in trial.paid["reference"]):
         return finding("warn", f"does not score the reference answers: {pays}")
     if format_suffices and _looks_at_the_format_alone(trial):
@@ -254,6 +308,11 @@ def _finding(trial: Trial, format_suffices: bool = False) -> Finding:
         )
         return finding("warn", f"pays what is wrong like the right answer ({probes}): {pays}")
     return finding("ok", f"pays: {pays}")
+
+
+def _summaries(trial: Trial) -> str:
+    """`reference 20, empty 0, ...`: what was paid for each probe."""
+    return ", ".join(f"{name} {_summary(rewards)}" for name, rewards in trial.paid.items())
 
 
 def _looks_at_the_format_alone(trial: Trial) -> bool:

@@ -28,7 +28,7 @@ from gtpo.hooks.seams import wrap
 from gtpo.recipe.sections import RewardsSection
 from gtpo.rewards.failures import Failures, RewardCalls, RolloutRewards
 from gtpo.rewards.pool import CannotHandOver, RewardPool
-from gtpo.rewards.worker import OPENING, ContractBroken, call_reward, names
+from gtpo.rewards.worker import OPENING, ContractBroken, Logged, call_reward, names
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class GuardedRewards(TrainerCallback):
 
     A function that breaks TRL's contract stops the run at once, and the run is saved. In the first
     step RecipeError is raised instead, also for a function that fails on everything. Asynchronous
-    functions stay asynchronous. Without isolation they are left as they are.
+    functions stay asynchronous. Without isolation only what they log is checked.
     """
 
     # The key of the state in a checkpoint. Earlier checkpoints have the name that the class had.
@@ -86,9 +86,26 @@ class GuardedRewards(TrainerCallback):
 
     def _guarded(self, path: str, function: Callable) -> Callable:
         asynchronous = inspect.iscoroutinefunction(function)
-        if isinstance(function, torch.nn.Module) or asynchronous and not self.section.isolated:
+        if isinstance(function, torch.nn.Module):
             return function
-        if asynchronous:
+        if asynchronous and not self.section.isolated:
+
+            async def guarded(log_metric, log_extra, **arguments):
+                logged = Logged()
+                if names(function, OPENING):
+                    arguments.setdefault(OPENING, self.prompt_opening)
+                rewards = await function(
+                    **arguments, log_metric=logged.log_metric, log_extra=logged.log_extra
+                )
+                if logged.broken:
+                    self._refuse(path, logged.broken)
+                for name, value in logged.metrics:
+                    log_metric(name, value)
+                for name, values in logged.columns:
+                    log_extra(name, values)
+                return rewards
+
+        elif asynchronous:
 
             async def guarded(**arguments):
                 return await asyncio.to_thread(self._score, path, function, arguments)
@@ -119,10 +136,7 @@ class GuardedRewards(TrainerCallback):
                 f"that cannot be handed over ({error}); set rewards.isolated to false",
             ) from None
         except ContractBroken as broken:
-            sentence = f"{path!r} {broken}; return a list with a number or None for each completion"
-            if step == 0:
-                raise RecipeError("trainer.reward_funcs", sentence) from None
-            self._broken = sentence
+            self._refuse(path, str(broken))
             return [None] * count
         with self._lock:
             self.failures.keep(path, scored, arguments, step + 1)
@@ -137,6 +151,16 @@ class GuardedRewards(TrainerCallback):
             self._not_scored |= set(range(count)) if scored.abandoned else scored.failures.keys()
             self._log(path, scored, log_metric, log_extra)
         return scored.rewards
+
+    def _refuse(self, path: str, clause: str) -> None:
+        """Stop the run: `clause` says how a function broke the contract.
+
+        Raises RecipeError in the first step.
+        """
+        sentence = f"{path!r} {clause}"
+        if self.trainer.state.global_step == 0:
+            raise RecipeError("trainer.reward_funcs", sentence) from None
+        self._broken = sentence
 
     def _calls(self, path: str, function: Callable, arguments: dict) -> RewardCalls:
         """The reward calls of `function` for a rollout with these `arguments`."""

@@ -1,9 +1,9 @@
 """One reward call, and the process that makes reward calls for a run.
 
-`call_reward` calls a function and checks what it returns. The rest of this file runs in a child
-process (gtpo.system.child_process). There it imports functions by their dotted paths and makes the
-calls that the parent asks for. A call comes as a pickle; its reply goes back as JSON, so the parent
-never unpickles what a reward function made.
+`call_reward` calls a function and checks what it returns and logs. The rest of this file runs in a
+child process (gtpo.system.child_process). There it imports functions by their dotted paths and
+makes the calls that the parent asks for. A call comes as a pickle; its reply goes back as JSON, so
+the parent never unpickles what a reward function made.
 
 A call that takes too long ends the process, from a thread of faulthandler that needs no GIL. So a
 loop in C is stopped as well, and the traceback is what the process leaves.
@@ -11,6 +11,7 @@ loop in C is stopped as well, and the traceback is what the process leaves.
 
 import collections
 import contextlib
+import datetime
 import faulthandler
 import functools
 import inspect
@@ -30,13 +31,94 @@ from typing import BinaryIO
 
 LOAD_SECONDS = 600.0  # to import the module of a function
 OPENING = "prompt_opening"  # what the prompt has already written of the answer, a text
+RETURN_NUMBERS = "return a list with a number or None for each completion"
 
 
 class ContractBroken(Exception):
-    """A function returned something else than one number or None per completion.
+    """A function returned or logged something that TRL's contract does not allow.
 
-    The message is a clause that says what it returned.
+    The message is a clause that says what it was, and what would work.
     """
+
+
+class Logged:
+    """What a reward function logs, as plain data: a checkpoint and the log keep it.
+
+    `metrics` are pairs of a name and a float, `columns` are pairs of a name and a list. `broken` is
+    a clause on the first thing that cannot be kept, None if there is none. Nothing is raised, since
+    a function may catch it.
+    """
+
+    def __init__(self):
+        self.metrics: list[tuple[str, float]] = []
+        self.columns: list[tuple[str, list]] = []
+        self.broken: str | None = None
+
+    def log_metric(self, name: str, value: object) -> None:
+        """Stands in for TRL's `log_metric`."""
+        try:
+            self.metrics.append((_name(name), _number(value)))
+        except ContractBroken as error:
+            self._break(f"logged {error} as the metric {_shown(name)}; log a number")
+
+    def log_extra(self, column: str, values: Iterable) -> None:
+        """Stands in for TRL's `log_extra`."""
+        try:
+            if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+                raise ContractBroken(f"{_described(values)} instead of a list")
+            self.columns.append((_name(column), [_plain(value) for value in values]))
+        except ContractBroken as error:
+            self._break(
+                f"logged {error} in the column {_shown(column)}, which a checkpoint cannot keep;"
+                " log a list with numbers, texts or None, for instance str(value)"
+            )
+
+    def _break(self, clause: str) -> None:
+        self.broken = self.broken or clause
+
+
+def _name(name: object) -> str:
+    if isinstance(name, str):
+        return name
+    raise ContractBroken(f"under {_described(name)} instead of a name")
+
+
+def _shown(name: object) -> str:
+    return repr(name[:60]) if isinstance(name, str) else _described(name)
+
+
+def _number(value: object) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except Exception:  # what is no number may raise anything
+        raise ContractBroken(_described(value)) from None
+
+
+def _plain(value: object) -> object:
+    """Numbers, texts, None, and lists and mappings of them, for those of numpy and torch as well.
+
+    A date becomes its text. Raises ContractBroken for anything else.
+    """
+    try:
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, str):
+            return "".join(value)  # a plain one, also of a subclass
+        if isinstance(value, int | float):
+            return float(value) if isinstance(value, float) else int(value)
+        if isinstance(value, list | tuple):
+            return [_plain(inner) for inner in value]
+        if isinstance(value, dict):
+            return {str(_plain(name)): _plain(inner) for name, inner in value.items()}
+        if isinstance(value, datetime.date | datetime.time):
+            return str(value)
+    except RecursionError:
+        raise ContractBroken("a list that is nested too deeply") from None
+    raise ContractBroken(_described(value))
 
 
 def call_reward(function: Callable, arguments: dict, count: int) -> dict:
@@ -48,21 +130,19 @@ def call_reward(function: Callable, arguments: dict, count: int) -> dict:
     The argument `prompt_opening`, a text, is handed only to a function that names it.
 
     Where the function raises, the reply is its `failure`, a clause, and the `traceback`. Where it
-    breaks TRL's contract, the reply is the `bug`, a clause.
+    breaks TRL's contract, the reply is the `bug`, a clause on that and on what would work.
     """
-    metrics: list[tuple[str, float]] = []
-    columns: list[tuple[str, list]] = []
+    logged = Logged()
     if isinstance(arguments.get(OPENING), str) and not names(function, OPENING):
         arguments = {name: value for name, value in arguments.items() if name != OPENING}
     try:
-        returned = function(
-            **arguments,
-            log_metric=lambda name, value: metrics.append((name, float(value))),
-            log_extra=lambda column, values: columns.append((column, list(values))),
-        )
+        returned = function(**arguments, log_metric=logged.log_metric, log_extra=logged.log_extra)
         if isinstance(returned, Awaitable):
             returned = _event_loop().run_until_complete(returned)
-        return {"rewards": _rewards(returned, count), "metrics": metrics, "columns": columns}
+        rewards = _rewards(returned, count)
+        if logged.broken:
+            raise ContractBroken(logged.broken)
+        return {"rewards": rewards, "metrics": logged.metrics, "columns": logged.columns}
     except ContractBroken as error:
         return {"bug": str(error)}
     except (Exception, SystemExit) as error:
@@ -89,7 +169,8 @@ def _failure(what: str, error: BaseException) -> dict:
 def _rewards(returned: object, count: int) -> list[float | None]:
     if isinstance(returned, str | bytes | Mapping | Set) or not isinstance(returned, Iterable):
         raise ContractBroken(
-            f"returned {_described(returned)}, not a list with one reward per completion"
+            f"returned {_described(returned)}, not a list with one reward per completion;"
+            f" {RETURN_NUMBERS}"
         )
     # no more than one too many, as an iterator may never end
     rewards = [_reward(value) for value in itertools.islice(returned, count + 1)]
@@ -99,7 +180,9 @@ def _rewards(returned: object, count: int) -> list[float | None]:
         number = len(returned)
     else:
         number = "more" if len(rewards) > count else len(rewards)
-    raise ContractBroken(f"returned {number} rewards for {count} completions, not one for each")
+    raise ContractBroken(
+        f"returned {number} rewards for {count} completions, not one for each; {RETURN_NUMBERS}"
+    )
 
 
 def _reward(value: object) -> float | None:
@@ -111,7 +194,7 @@ def _reward(value: object) -> float | None:
         return math.inf
     except (TypeError, ValueError, RuntimeError):  # RuntimeError: a tensor of several numbers
         raise ContractBroken(
-            f"returned {_described(value)} as a reward, not a number or None"
+            f"returned {_described(value)} as a reward, not a number or None; {RETURN_NUMBERS}"
         ) from None
 
 
