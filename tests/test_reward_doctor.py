@@ -178,6 +178,20 @@ def test_a_length_reward_beside_one_for_the_answer_gets_a_warning_alone(diagnose
     assert levels(diagnosed("reward_math.final_reward", with_sum=True)) == ["ok"]
 
 
+def test_a_format_reward_that_never_pays_gets_a_warning_beside_one_that_does(diagnosed):
+    # A pattern without re.DOTALL, as in a notebook that many copy: a line break ends its match.
+    source = """
+        import re
+        def soft_format(completions, **kwargs):
+            pattern = r"<reasoning>.*?</reasoning>\\s*<answer>.*?</answer>"
+            return [0.5 * bool(re.match(pattern, c[0]["content"])) for c in completions]
+        """
+    rewards = "reward_math.final_reward", "mine.soft_format"
+    both = diagnosed(*rewards, source=source, with_sum=True)
+    assert levels(both) == ["ok", "warn", "ok"]
+    assert "an empty completion in 4 of 4 problems" in both[1][1]
+
+
 def test_a_function_that_fails_has_no_second_finding_on_the_sum(diagnosed):
     source = "def pay(completions, **kwargs): raise KeyError"
     assert levels(diagnosed("mine.pay", source=source, with_sum=True)) == ["fail"]

@@ -299,9 +299,10 @@ def _finding(trial: Trial, format_suffices: bool = False) -> Finding:
     pays = f"{_summaries(trial)}; {trial.milliseconds:.1f} ms each"
     if all(reward is None for reward in trial.paid["reference"]):
         return finding("warn", f"does not score the reference answers: {pays}")
-    if format_suffices and _looks_at_the_format_alone(trial):
+    overpaid = _overpaid(trial)
+    if format_suffices and _looks_at_the_format_alone(trial) and "empty" not in overpaid:
         return finding("ok", f"pays for the format alone, and the others for the answer: {pays}")
-    if overpaid := _overpaid(trial):
+    if overpaid:
         probes = "; ".join(
             f"{PROBES[name]} in {count} of {total} problems"
             for name, (count, total) in overpaid.items()
