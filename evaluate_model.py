@@ -129,7 +129,7 @@ def _evaluate(flags: argparse.Namespace, saved) -> None:
     )
     prompts = rendered_prompts(problems, engine.tokenizer, options)
     opening = prompt_opening(engine.tokenizer, problems[0]["prompt"], options)
-    files = _open_files(flags, saved, plan, engine.backend, problems, prompts, opening)
+    files = _open_files(flags, saved, plan, engine, problems, prompts, opening)
     batch_size = plan.batch_size
     if engine.backend == "vllm" and not flags.batch_size:
         batch_size = max(batch_size, VLLM_BATCH)
@@ -174,7 +174,7 @@ def _load_problems(plan, tokenizer):
 
 
 def _open_files(
-    flags: argparse.Namespace, saved, plan, backend: str, problems, prompts, opening: str
+    flags: argparse.Namespace, saved, plan, engine, problems, prompts, opening: str
 ) -> dict:
     """The evaluation files by the title of their column: trained, base, or model if it has no
     adapter.
@@ -192,7 +192,8 @@ def _open_files(
             flags,
             saved,
             plan,
-            backend,
+            engine.backend,
+            engine.tokenizer,
             problems,
             prompts,
             adapter=adapter,

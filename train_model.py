@@ -148,7 +148,9 @@ def _train(
     rewards = trainers.guarded_rewards(recipe, start.run_dir)
     # 4. Tokenizer and problems.
     trainers.seed_everything(recipe)
-    tokenizer = saved.training_tokenizer(recipe.model, backend)
+    tokenizer = saved.training_tokenizer(
+        recipe.model, backend, recipe.training, checkpoint=start.turn_ends_from
+    )
     prompt.check_recipe(tokenizer, recipe, strict=start.checkpoint is None)
     problems = data.load_training_problems(recipe, tokenizer, processes.count())
     held_out_problems = data.load_held_out_problems(recipe, tokenizer, problems)

@@ -34,7 +34,9 @@ from trl.trainer.utils import split_tensor_dict
 from gtpo import shaping
 from gtpo.hooks.groups import compared_rewards, conflict_fractions, whole_groups
 from gtpo.hooks.nonfinite import SkipNonFiniteSteps
+from gtpo.hooks.padding import keep_padding_apart, padding_apart_in_loss
 from gtpo.hooks.streaming_head import StreamingHead, streaming_in_unsloths_loss
+from gtpo.hooks.turn_ends import EndTurns
 from gtpo.system.trl_options import REQUIRED_BY_GTPO
 
 logger = logging.getLogger(__name__)
@@ -163,6 +165,8 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
         self.args = copy.copy(self.args)  # the caller's arguments stay as they were
         self.args.top_entropy_quantile = self.top_entropy_quantile = 0.5
         self.initial_entropy: float | None = None  # <H>_ini in nats; None until it is measured
+        self.turn_ends = EndTurns(self)
+        keep_padding_apart(self)
         self.non_finite, self.streaming_head = SkipNonFiniteSteps(self), StreamingHead(self)
         self._micro_batch: Mapping[str, Tensor] = {}  # the inputs of the current loss
         # What the last loss saw, for logs and for the recorder. `entropies` and `mask` are (B, W);
@@ -229,8 +233,9 @@ class UnslothGTPOTrainer(trl.GRPOTrainer):
     def _parent_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._micro_batch, self.seen_by_loss = inputs, None
         inputs = {**inputs, "advantages": _nonzero(inputs["advantages"])}
-        with streaming_in_unsloths_loss():
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # The pass for the initial entropy comes here without the hooks around `compute_loss`.
+        with streaming_in_unsloths_loss(), padding_apart_in_loss(self, inputs) as rows:
+            loss = super().compute_loss(model, rows, return_outputs, num_items_in_batch)
         if self.seen_by_loss is None:
             # Unsloth also has a slow loss without the hook. With it GTPO would silently be GRPO.
             raise RuntimeError(

@@ -46,6 +46,7 @@ class Facts:
     request: Request
     processes: int
     recipe: Recipe | None = None  # from the check "recipe"
+    turn_ends_from: Path | None = None  # from "run directory": the checkpoint of a resumed run
     backend: str | None = None  # from "backend"
     trainer_class: Any = None  # from "trainer"
     arguments: Any = None  # from "trainer": the trl.GRPOConfig
@@ -73,6 +74,7 @@ def _check_recipe(facts: Facts) -> str:
 
 def _check_run_directory(facts: Facts) -> str:
     start = resolve_start(facts.recipe, facts.request, facts.processes)
+    facts.turn_ends_from = start.turn_ends_from
     if start.finished_steps is not None:
         return f"{start.run_dir} holds this run, which finished after {start.finished_steps} steps"
     if start.checkpoint is not None:
@@ -152,10 +154,14 @@ def _check_trainer(facts: Facts) -> str:
 
 def _check_tokenizer(facts: Facts) -> str:
     from gtpo.models.saved import training_tokenizer
+    from gtpo.models.tokenizer import named, turn_ends
 
-    facts.tokenizer = training_tokenizer(facts.recipe.model, facts.backend)
+    facts.tokenizer = training_tokenizer(
+        facts.recipe.model, facts.backend, facts.recipe.training, checkpoint=facts.turn_ends_from
+    )
+    ends = named(facts.tokenizer, turn_ends(facts.tokenizer))
     return (
-        f"{len(facts.tokenizer)} tokens; end of sequence {facts.tokenizer.eos_token!r}, padding"
+        f"{len(facts.tokenizer)} tokens; a turn ends with {ends}; padding is"
         f" {facts.tokenizer.pad_token!r}"
     )
 

@@ -152,11 +152,11 @@ def float64_copy(model):
 
 
 def oracle_gradients(
-    model, rollout, *, temperature, num_generations, weight, scale, threshold, initial, drop_id=None
+    model, rollout, *, temperature, num_generations, weight, scale, threshold, initial
 ):
     """d(-J)/d(LoRA) in float64 by parameter name, and -J.
 
-    Each row runs alone and without padding. Tokens with the id `drop_id` do not enter the sums.
+    Each row runs alone and without padding.
     """
     import reference
     import torch
@@ -166,21 +166,19 @@ def oracle_gradients(
     total = 0.0
     groups = len(rollout["advantages"]) // num_generations
     for start in range(0, len(rollout["advantages"]), num_generations):
-        log_probs, ids, counted = [], [], []
+        log_probs, ids = [], []
         for i in range(start, start + num_generations):
             prompt = rollout["prompt_ids"][i][rollout["prompt_mask"][i].bool()]
             completion = rollout["completion_ids"][i][rollout["completion_mask"][i].bool()]
             logits = model(input_ids=torch.cat([prompt, completion]).unsqueeze(0)).logits[0]
             log_probs.append((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
             ids.append(completion.tolist())
-            counted.append([int(token != drop_id) for token in ids[-1]])
         advantages = rollout["advantages"][start : start + num_generations].double().tolist()
         loss = reference.loss(
             log_probs,
             ids,
             [[1] * len(row) for row in ids],
             advantages,
-            counted=counted,
             weight=weight,
             scale=scale,
             threshold=threshold,
@@ -192,7 +190,7 @@ def oracle_gradients(
     return gradients_by_name, total.item()
 
 
-def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
+def initial_entropy(model, rollout, *, temperature) -> float:
     """The mean over completions of their mean token entropy, in float64."""
     import reference
     import torch
@@ -205,11 +203,8 @@ def initial_entropy(model, rollout, *, temperature, drop_id=None) -> float:
         with torch.no_grad():
             logits = model(input_ids=torch.cat([prompt, completion]).unsqueeze(0)).logits[0]
         entropy = reference.entropy((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
-        real = torch.ones_like(completion, dtype=torch.bool)
-        if drop_id is not None:
-            real = completion != drop_id
-        if real.any():
-            means.append(entropy[real].mean().item())
+        if len(completion):
+            means.append(entropy.mean().item())
     return sum(means) / len(means)
 
 
@@ -259,7 +254,6 @@ def compare(
     threshold: float = 0.7,
     pad: str = "~",
     peaked: float = 1.0,
-    unsloth: bool = False,
     **options,
 ) -> dict:
     """Figures of one GTPO step and of the float64 objective, and of what the step contained."""
@@ -281,15 +275,12 @@ def compare(
     streaming_head.log_probs_and_entropies = head
     rollout = seen["rollouts"][0]
     temperature = trainer.args.temperature
-    # Unsloth's mask leaves out every pad id, and so an end token that is the pad token too.
-    drop_id = trainer.processing_class.pad_token_id if unsloth and pad == "^" else None
-    initial = initial_entropy(before, rollout, temperature=temperature, drop_id=drop_id)
+    initial = initial_entropy(before, rollout, temperature=temperature)
     expected, loss = oracle_gradients(
         before,
         rollout,
         temperature=temperature,
         num_generations=trainer.num_generations,
-        drop_id=drop_id,
         weight=gtpo_training.W_RAW,
         scale=gtpo_training.ENT_SCALE,
         threshold=threshold,
@@ -408,7 +399,7 @@ def main(cases: list[dict]) -> dict:
 
     here = os.getcwd()
     compile_options = sys.modules["UnslothGRPOTrainer"].torch_compile_options
-    compared = [compare(here, unsloth=True, **case) for case in cases]
+    compared = [compare(here, **case) for case in cases]
     recorded = [
         recordings.record(class_path, here, pad=pad)
         for class_path, pad in ((GTPO, "~"), (GTPO, "^"), (GRPO, "~"))

@@ -209,6 +209,68 @@ def test_trl_calls_generate_in_one_place(run):
     )
 
 
+@contract("trl.GRPOTrainer._generate")
+def test_generate_returns_eight_values_and_appends_the_figures_of_truncated_completions(trainer):
+    eos, pad = trainer.processing_class.eos_token_id, trainer.processing_class.pad_token_id
+    rows = [[5, 6, eos], [5, pad], [5, 6]]
+    trainer._generate_single_turn = lambda *args, **kwargs: (rows, None)
+    prompts, ids, tool_mask, completions, log_probs, extra, images, tool_images = trainer._generate(
+        ["a", "b", "c"]
+    )
+    assert ids == rows and tool_mask is None and len(prompts) == len(completions) == 3
+    metrics = trainer._metrics["train"]
+    assert metrics["completions/clipped_ratio"] == [pytest.approx(1 / 3)]  # padding is no end
+    for name, length in (("mean", 2.5), ("min", 2), ("max", 3)):
+        assert metrics[f"completions/{name}_terminated_length"] == [length]
+
+
+@contract("trl.GRPOTrainer.mask_truncated_completions")
+def test_a_mask_of_tools_takes_completions_out_of_the_loss_as_trls_own_mask_does(tmp_path):
+    """The hook gives a mask of tools where TRL would mask a completion that has ended."""
+
+    def losses(cut: bool):
+        trainer = make(tmp_path)
+        trainer.mask_truncated_completions = cut
+        end = trainer.processing_class.eos_token_id
+        if not cut:
+            generate = trainer._generate
+
+            def masked(prompts):
+                prompt_ids, ids, _, *rest = generate(prompts)
+                return prompt_ids, ids, [[int(row[-1] == end)] * len(row) for row in ids], *rest
+
+            trainer._generate = masked
+        seen = gradients.record_steps(trainer)
+        trainer.train()
+        assert 0 < seen["logs"][0]["completions/clipped_ratio"] < 1
+        return seen["logs"][0]["loss"], seen["gradients"][0]
+
+    (loss, by_trl), (other, by_tools) = losses(True), losses(False)
+    assert loss == other and any(gradient.any() for gradient in by_trl.values())
+    assert all(torch.equal(by_trl[name], by_tools[name]) for name in by_trl)
+
+
+@contract("trl.GRPOTrainer.generation_config", "trl.GRPOTrainer.generation_kwargs")
+def test_trl_generates_with_a_configuration_that_is_made_once(trainer):
+    end = trainer.processing_class.eos_token_id
+    assert (
+        trainer.generation_config.eos_token_id == end == trainer.generation_kwargs["eos_token_id"]
+    )
+    source = inspect.getsource(trl.GRPOTrainer._generate_single_turn)
+    assert "generation_config=self.generation_config" in source
+    assert "generation_kwargs=self.generation_kwargs" in source
+
+
+@contract("trl.generation.vllm_generation.VLLMGeneration.generation_kwargs")
+def test_trl_makes_sampling_params_of_the_generation_kwargs_at_each_call():
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    source = inspect.getsource(VLLMGeneration)
+    assert "generation_kwargs.update(self.generation_kwargs)" in source
+    assert "SamplingParams(**generation_kwargs)" in source
+    assert '"generation_kwargs": self.generation_kwargs' in source  # to a server
+
+
 @contract("trl.GRPOTrainer._calculate_rewards")
 def test_the_reward_table_has_a_column_per_function_and_nan_for_none(run):
     args, kwargs, table, _ = run.calls["_calculate_rewards"][0]
@@ -681,6 +743,20 @@ def test_on_a_cpu_transformers_does_not_pass_the_timeout_on(trainer):
     cpu_branch = source.split("if self.use_cpu", 1)[1].split("elif", 1)[0]
     assert "accelerator_state_kwargs" in cpu_branch and "timeout" not in cpu_branch
     assert trainer.args.ddp_timeout == 1800
+
+
+@contract("transformers.PreTrainedTokenizerBase.init_kwargs")
+def test_a_tokenizer_saves_and_loads_what_stands_in_its_init_kwargs(tmp_path):
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.init_kwargs["turn_ends"] = [3, 4]
+    tokenizer.save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.init_kwargs["turn_ends"] == [3, 4]
+
+
+@contract("transformers.Trainer.processing_class")
+def test_a_trainers_processing_class_is_a_plain_attribute(trainer):
+    assert "processing_class" in vars(trainer)
 
 
 @contract("transformers.GenerationConfig.save_pretrained")

@@ -272,7 +272,7 @@ def test_rewards_that_are_normalized_before_they_are_summed_keep_their_advantage
             reward=[paying(0), paying(1)],
             multi_objective_aggregation="normalize_then_sum",
         )
-        seen = gradients.watch(trainer)
+        seen = gradients.record_steps(trainer)
         trainer.train()
         advantages[name] = seen["rollouts"][0]["advantages"]
     assert advantages[GTPO][0].abs() > 0.1

@@ -34,6 +34,11 @@ CASES = {
         "max_steps": 2,
         "learning_rate": 1e-12,
     },
+    "another token ends a turn, and one end is padding": {
+        "pad": "^",
+        "generation_kwargs": {"eos_token_id": [2, 1], "suppress_tokens": [0]},
+    },
+    "the padding token is sampled within completions": {"generation_kwargs": {}},
 }
 
 
@@ -94,12 +99,12 @@ def test_failed_rewards_and_non_finite_gradients_leave_finite_weights(figures):
 
 
 def test_completions_are_recorded_with_the_entropies_of_their_own_tokens(figures):
-    """Unsloth's loss has other columns than the completion, and leaves out padding ids.
+    """Unsloth's loss has other columns than the completion, and takes padding ids for padding.
 
-    Where padding is the end token, the end token is left out as well.
+    The end token is recorded like every other token, also where it is the padding token.
     """
     expected = [(step, group, row) for step in (1, 2) for group in range(4) for row in range(4)]
-    for run, end_is_padding in zip(figures["recorded"][:2], (False, True), strict=True):
+    for run in figures["recorded"][:2]:
         lines = run["lines"]
         assert [(line["step"], line["group"], line["row"]) for line in lines] == expected
         assert len({len(line["ids"]) for line in lines}) > 1
@@ -107,8 +112,8 @@ def test_completions_are_recorded_with_the_entropies_of_their_own_tokens(figures
         assert run["entropy_error"] < 6e-4
         for line in lines:
             assert len(line["weights"]) == len(line["entropies"]) == len(line["ids"])
-            for entropy, text in zip(line["entropies"], line["tokens"], strict=True):
-                assert (entropy is None) == (end_is_padding and text == "^")
+            assert None not in line["entropies"]
+        assert any(line["tokens"][-1] == "^" for line in run["lines"])
 
 
 def test_unsloths_own_grpo_is_recorded_without_entropies(figures):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from gtpo.answers import GRADING_VERSION
 from gtpo.errors import RecipeError
+from gtpo.hooks.turn_ends import turn_ends
 from gtpo.models.generation import Sampling
 from gtpo.system.whole_files import write_whole
 
@@ -89,6 +90,12 @@ def make_header(
         "weights": weights,
         "prompts": hashlib.blake2b(content.encode(), digest_size=8).hexdigest(),
     }
+
+
+def turn_ends_note(tokenizer) -> dict[str, list[int]]:
+    """A header's note of the ids that end a turn; empty where it is the tokenizer's end alone."""
+    ends = turn_ends(tokenizer)
+    return {} if set(ends) <= {tokenizer.eos_token_id} else {"turn_ends": list(ends)}
 
 
 def grading_version(header: dict[str, Any]) -> int:
@@ -292,12 +299,19 @@ def _check_settings(path: Path, existing: dict[str, Any], header: dict[str, Any]
         for name, setting in SETTINGS.items()
         if setting.difference and existing[name] != header[name]
     ]
+    if _noted_ends(existing) != _noted_ends(header):
+        differences.append("other ends of a turn")
     if differences:
         raise RecipeError(
             path,
             f"holds an evaluation with {', '.join(differences)}; name another file with --to, or"
             " replace this one with --overwrite",
         )
+
+
+def _noted_ends(header: dict[str, Any]) -> set[int]:
+    ends = header.get("turn_ends")
+    return {end for end in ends if isinstance(end, int)} if isinstance(ends, list) else set()
 
 
 def _check_writable(path: Path) -> None:

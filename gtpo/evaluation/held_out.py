@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from gtpo.evaluation.draw import evaluate, rendered_prompts
-from gtpo.evaluation.file import EvaluationFile, make_header
+from gtpo.evaluation.file import EvaluationFile, make_header, turn_ends_note
 from gtpo.evaluation.scores import Scores, mean_scores
 from gtpo.models.generation import Sampling, policy_sampler
 from gtpo.models.prompt import prompt_opening
@@ -65,6 +65,7 @@ class HeldOut(TrainerCallback):
             "prompt_opening": prompt_opening(
                 policy.tokenizer, problems[0]["prompt"], recipe.training.chat_template_kwargs
             ),
+            **turn_ends_note(policy.tokenizer),
         }
         # The step whose evaluation was interrupted; None if none was.
         self.pending: int | None = None

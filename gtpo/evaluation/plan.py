@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from gtpo.data import held_out_section
 from gtpo.errors import RecipeError
-from gtpo.evaluation.file import EvaluationFile, make_header
+from gtpo.evaluation.file import EvaluationFile, make_header, turn_ends_note
 from gtpo.evaluation.scores import samples_and_ks
 from gtpo.models.generation import Sampling
 from gtpo.models.saved import Saved
@@ -221,6 +221,7 @@ def open_file(
     saved: Saved,
     plan: EvaluationPlan,
     backend: str,
+    tokenizer,
     problems,
     prompts: list[str],
     *,
@@ -253,6 +254,7 @@ def open_file(
         system_instruction=section.system_instruction,
         dataset=section.path if is_file_of_problems else section.name,
         prompt_opening=prompt_opening,
+        **turn_ends_note(tokenizer),
     )
     return EvaluationFile(path, header, overwrite=flags.overwrite)
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from gtpo.hooks.turn_ends import END_INSIDE
+
 logger = logging.getLogger(__name__)
 
 METRICS = (
@@ -88,6 +90,8 @@ class Alarm(TrainerCallback, ExportableState):
         entropy = logs.get("gtpo/completion_entropy", logs.get("entropy"))
         line = {"entropy": entropy, "reward": logs.get("reward")}
         line |= {name: logs.get(name) for name in METRICS}
+        if END_INSIDE in logs:  # most runs do not log it
+            line[END_INSIDE] = logs[END_INSIDE]
         self.lines = [*self.lines, line][-2 * self.window :]
         now = Window(self.lines[-self.window :], self.window)
         before = Window(self.lines[: -self.window], self.window)
@@ -214,6 +218,14 @@ def _truncated(view: View, limit: float) -> str | None:
     share = view.now.mean("completions/clipped_ratio")
     if share is None or share < limit:
         return None
+    inside = view.now.mean(END_INSIDE)
+    if inside and inside >= share / 2:
+        return (
+            f"{share:.0%} of the completions are cut off, and in {inside:.0%} the end of the turn"
+            " stands inside: the policy ends its turn where completions go on, so longer ones do"
+            " not help; train a new run, whose ends the start names, or name them in"
+            " training.generation_kwargs: {eos_token_id: [...]}"
+        )
     return (
         f"{share:.0%} of the completions are cut off before their end; raise model.max_seq_length,"
         " or lower training.max_prompt_length"

@@ -38,7 +38,8 @@ class CompletionLine(BaseModel):
     row: int  # place in its group, from 0
     prompt: Any = None  # messages, or a text
     prompt_opening: str = ""  # what the prompt has already written of the answer
-    completion: str = ""  # decoded without special tokens
+    completion: str = ""  # as the rewards got it, without special tokens
+    raw_completion: str | None = None  # with special tokens, if others than the usual end
     answer: Any = None  # the problem's reference, with its reasoning
     columns: dict[str, Any] = {}  # other columns of its row, those that are recorded
     reward: Number = None  # weighted sum; None if no function could score it

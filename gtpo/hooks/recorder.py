@@ -23,6 +23,7 @@ from gtpo import shaping
 from gtpo.hooks.completion_line import encoded
 from gtpo.hooks.groups import compared_rewards, whole_groups
 from gtpo.hooks.seams import wrap
+from gtpo.hooks.turn_ends import ends_of, is_truncated
 
 
 class Recorder(TrainerCallback):
@@ -60,6 +61,7 @@ class Recorder(TrainerCallback):
         # A processor of a multimodal model holds its tokenizer.
         self._tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
         self._token_texts = TokenTexts(self._tokenizer)
+        self._ends = ends_of(trainer)
         self._rollout: dict | None = None  # the current rollout, until the loss has seen all rows
         self._passes: list[dict] = []  # what the loss saw of it, one entry per micro-batch
         self._rewards: dict = {}  # token ids of the completions, and their table of rewards
@@ -143,8 +145,10 @@ class Recorder(TrainerCallback):
         advantages, rewards = rollout["advantages"].tolist(), rewards[mine].tolist()
         table = table[mine].tolist()
         ids = [list(map(int, row)) for row in self._rewards["ids"]]
-        ends = {self._tokenizer.eos_token_id, self._tokenizer.pad_token_id}
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        raw = self._tokenizer.batch_decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         lines = [
             {
                 "rollout": self.rollouts,
@@ -153,6 +157,7 @@ class Recorder(TrainerCallback):
                 "prompt": row.get("prompt"),
                 **self._opening,
                 "completion": texts[i],
+                **self._special_tokens_of(raw[i], texts[i]),
                 "answer": row.get(self.reference_column),
                 "columns": {name: _plain(row.get(name)) for name in self.columns},
                 "reward": json_number(rewards[i]),
@@ -160,7 +165,7 @@ class Recorder(TrainerCallback):
                     zip(trainer.reward_func_names, map(json_number, table[i]), strict=True)
                 ),
                 "advantage": json_number(advantages[i]),
-                "truncated": not ids[i] or ids[i][-1] not in ends,
+                "truncated": is_truncated(ids[i], self._ends),
                 "prefix": prefix[i],
                 "suffix": suffix[i],
             }
@@ -174,6 +179,14 @@ class Recorder(TrainerCallback):
             "width": rollout["completion_ids"].shape[1],
             "with_tokens": trainer.state.global_step % self.tokens_every == 0,
         }
+
+    def _special_tokens_of(self, raw: str, text: str) -> dict:
+        """The completion with special tokens, if it has others than the tokenizer's end at its end.
+
+        So the lines of most runs are those of earlier versions, and no longer.
+        """
+        end = self._tokenizer.eos_token or ""
+        return {} if raw in (text, text + end) else {"raw_completion": raw}
 
     def _write(self) -> None:
         """Appends the rows of the current rollout that the loss has seen, and forgets them."""

@@ -14,7 +14,7 @@ from gtpo.hooks.seams import wrap
 from gtpo.models import adapters
 from gtpo.models.base_model import check_context, check_free_memory, loading_error
 from gtpo.models.generation import unsloth_uses_vllm
-from gtpo.models.tokenizer import prepare_tokenizer
+from gtpo.models.tokenizer import hand_over, prepare_tokenizer
 from gtpo.recipe.sections import DocumentedTraining, ModelSection
 from gtpo.system.environment import garbage_collection_off
 from gtpo.system.whole_files import files_written_aside
@@ -264,8 +264,7 @@ def _load_with_unsloth(
             random_state=seed,
             use_gradient_checkpointing="unsloth" if gradient_checkpointing else False,
         )
-    # The prompts were filtered by their length with this template.
-    unsloth_tokenizer.chat_template = tokenizer.chat_template
+    hand_over(tokenizer, unsloth_tokenizer)
     ready = prepare_tokenizer(unsloth_tokenizer, section, "unsloth")
     return Policy(model, ready, "unsloth", uses_vllm=vllm)
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gtpo.errors import RecipeError
+from gtpo.hooks.turn_ends import given_ends, turn_ends
 from gtpo.models import adapters, base_model, fidelity
 from gtpo.models.prompt import prompt_text
-from gtpo.models.saved import Saved, check_vocabulary
+from gtpo.models.saved import Saved, check_vocabulary, use_turn_ends
 from gtpo.models.tokenizer import tokenizer_source
 from gtpo.system.whole_files import flush, flush_entries
 
@@ -70,6 +71,7 @@ def export(
         trust_remote_code=saved.section.trust_remote_code,
     )
     check_vocabulary(tokenizer, saved.section, saved.adapter)
+    use_turn_ends(saved, tokenizer, saved.section, None)
     texts, description = sample_texts(saved, tokenizer)
     logger.info("[GTPO] Comparing on %s, in %s on %s", description, *placement)
     expected = fidelity.reference_logits(
@@ -79,7 +81,7 @@ def export(
     if placement.dtype == "float32":
         _refuse(out, fidelity.defect_before_rounding(expected, model, texts))
     with _beside(out) as folder:
-        save_model(model, folder, dtype)
+        save_model(model, folder, dtype, turn_ends(tokenizer))
         tokenizer.save_pretrained(folder)
         del model
         merged = _load_base(str(folder), placement, saved)
@@ -177,9 +179,14 @@ def merge_adapter(model):
         raise RecipeError(f"the adapter cannot be merged ({str(error).splitlines()[0]})") from error
 
 
-def save_model(model, folder: Path, dtype: str) -> None:
-    """Save the model in `dtype` as safetensors, with its generation configuration."""
+def save_model(model, folder: Path, dtype: str, ends: tuple[int, ...]) -> None:
+    """Save the model in `dtype` as safetensors, with its generation configuration.
+
+    That names `ends`, the ids that end a turn, so that others generate up to them too.
+    """
     generation = model.generation_config
+    if generation is not None and set(given_ends(generation.to_dict())) != set(ends):
+        generation.eos_token_id = list(ends)
     # transformers 5.17.0 refuses to save settings of sampling where nothing is sampled.
     if generation is not None and not generation.do_sample:
         generation.update(temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtpo.errors import RecipeError
+from gtpo.hooks.turn_ends import is_truncated, turn_ends, up_to_end
 from gtpo.recipe.sections import ModelSection
 from gtpo.system import processes
 
@@ -31,8 +32,8 @@ class SampledCompletion(NamedTuple):
     """A completion as a reward function gets it: decoded, without special tokens."""
 
     text: str
-    tokens: int  # with the end-of-sequence token
-    truncated: bool  # it has no end-of-sequence token
+    tokens: int  # with the end of the turn
+    truncated: bool  # the turn does not end
 
 
 Sampler = Callable[[list[str], list[int]], list[SampledCompletion]]
@@ -49,10 +50,11 @@ def completion_seed(seed: int, problem: int, sample: int) -> int:
 
 
 def decoded_completion(ids: list[int], tokenizer) -> SampledCompletion:
-    """The completion in `ids`, up to the first end-of-sequence token. What follows is padding."""
-    ended = tokenizer.eos_token_id in ids
-    ids = ids[: ids.index(tokenizer.eos_token_id) + 1] if ended else ids
-    return SampledCompletion(tokenizer.decode(ids, skip_special_tokens=True), len(ids), not ended)
+    """The completion in `ids`, up to the first end of a turn. What follows is padding."""
+    ends = turn_ends(tokenizer)
+    ids = up_to_end(ids, ends)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return SampledCompletion(text, len(ids), is_truncated(ids, ends))
 
 
 # ---- transformers and Unsloth
@@ -110,7 +112,7 @@ def generate_options(tokenizer, sampling: Sampling, seeds: list[int], device) ->
         disable_compile=True,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(turn_ends(tokenizer)),
     )
     processors = LogitsProcessorList()
     if sampling.temperature > 0:
@@ -177,15 +179,14 @@ def vllm_samplers(
     lora = LoRARequest("adapter", 1, str(adapter)) if adapter else None
 
     def parameters(seed: int) -> SamplingParams:
-        # Only the tokenizer's end token ends a completion, as in training. A model's configuration
-        # may name more.
+        # The same ids end a completion as in training. A model's configuration may name others.
         return SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_completion_length,
             seed=seed,
             ignore_eos=True,
-            stop_token_ids=[tokenizer.eos_token_id],
+            stop_token_ids=list(turn_ends(tokenizer)),
             detokenize=False,
         )
 

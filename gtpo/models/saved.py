@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gtpo.errors import RecipeError
+from gtpo.hooks.turn_ends import turn_ends
 from gtpo.models import adapters, base_model
-from gtpo.models.tokenizer import load_tokenizer, tokenizer_source
+from gtpo.models.tokenizer import (
+    agree_on_turn_ends,
+    load_tokenizer,
+    restore_end,
+    tokenizer_source,
+)
 from gtpo.recipe import Recipe
 from gtpo.recipe.sections import ModelSection, TrainingSection
 
@@ -189,11 +195,24 @@ def saved_tokenizer(
     """
     source = tokenizer_source(section.model_name, saved.adapter)
     if source == section.model_name:
-        return load_tokenizer(section, backend)
-    own = section.model_copy(update={"model_name": source, "chat_template": chat_template})
-    tokenizer = load_tokenizer(own, backend)
-    check_vocabulary(tokenizer, section, saved.adapter)
+        tokenizer = load_tokenizer(section, backend)
+    else:
+        own = section.model_copy(update={"model_name": source, "chat_template": chat_template})
+        tokenizer = load_tokenizer(own, backend)
+        check_vocabulary(tokenizer, section, saved.adapter)
+    use_turn_ends(saved, tokenizer, section, backend)
     return tokenizer
+
+
+def use_turn_ends(saved: Saved, tokenizer, section: ModelSection, backend: str | None) -> None:
+    """Lets `tokenizer` end turns as in the training of `saved`; else as the sources say.
+
+    A run of GTPO 0.1.0 has kept no ends. Its completions ended with the tokenizer's end token.
+    """
+    is_run = saved.adapter is not None and saved.recipe is not None
+    kept = turn_ends(tokenizer) if is_run else None
+    training = saved.recipe.training if saved.recipe else None
+    agree_on_turn_ends(tokenizer, section, training, backend=backend, kept=kept, keeper="this run")
 
 
 def check_vocabulary(tokenizer, section: ModelSection, adapter: Path) -> None:
@@ -282,12 +301,29 @@ def resolve_adapter(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": section.model_copy(update=settings)})
 
 
-def training_tokenizer(section: ModelSection, backend: str):
-    """The tokenizer to train with: that of `model.adapter` if one was saved with it.
+def training_tokenizer(
+    section: ModelSection,
+    backend: str,
+    training: TrainingSection | None = None,
+    *,
+    checkpoint: Path | None = None,
+):
+    """The tokenizer to train with, with the ends of a turn.
 
-    It is the base model's if there is no such tokenizer, and if `model.chat_template` is given.
-    Raises RecipeError if the adapter's vocabulary is not that of the base model.
+    It is that of `model.adapter` if one was saved with it. It is the base model's if there is no
+    such tokenizer, and if `model.chat_template` is given. The ends of a turn are those of
+    `checkpoint`, from which a run resumes; else all sources agree on them. Raises RecipeError if
+    the adapter's vocabulary is not that of the base model.
     """
+    tokenizer = _training_tokenizer(section, backend)
+    kept = restore_end(tokenizer, checkpoint) if checkpoint else None
+    agree_on_turn_ends(
+        tokenizer, section, training, backend=backend, kept=kept, keeper="the checkpoint"
+    )
+    return tokenizer
+
+
+def _training_tokenizer(section: ModelSection, backend: str):
     adapter = Path(section.adapter) if section.adapter else None
     source = tokenizer_source(section.model_name, adapter)
     if source == section.model_name:

@@ -1,5 +1,6 @@
 """The recipe as a whole: rules across sections, the run directory's name, and what may be saved."""
 
+import json
 import os
 import re
 from typing import Any
@@ -47,6 +48,11 @@ DERIVED = {
     "enable_jit_checkpoint": "SIGTERM saves a checkpoint without it",
     "parallelism_config": "it is not a plain value; use accelerate's configuration file",
 }
+
+
+# Keys of training.generation_kwargs that end completions: by a text, and by the id of a token.
+STOP_TEXTS = {"stop_strings", "stop"}
+STOP_IDS = {"eos_token_id", "stop_token_ids"}
 
 
 class Recipe(Section):
@@ -213,6 +219,33 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def completions_end_at_ids(self):
+        """Refuse ends of completions that TRL cannot use: texts, and what is no id."""
+        key, options = "training.generation_kwargs", self.training.trl_options()
+        given = options.get("generation_kwargs")
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except ValueError:
+                return self  # TRL refuses it
+        if not isinstance(given, dict):
+            return self
+        for name in STOP_TEXTS & given.keys():
+            if given[name]:
+                raise RecipeError(
+                    key,
+                    f"{name} does not work: TRL ends completions at ids of tokens alone; leave it"
+                    " out, or give ids with eos_token_id",
+                )
+        for name in sorted(STOP_IDS & given.keys()):
+            ids = given[name] if isinstance(given[name], list) else [given[name]]
+            if given[name] is not None and not (ids and all(map(_is_token_id, ids))):
+                raise RecipeError(
+                    key, f"{name} {given[name]!r} names no tokens; use an id, or a list of ids"
+                )
+        return self
+
+    @model_validator(mode="after")
     def known_datasets_have_the_split(self):
         """Refuse splits that GSM8K and Hendrycks MATH do not have on the hub."""
         if self.dataset.path is not None or self.dataset.kind not in ("gsm8k", "hendrycks_math"):
@@ -228,3 +261,7 @@ class Recipe(Section):
                     key, f"{self.dataset.name} has no split {name!r}; it has train and test"
                 )
         return self
+
+
+def _is_token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -33,6 +33,8 @@ EVALUATION_KEYS = (
     "training.seed",
 )
 
+GENERATION_KEY = "training.generation_kwargs"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -71,6 +73,15 @@ class Start:
     def use_recipe_optimizer(self) -> bool:
         """Whether the recipe's optimizer settings and schedule replace the checkpoint's."""
         return bool(self.forced_changes) or self.adds_steps
+
+    @property
+    def turn_ends_from(self) -> Path | None:
+        """The checkpoint whose ends of a turn are used; None if the recipe's are.
+
+        A forced change of training.generation_kwargs may name other ends.
+        """
+        changed = any(change.key.startswith(GENERATION_KEY) for change in self.forced_changes)
+        return self.checkpoint.folder if self.checkpoint and not changed else None
 
     @property
     def discards_evaluations(self) -> bool:

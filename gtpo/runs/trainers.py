@@ -22,10 +22,13 @@ from gtpo.gtpo_training import override_constants
 from gtpo.hooks.alarm import Alarm
 from gtpo.hooks.merged_generation import generate_merged
 from gtpo.hooks.nonfinite import SkipNonFiniteSteps, skip_non_finite
+from gtpo.hooks.padding import keep_padding_apart
 from gtpo.hooks.recorder import Recorder
 from gtpo.hooks.streaming_head import StreamingHead, stream_log_probs
+from gtpo.hooks.turn_ends import EndTurns, end_turns
 from gtpo.models.backends import Policy
 from gtpo.models.prompt import prompt_opening
+from gtpo.models.tokenizer import unheeded_ends
 from gtpo.recipe import Recipe
 from gtpo.recipe.dotted_paths import load_object
 from gtpo.rewards.guarded import GuardedRewards
@@ -212,6 +215,15 @@ def _attach_rewards(run: TrainingRun) -> GuardedRewards:
     return run.rewards
 
 
+def _attach_turn_ends(run: TrainingRun) -> EndTurns:
+    kwargs = run.recipe.training.chat_template_kwargs
+    return end_turns(run.trainer, unheeded_ends(run.policy.tokenizer, run.recipe.model, kwargs))
+
+
+def _attach_padding(run: TrainingRun) -> None:
+    keep_padding_apart(run.trainer)
+
+
 def _attach_streaming_head(run: TrainingRun) -> StreamingHead:
     return stream_log_probs(run.trainer)
 
@@ -290,9 +302,13 @@ def _attach_exact_resume(run: TrainingRun) -> None:
 HOOKS: tuple[tuple[str, Callable[[TrainingRun], Any]], ...] = (
     # The table of rewards must be complete and finite before another hook reads it.
     ("rewards", _attach_rewards),
+    # A completion is cut at its end before any other hook sees it.
+    ("turn ends", _attach_turn_ends),
+    # The hooks around it see the rollout as TRL has padded it.
+    ("padding", _attach_padding),
     # It replaces TRL's log-probs and entropies. The recorder reads what it returns.
     ("streaming head", _attach_streaming_head),
-    # It stands alone: no other hook wraps the model's `generate`.
+    # The merged weights are there while the model generates, and no longer.
     ("merged generation", _attach_merged_generation),
     # A loss must be judged before the recorder writes a line about its micro-batch.
     ("non-finite", _attach_non_finite),
