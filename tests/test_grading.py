@@ -45,21 +45,25 @@ REFUSED_IN_ATTACKS = {
 }
 
 
+@pytest.mark.slow  # thousands of pairs, or seconds of work
 def test_no_wrong_answer_is_paid():
     paid = [pair for pair in PAIRS if not pair["equal"] and same_answer(*_texts(pair))]
     assert paid == []
 
 
+@pytest.mark.slow  # thousands of pairs, or seconds of work
 def test_right_answers_are_paid_but_for_the_listed_ones():
     refused = [pair["answer"] for pair in PAIRS if pair["equal"] and not same_answer(*_texts(pair))]
     assert sorted(refused) == sorted(REFUSED)
 
 
+@pytest.mark.slow  # thousands of pairs, or seconds of work
 def test_no_attack_is_paid():
     paid = [pair for pair in ATTACKS if not pair["equal"] and same_answer(*_texts(pair))]
     assert paid == []
 
 
+@pytest.mark.slow  # thousands of pairs, or seconds of work
 def test_right_answers_in_unusual_forms_are_paid_but_for_the_listed_ones():
     right = [pair for pair in ATTACKS if pair["equal"]]
     refused = [pair["answer"] for pair in right if not same_answer(*_texts(pair))]

@@ -452,6 +452,7 @@ def test_the_page_forbids_the_browser_to_fetch_anything(tmp_path):
     assert not re.search(outside, page.replace('clip-path="url(#', ""))
 
 
+@pytest.mark.slow  # thousands of pairs, or seconds of work
 def test_a_report_replaces_a_report_and_nothing_else(tmp_path, capsys):
     run = write_run(tmp_path / "run", history=ONE_CURVE)
     assert report_run.main([str(run)]) == 0

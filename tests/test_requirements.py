@@ -87,6 +87,7 @@ def imported_packages(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+@pytest.mark.slow  # thousands of pairs, or seconds of work
 def test_what_gtpo_imports_is_a_dependency_or_comes_with_one():
     files = [*(ROOT / "gtpo").rglob("*.py"), *(ROOT / "custom_trainer").glob("*.py")]
     imported = set().union(*map(imported_packages, files))

@@ -126,6 +126,7 @@ def test_a_repeated_key_is_refused_without_showing_its_value(tmp_path):
     assert 'found duplicate key "MY_TOKEN"' in refused and "top-secret" not in refused
 
 
+@pytest.mark.slow  # thousands of pairs, or seconds of work
 def test_a_huge_value_is_shortened_in_the_sentence(tmp_path):
     refused = refusal(tmp_path, f"{MINIMAL}training: {{learning_rate: [{'a,' * 9000}]}}\n")
     assert refused.startswith("training.learning_rate: ['a', 'a'") and len(refused) < 400
