@@ -116,6 +116,12 @@ def test_a_run_interrupted_within_a_rollout_goes_on_bit_for_bit(run_dir, unpacke
         # Headers of evaluations have the version of the grading rules since then.
         for name in [name for name in result if name.startswith("evaluation/")]:
             result[name] = result[name].replace(b'"grading": 2, ', b"")
+    # Lines of completions have further keys since then.
+    earlier, now = (
+        [json.loads(line) for line in result.pop("completions.jsonl").splitlines()]
+        for result in (straight, resumed)
+    )
+    assert [{key: line[key] for key in earlier[0]} for line in now] == earlier
     assert differences(straight, resumed) == []
 
 

@@ -1,6 +1,7 @@
 """`evaluate_model.py` on a run of the demo, its checkpoint and its base model, and its errors."""
 
 import io
+import itertools
 import json
 import shutil
 import subprocess
@@ -332,7 +333,8 @@ def test_a_conversation_is_kept_until_it_is_reset(run_dir, capsys, monkeypatch):
     question = "Tom has 7 coins and gives 1 away. How many coins does Tom have now?"
     lines = f"{question}\n\nAnd Mia?\n/what\n/reset\n{question}\n/exit\nnever"
     printed = chat(capsys, monkeypatch, lines, run_dir, "--temperature", "0")
-    first, second, third = conversations[-3:]
+    # The template may be asked more than once for a line.
+    first, second, third = [messages for messages, _ in itertools.groupby(conversations)][-3:]
     assert [m["role"] for m in first] == ["system", "user"]
     assert first[0]["content"] == "Reason, then answer."
     assert [m["role"] for m in second] == ["system", "user", "assistant", "user"]
@@ -411,8 +413,8 @@ def test_a_truncated_answer_is_marked_and_the_end_of_input_ends_the_chat(
         (["--max-prompt-length", "3"],
          "--max-prompt-length: 3 drops all 200 prompts; the shortest has"),
         (["--max-completion-length", "9000"],
-         "--max-completion-length: prompts of 60 and completions of 9000 tokens are longer than"
-         " the context of 8192 tokens"),
+         "--max-completion-length: prompts of 60 and completions of 9000 tokens exceed the context"
+         " of"),
         (["--backend", "vllm"],
          "--backend: vllm cannot be used here, no NVIDIA GPU is visible; use auto or transformers"),
         (["--backend", "unsloth"],

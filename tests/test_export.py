@@ -180,7 +180,7 @@ def test_an_adapter_on_tied_embeddings_is_refused(tmp_path, capsys):
     factor = "base_model.model.model.embed_tokens.lora_embedding_A"
     torch.nn.init.normal_(model.get_submodule(factor)["default"])
     model.save_pretrained(tmp_path / "adapter")
-    assert "the merge is wrong" in refusal(capsys, tmp_path / "adapter", tmp_path / "merged")
+    assert "The merge is wrong" in refusal(capsys, tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_weights_that_get_lost_between_saving_and_loading_are_refused(
@@ -188,8 +188,8 @@ def test_weights_that_get_lost_between_saving_and_loading_are_refused(
 ):
     save_model = export.save_model
 
-    def save_without_a_norm(model, folder, dtype):
-        save_model(model, folder, dtype)
+    def save_without_a_norm(model, folder, dtype, ends):
+        save_model(model, folder, dtype, ends)
         file = folder / "model.safetensors"
         weights = load_file(file)
         del weights["model.norm.weight"]  # transformers makes a new one and warns
@@ -197,7 +197,7 @@ def test_weights_that_get_lost_between_saving_and_loading_are_refused(
         save_file(weights, file, metadata={"format": "pt"})
 
     monkeypatch.setattr(export, "save_model", save_without_a_norm)
-    assert "the merge is wrong" in refusal(capsys, run_dir, tmp_path / "merged")
+    assert "The merge is wrong" in refusal(capsys, run_dir, tmp_path / "merged")
 
 
 def test_a_merge_without_the_adapter_is_refused_if_the_memory_is_too_small_for_float32(
