@@ -253,6 +253,7 @@ def test_numbers_are_compared_exactly_in_all_their_spellings(no_math_verify):
         assert not same_answer(f"{number}.{'0' * dice.randrange(20)}1", one), one
 
 
+@pytest.mark.slow
 def test_decimals_and_fractions_agree_with_exact_arithmetic(no_math_verify):
     dice = random.Random(1)
     for _ in range(2_000):
@@ -306,6 +307,7 @@ PIECES = r"""
 """
 
 
+@pytest.mark.slow
 def test_random_texts_never_raise_and_never_escape_the_box(monkeypatch):
     compared = []
     monkeypatch.setattr(same, "equal_expressions", lambda *texts: bool(compared.append(texts)))

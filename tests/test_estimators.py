@@ -42,6 +42,7 @@ def test_pass_at_k_holds_for_many_samples():
     assert pass_at_k([[True] + [False] * 4999], 2500) == [pytest.approx(0.5)]
 
 
+@pytest.mark.slow
 def test_the_majority_of_random_answers_is_that_of_a_literal_vote():
     chance = random.Random(0)
     for _ in range(300):
@@ -96,6 +97,7 @@ def test_an_interval_includes_the_mean_and_narrows_with_more_problems():
     assert many[1] - many[0] < 0.6 * (few[1] - few[0])
 
 
+@pytest.mark.slow
 def test_an_interval_agrees_with_the_normal_approximation_and_is_reproducible():
     values = numpy.array([[1.0]] * 300 + [[0.0]] * 700)
     ((low, high),) = intervals(values)

@@ -116,6 +116,7 @@ def test_public_names_stay_where_they_are(module):
         assert hasattr(importlib.import_module(module), name), name
 
 
+@pytest.mark.slow
 def test_modules_import_nothing_heavy_before_it_is_needed():
     light = [name for name in modules() if not name.startswith(tuple(IN_A_RUN))]
     assert len(light) > 40

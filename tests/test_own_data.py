@@ -172,6 +172,7 @@ def test_one_line_counts_the_ways_and_most_last_words_get_a_warning(load, caplog
     assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.slow
 def test_the_real_datasets_are_found_by_their_marks(shared_data):
     for pattern, key, read, how in (
         ("gsm8k/*.jsonl", "answer", gsm8k_reference, "after ####"),

@@ -158,6 +158,7 @@ def random_group(rng: random.Random):
     return ids, mask, advantages
 
 
+@pytest.mark.slow
 def test_four_thousand_random_groups_agree_with_the_plain_loops():
     rng = random.Random(0)
     marked = 0
@@ -175,6 +176,7 @@ def test_four_thousand_random_groups_agree_with_the_plain_loops():
     assert marked > 1000  # many of the groups have conflicts
 
 
+@pytest.mark.slow
 def test_random_objectives_agree_with_the_plain_loops():
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     for _ in range(300):
