@@ -286,6 +286,7 @@ def test_every_real_gsm8k_row_becomes_a_well_formed_reference_with_its_answer(sh
     assert count == 8792
 
 
+@pytest.mark.slow  # seconds of work
 def test_every_real_math_row_becomes_a_well_formed_reference(shared_data):
     empty = count = 0
     for row in shared_rows(shared_data, "hendrycks_math/*/*.jsonl"):

@@ -77,6 +77,7 @@ def test_the_check_of_a_page_sees_what_has_escaped(hack, monkeypatch):
         fuzz.check_report(random.Random(0), 16)
 
 
+@pytest.mark.slow  # many random texts
 @FEW
 @given(TEXTS)
 def test_any_text_has_a_format_score_and_answers(text):
@@ -114,6 +115,7 @@ PLAIN = st.recursive(
 )
 
 
+@pytest.mark.slow  # many random texts
 @FEW
 @given(st.dictionaries(st.text(), PLAIN, max_size=4))
 def test_plain_values_come_back_from_yaml_as_they_were(values):

@@ -70,6 +70,7 @@ def llama_8b(tmp_path) -> ModelSection:
 # ---- the size of a model
 
 
+@pytest.mark.slow  # seconds of work
 def test_the_size_of_llama_8b_is_counted_without_its_weights(llama_8b):
     assert model_size(llama_8b, lora(128)) == LLAMA_8B
     assert model_size(llama_8b, lora(16)).adapter == 41_943_040
