@@ -20,6 +20,13 @@ def demo_flags(*more: str) -> list[str]:
     )
 
 
+def train(*flags: str) -> int:
+    """The exit code of train_model.py with `demo_flags`."""
+    import train_model
+
+    return train_model.main(demo_flags(*flags))
+
+
 def run_dir(folder: Path, name: str = "demo") -> Path:
     """The only directory of a run with this name, under `folder`/runs."""
     (run,) = (folder / "runs").glob(f"{name}_adam1-*")

@@ -12,18 +12,12 @@ import sys
 import pytest
 import tiny
 from conftest import ROOT, split_flags
-from demo_run import demo_flags, history, run_dir
+from demo_run import demo_flags, history, run_dir, train
 
 import train_model
 from gtpo.evaluation import file as evaluation_file
 from gtpo.recipe import command_line as cli
 from gtpo.system.environment import NO_TELEMETRY
-
-
-def train(*flags: str) -> int:
-    """The exit code of train_model.py with `demo_flags`."""
-    return train_model.main(demo_flags(*flags))
-
 
 # ---- what a run leaves behind
 
