@@ -26,7 +26,7 @@ Number = Annotated[float | None, AfterValidator(_finite_or_none)]
 class CompletionLine(BaseModel):
     """A training completion, its keys in the order of the file.
 
-    Only lines with something in them have `prompt_opening` and `columns`. Steps whose per-token
+    Only lines with something in them have `prompt_opening` and `raw_completion`. Steps whose per-token
     lists are not recorded have no `ids`, `tokens`, `weights` and `entropies`.
     """
 
