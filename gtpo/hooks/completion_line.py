@@ -26,8 +26,8 @@ Number = Annotated[float | None, AfterValidator(_finite_or_none)]
 class CompletionLine(BaseModel):
     """A training completion, its keys in the order of the file.
 
-    Only lines with something in them have `prompt_opening` and `raw_completion`. Steps whose per-token
-    lists are not recorded have no `ids`, `tokens`, `weights` and `entropies`.
+    Only lines with something in them have `prompt_opening` and `raw_completion`. Steps whose
+    per-token lists are not recorded have no `ids`, `tokens`, `weights` and `entropies`.
     """
 
     model_config = ConfigDict(extra="ignore")
