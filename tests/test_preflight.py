@@ -101,15 +101,15 @@ def test_the_demo_is_ready_and_its_weights_are_not_needed(here, capsys):
 
 def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run(here, capsys):
     (here / "runs").write_text("")
-    (here / "mine.py").write_text(
+    (here / "checked_code.py").write_text(
         "print('noise')\nimport trl\nclass NoTrainer: pass\ndef pay(completions, **kwargs): raise"
         " KeyError('judge is away')\n"
     )
     results = findings(
         capsys,
-        "--trainer.class_path=mine.NoTrainer",
+        "--trainer.class_path=checked_code.NoTrainer",
         "--trainer.reward_funcs",
-        "mine.pay",
+        "checked_code.pay",
         "reward_math.released_reward",
         "--output_root=runs/a",
         "--training.max_prompt_length=31",
@@ -139,8 +139,11 @@ def test_all_failures_are_reported_and_checks_that_need_a_failed_one_are_not_run
         "memory": "warn",
         "disk": "warn",
     }
-    assert "'mine.NoTrainer' is no subclass of trl.GRPOTrainer" in results["trainer"][0]["sentence"]
-    assert "KeyError: 'judge is away', mine.py line 4" in results["reward"][0]["sentence"]
+    assert (
+        "'checked_code.NoTrainer' is no subclass of trl.GRPOTrainer"
+        in results["trainer"][0]["sentence"]
+    )
+    assert "KeyError: 'judge is away', checked_code.py line 4" in results["reward"][0]["sentence"]
     assert results["reward"][1]["details"]["paid"]["wrong but containing"] == [20] * 8
     assert "this model has no layer named nothing" in results["model"][0]["sentence"]
     assert results["options"][0]["sentence"] == "not checked, because 'trainer' above did not pass"
