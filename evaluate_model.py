@@ -152,7 +152,7 @@ def _check_template(engine, instruction: str | None, role: str, options: dict) -
     from gtpo.models.prompt import check_embedding, check_template
 
     check_template(engine.tokenizer, instruction, role, options, strict=False)
-    check_embedding(engine.tokenizer, engine.section)
+    check_embedding(engine.tokenizer, engine.section, engine.backend)
 
 
 def _load_problems(plan, tokenizer):

@@ -151,12 +151,15 @@ def _train(
     tokenizer = saved.training_tokenizer(
         recipe.model, backend, recipe.training, checkpoint=start.turn_ends_from
     )
-    prompt.check_recipe(tokenizer, recipe, strict=start.checkpoint is None)
+    is_new = start.checkpoint is None
+    prompt.check_recipe(tokenizer, recipe, backend=backend, strict=is_new)
     problems = data.load_training_problems(recipe, tokenizer, processes.count())
     held_out_problems = data.load_held_out_problems(recipe, tokenizer, problems)
     prompt.check_prompts(tokenizer, recipe, problems, held_out_problems, backend=backend)
     # 5. Policy.
     policy = backends.load_policy(recipe.model, tokenizer, backend, **policy_options(recipe))
+    if policy.tokenizer is not tokenizer:  # Unsloth may have chosen another padding token
+        prompt.check_prompts(policy.tokenizer, recipe, problems, backend=backend)
     # 6. Arguments.
     trainers.set_constants(recipe, policy.tokenizer)
     arguments = training_arguments(

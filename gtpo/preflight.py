@@ -169,7 +169,8 @@ def _check_tokenizer(facts: Facts) -> str:
 def _check_chat_template(facts: Facts) -> str:
     from gtpo.models.prompt import check_recipe
 
-    check_recipe(facts.tokenizer, facts.recipe, strict=facts.request.resume is None)
+    is_new = facts.request.resume is None
+    check_recipe(facts.tokenizer, facts.recipe, backend=facts.backend, strict=is_new)
     if not facts.recipe.dataset.system_instruction:
         return "it prints what the user says, without a system message"
     role = facts.recipe.dataset.system_role

@@ -7,10 +7,12 @@ demo's.
 import json
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
+import trl
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -172,6 +174,32 @@ def test_a_system_message_of_the_row_stays_and_moves_as_ours():
     assert own[1]["content"] == "Q"
 
 
+# The templates of real models that TRL ships; those of vision models want lists of parts.
+SHIPPED = sorted(Path(trl.__file__).parent.glob("chat_templates/*.jinja"))
+VISION = ("idefics3", "llava_next")
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_templates_of_real_models_are_refused_for_their_system_role_alone(file, caplog):
+    tokenizer = tokenizer_with(file.read_text(encoding="utf-8"))
+    tokenizer.bos_token = "^"
+    refused = None
+    try:
+        check_template(tokenizer, "Reason, then answer.")
+    except RecipeError as error:
+        refused = str(error)
+    name = file.stem.removesuffix("_training")
+    if name in VISION:
+        assert refused.startswith("model.chat_template: it ")
+    elif name == "gemma":
+        assert refused == f"{REFUSED}System role not supported); {WAY_ROUND}"
+    else:
+        assert refused is None
+        # Every other word on thinking is in the template's text, not in its prompts.
+        end = prompt.generation_prompt(tokenizer, [{"role": "user", "content": "Q"}])
+        assert len(warnings(caplog)) == end.endswith("<think>\n")
+
+
 # ---- what a template opens
 
 
@@ -263,10 +291,10 @@ def test_ids_beyond_the_embedding_are_told(tmp_path, caplog):
     tokenizer = tiny.tiny_tokenizer()
     tiny.tiny_model(tokenizer).save_pretrained(tmp_path)
     section, size = ModelSection(model_name=str(tmp_path)), len(tokenizer)
-    prompt.check_embedding(tokenizer, section)
+    prompt.check_embedding(tokenizer, section, "transformers")
     assert warnings(caplog) == [] and prompt.unreadable_ids(tokenizer, section) == {}
     tokenizer.add_tokens(["<image>", "<video>"], special_tokens=True)
-    prompt.check_embedding(tokenizer, section)
+    prompt.check_embedding(tokenizer, section, "transformers")
     assert warnings(caplog) == [
         f"model.model_name: the token '<image>' has the id {size}, and the embedding of"
         f" {str(tmp_path)!r} ends with {size - 1}, like 1 others; no prompt may contain it"
@@ -286,18 +314,21 @@ def test_ids_beyond_the_embedding_are_told(tmp_path, caplog):
     with pytest.raises(RecipeError, match="set model.chat_template to a template without it"):
         prompt.check_token_ids(tokenizer, unreadable, [fine])
     tokenizer.pad_token = "<image>"  # the kind of every recipe that adds [PAD] to Llama 2
+    prompt.check_embedding(tokenizer, section, "unsloth")  # which chooses another one
     with pytest.raises(RecipeError, match="model.model_name: the token '<image>' has the id"):
-        prompt.check_embedding(tokenizer, section)
+        prompt.check_embedding(tokenizer, section, "transformers")
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
     tiny.tiny_model(tiny.tiny_tokenizer(alphabet="0123+=? ")).save_pretrained(tmp_path)
     with pytest.raises(RecipeError, match="use the model's own tokenizer, or enlarge"):
-        prompt.check_embedding(tiny.tiny_tokenizer(), ModelSection(model_name=str(tmp_path)))
+        prompt.check_embedding(
+            tiny.tiny_tokenizer(), ModelSection(model_name=str(tmp_path)), "unsloth"
+        )
 
 
 def test_a_prompt_with_the_padding_token_is_refused_with_unsloth_alone(tmp_path):
-    tokenizer = tiny.tiny_tokenizer(pad="^")
+    tokenizer = tiny.tiny_tokenizer(pad="!")
     tiny.tiny_model(tokenizer).save_pretrained(tmp_path)
     recipe = SimpleNamespace(
         model=ModelSection(model_name=str(tmp_path)),
@@ -308,17 +339,19 @@ def test_a_prompt_with_the_padding_token_is_refused_with_unsloth_alone(tmp_path)
     def problems(*questions: str) -> dict:
         return {"prompt": [[{"role": "user", "content": question}] for question in questions]}
 
-    prompt.check_prompts(tokenizer, recipe, problems("2+2", "2^2"), None, backend="transformers")
+    prompt.check_prompts(tokenizer, recipe, problems("2+2", "2!"), None, backend="transformers")
     prompt.check_prompts(tokenizer, recipe, problems("2+2"), None, backend="unsloth")
     with pytest.raises(RecipeError) as refused:
-        prompt.check_prompts(tokenizer, recipe, problems("2+2", "2^2"), backend="unsloth")
+        prompt.check_prompts(tokenizer, recipe, problems("2+2", "2!"), backend="unsloth")
     assert str(refused.value) == (
-        "dataset: the prompt '2^2' contains the token '^', which Unsloth takes for padding; take it"
+        "dataset: the prompt '2!' contains the token '!', which Unsloth takes for padding; take it"
         " out of the problem"
     )
-    tokenizer.chat_template = tokenizer.chat_template.replace("\n", "^")
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n", "!")
     with pytest.raises(RecipeError, match="the chat template prints it, so set another pad_token"):
         prompt.check_prompts(tokenizer, recipe, problems("2+2"), backend="unsloth")
+    tokenizer.pad_token = "^"  # it ends sequences too, so Unsloth chooses another one
+    prompt.check_prompts(tokenizer, recipe, problems("2^2!"), backend="unsloth")
 
 
 def test_system_messages_of_the_rows_that_the_template_leaves_out_are_told(here, capsys):
@@ -389,7 +422,10 @@ def test_check_prints_the_first_prompt_as_the_model_reads_it(here, capsys):
     model = demo_with(here / "model", chatml_that_ends_in("{{ '<think>\\n' }}"))
     lengths = ["--training.max_prompt_length", "160", "--model.max_prompt_length", "160"]
     lengths += ["--model.max_seq_length", "200"]
-    found = checks(capsys, model, *lengths)["prompt"][0]
+    findings = checks(capsys, model, *lengths)
+    found, template = findings["prompt"][0], findings["chat template"]
+    assert [finding["verdict"] for finding in template] == ["warn", "ok"]
+    assert "the template opens <think> in the prompt" in template[0]["sentence"]
     question = json.loads((ROOT / "demo/data/test.jsonl").read_text().split("\n")[0])["question"]
     tokenizer = AutoTokenizer.from_pretrained(model)
     expected = (

@@ -151,11 +151,11 @@ def _tried(tokenizer, messages: Messages, options: dict | None) -> str:
 
 
 def _works(tokenizer, messages: Messages, options: dict | None) -> bool:
+    """Whether the template takes the messages, and prints the last one."""
     try:
-        prompt_text(tokenizer, messages, options)
+        return messages[-1]["content"] in prompt_text(tokenizer, messages, options)
     except Exception:  # as above
         return False
-    return True
 
 
 def _damages(
@@ -251,24 +251,26 @@ def _as_yaml(flag: dict[str, bool]) -> str:
 # ---- checks for a recipe, and of token ids
 
 
-def check_recipe(tokenizer, recipe: Recipe, *, strict: bool = True) -> None:
+def check_recipe(tokenizer, recipe: Recipe, *, backend: str, strict: bool = True) -> None:
     """`check_template` and `check_embedding` with the system message and options of a recipe."""
     section, options = recipe.dataset, recipe.training.chat_template_kwargs
     check_template(
         tokenizer, section.system_instruction, section.system_role, options, strict=strict
     )
-    check_embedding(tokenizer, recipe.model)
+    check_embedding(tokenizer, recipe.model, backend)
 
 
-def check_embedding(tokenizer, section: ModelSection) -> None:
+def check_embedding(tokenizer, section: ModelSection, backend: str) -> None:
     """Raises RecipeError if the model's embedding lacks ids that every prompt may have.
 
     These are ids of ordinary tokens, of the padding and of the end. A warning counts the others.
+    Unsloth chooses another padding token where it is beyond the embedding.
     """
     size = embedding_rows(section)
     if not (beyond := _beyond(tokenizer, size)):
         return
-    needed = [token for token in beyond if token in (tokenizer.pad_token, tokenizer.eos_token)]
+    always = {tokenizer.eos_token, None if backend == "unsloth" else tokenizer.pad_token}
+    needed = [token for token in beyond if token in always]
     needed += beyond.keys() - tokenizer.get_added_vocab().keys()
     token = needed[0] if needed else next(iter(beyond))
     what = (
@@ -291,7 +293,8 @@ def check_prompts(tokenizer, recipe: Recipe, *problem_sets, backend: str) -> Non
     every padding id for padding, so prompts may not contain it.
     """
     unreadable = unreadable_ids(tokenizer, recipe.model)
-    if backend == "unsloth":
+    # unsloth_zoo 2026.10.7, pad_token.fix_pad_token: no padding token stays that ends sequences.
+    if backend == "unsloth" and tokenizer.pad_token_id != tokenizer.eos_token_id:
         unreadable[tokenizer.pad_token_id] = "Unsloth takes for padding"
     for problems in problem_sets:
         if problems is None:
