@@ -246,6 +246,17 @@ def test_what_the_prompt_has_begun_of_the_answer_is_found(end, opened):
         assert found == opened
 
 
+def test_words_on_the_format_after_the_question_open_nothing():
+    words = "Write <reasoning>...</reasoning><answer>...</answer>. [/INST]"
+    messages = [{"role": "user", "content": "2+2=?"}]
+    for content in ("m.content", "m.content | upper"):
+        tokenizer = tokenizer_with(
+            f"{{% for m in messages %}}[INST] {{{{ {content} }}}} {words}{{% endfor %}}"
+        )
+        assert prompt_opening(tokenizer, messages) == ""
+    assert prompt.generation_prompt(tokenizer, [{"role": "user", "content": "a?"}]) == ""
+
+
 def test_opened_thoughts_are_told_with_what_to_set(caplog):
     check_template(tokenizer_with(CHATML + "{{ '<think>\\n' }}{% endif %}"), "Reason.")
     assert warnings(caplog) == [

@@ -27,7 +27,7 @@ TEMPLATE_KEY, OPTIONS_KEY = "model.chat_template", "training.chat_template_kwarg
 GIVEN_TO_TEMPLATES = {"messages", "tools", "documents", "add_generation_prompt"} | {
     *("raise_exception", "strftime_now", "continue_final_message"),
 }
-OUR_OPENINGS = ("<reasoning>", "<answer>")
+OUR_TAG = re.compile("</?(?:reasoning|answer)>")
 # a tag around a model's thoughts: <think>, [THINK], <|START_THINKING|>, <|end_of_thought|>
 THOUGHT_TAG = re.compile(r"[<\[◁][^<>\[\]◁▷\s]*(?:think|thought|reason)[^<>\[\]◁▷\s]*[>\]▷]", re.I)
 CLOSES = re.compile(r"/|end", re.I)
@@ -54,13 +54,18 @@ def generation_prompt(tokenizer, messages: Messages, options: dict | None = None
 
     It also ends the user's turn if the template has no separate generation prompt.
     """
+    return _end(tokenizer, messages, options)[0]
+
+
+def _end(tokenizer, messages: Messages, options: dict | None) -> tuple[str, bool]:
+    """`generation_prompt`, and whether all of it begins the assistant's turn."""
     whole = before = prompt_text(tokenizer, messages, options)
     with contextlib.suppress(Exception):  # a template for prompts alone
         before = prompt_text(tokenizer, messages, options, generation_prompt=False)
     if whole.startswith(before) and whole != before:
-        return whole[len(before) :]
+        return whole[len(before) :], True
     last = messages[-1]["content"].strip()
-    return whole.rpartition(last)[2] if last in whole else whole
+    return (whole.rpartition(last)[2] if last in whole else ""), False
 
 
 def prompt_opening(tokenizer, messages: Messages, options: dict | None = None) -> str:
@@ -69,9 +74,13 @@ def prompt_opening(tokenizer, messages: Messages, options: dict | None = None) -
     It is `<reasoning>` and a line feed, for example, where the template opens the reasoning. It is
     "" for most templates.
     """
-    end = generation_prompt(tokenizer, messages, options)
-    places = [end.find(tag) for tag in OUR_OPENINGS if tag in end]
-    return end[min(places) :] if places else ""
+    end, is_assistants = _end(tokenizer, messages, options)
+    opened = [tag for tag in OUR_TAG.finditer(end) if not CLOSES.search(tag[0])]
+    *_, last = [None, *OUR_TAG.finditer(end)]
+    # After the user's text there may be words about the format. All their tags are closed.
+    if not opened or not is_assistants and CLOSES.search(last[0]):
+        return ""
+    return end[opened[0].start() :]
 
 
 def opened_thoughts(tokenizer, messages: Messages, options: dict | None = None) -> str:
@@ -81,7 +90,7 @@ def opened_thoughts(tokenizer, messages: Messages, options: dict | None = None) 
     """
     end = generation_prompt(tokenizer, messages, options)
     *_, last = [None, *THOUGHT_TAG.finditer(end)]
-    if last is None or last[0] in OUR_OPENINGS or CLOSES.search(last[0]):
+    if last is None or OUR_TAG.match(last[0]) or CLOSES.search(last[0]):
         return ""
     return end[last.start() :]
 
